@@ -1,0 +1,24 @@
+"""Fine-tune all weights of language models with evolution strategies, in the style of TRL."""
+
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import ESConfig
+    from .history import replay
+    from .trainer import ESTrainer
+
+__all__ = ["ESConfig", "ESTrainer", "replay"]
+
+_MODULES = {"ESConfig": "config", "ESTrainer": "trainer", "replay": "history"}
+
+
+def __getattr__(name: str):
+    # Nothing heavy is imported until it is used
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,363 @@
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from transformers import GenerationConfig, TrainingArguments
+
+from .evolution.fitness import FitnessShaping
+from .evolution.optimizer import Rule
+from .evolution.parameters import MasterWeights
+
+
+# `generation_kwargs` that would fight with how the trainer generates, and what to write instead
+REFUSED_GENERATION_KWARGS = {
+    "do_sample": "set `temperature` (0.0 is greedy)",
+    "num_return_sequences": "set `num_generations`",
+    "max_length": "set `max_completion_length`",
+    "typical_p": "use `top_p`, `top_k` or `min_p`",
+    "epsilon_cutoff": "use `top_p`, `top_k` or `min_p`",
+    "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
+    "top_h": "use `top_p`, `top_k` or `min_p`",
+}
+
+
+@dataclass
+class ESConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`ESTrainer`].
+
+    This class includes only the parameters that are specific to evolution strategies (ES). For a full list of
+    training arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values
+    in this class may differ from those in [`~transformers.TrainingArguments`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the evolution strategy
+
+        population_size (`int`, *optional*, defaults to `30`):
+            Members (perturbed models) evaluated per step; N in [the paper](https://huggingface.co/papers/2509.24372).
+        sigma (`float`, *optional*, defaults to `1e-3`):
+            Standard deviation of the noise added to every weight.
+        antithetic (`bool`, *optional*, defaults to `False`):
+            Mirrored sampling: draw half as many noises and evaluate each with both signs. Needs an even
+            `population_size`.
+        fitness_shaping (`str`, *optional*, defaults to `"z_score"`):
+            How the members' rewards become the weights of their noises:
+
+            - `"z_score"`: mean reward minus the population's mean, divided by its standard deviation (the paper).
+            - `"centered_rank"`: rank of the mean reward, spread over [-0.5, 0.5]; ignores outliers.
+            - `"prompt_z_score"`: z-score of each prompt's reward over the population, then the mean over the prompts;
+              easy and hard prompts weigh the same.
+            - `"none"`: the mean reward itself.
+        master_weights (`str`, *optional*, defaults to `"device"`):
+            Where the float32 weights are from which the perturbed ones are written:
+
+            - `"device"`: beside the working weights. Evaluations leave the weights bit-identical.
+            - `"host"`: in host memory (pinned); saves 4 bytes a weight on the device for one transfer per member.
+            - `"none"`: nowhere; noise is added to the working weights and subtracted again, as in the paper's code.
+              Least memory, but every member leaves a rounding error in the weights, and updates smaller than half a
+              unit in the last place are lost (see the README for what that amounts to).
+        es_optimizer (`str`, *optional*, defaults to `"sgd"`):
+            - `"sgd"`: weights += learning_rate / N * sum(utility * noise) (the paper).
+            - `"momentum"`: heavy-ball momentum with decay `adam_beta1`. Keeps 4 more bytes a weight.
+            - `"adam"`: Adam with `adam_beta1`, `adam_beta2` and `adam_epsilon`. Keeps 8 more bytes a weight.
+        anchor_decay (`float`, *optional*, defaults to `0.0`):
+            Decay towards the initial weights, against drifting away from what the model could do before: Anchored
+            Weight Decay with the l2 penalty ([paper](https://huggingface.co/papers/2605.30148)), weights -=
+            learning_rate * anchor_decay * (weights - initial weights). Keeps a copy of the initial weights.
+        num_prompts_per_step (`int`, *optional*):
+            Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
+            `per_device_train_batch_size * gradient_accumulation_steps`. ES has no micro-batches: afterwards
+            `per_device_train_batch_size` is this number and `gradient_accumulation_steps` is 1.
+
+        > Parameters that control the model
+
+        model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
+            argument of the [`ESTrainer`] is provided as a string.
+
+        > Parameters that control the data preprocessing
+
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Whether to only keep the column `"prompt"` in the dataset. If you use a reward function that requires any
+            other column, keep this `False`.
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the training dataset.
+
+        > Parameters that control generation
+
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Maximum length of the generated completion, in tokens.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Completions per prompt and member. More than one needs `temperature > 0`.
+        generation_batch_size (`int`, *optional*):
+            Most sequences generated at once. If `None`, all of a member's.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature for sampling; `0.0` is greedy decoding, as in the paper. With sampling, the random numbers
+            are common to all members: the draw for a token depends only on step, prompt, completion and position, so
+            that members differ in fitness by their weights and not by luck.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Cumulative probability of the top tokens to consider when sampling. Must be in (0, 1].
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of highest probability tokens to keep when sampling. `0` keeps all.
+        min_p (`float`, *optional*):
+            Minimum token probability when sampling, scaled by the probability of the most likely token.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Penalty for tokens that occur in the prompt or in what was generated so far. Values above 1 encourage new
+            tokens.
+        generation_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Additional keyword arguments of [`~transformers.GenerationConfig`], such as `suppress_tokens` or
+            `stop_strings`. They override the other generation parameters.
+        chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Additional keyword arguments of `apply_chat_template`.
+        cache_implementation (`str`, *optional*):
+            Implementation of the key-value cache, as in [`~transformers.GenerationConfig`].
+
+        > Parameters that control the rewards
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function. Must match the number of reward functions. If `None`, all are 1.0.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Leave completions that did not end within `max_completion_length` out of the fitness.
+
+        > Parameters that control the logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print a table of prompts, completions and rewards every `logging_steps` steps.
+        num_completions_to_print (`int`, *optional*):
+            Number of completions to print. If `None`, all of the step's best member are printed.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `5e-4` instead of `5e-5`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`. `bf16` and `fp16` choose the dtype of the
+    >   working weights; there is no autocast. If both are `False`, the model keeps the dtype it was given in.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `use_cache`: Defaults to `True` instead of `False`.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate; the paper's alpha."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Use bfloat16 working weights. If not set, it defaults to `True` if `fp16` is not set."},
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Whether to only keep the column 'prompt' in the dataset. If you use a reward function that "
+            "requires any other column, keep this `False`."
+        },
+    )
+    use_cache: bool = field(
+        default=True, metadata={"help": "Whether the saved model's config enables the key-value cache."}
+    )
+
+    # Parameters that control the evolution strategy
+    population_size: int = field(default=30, metadata={"help": "Members (perturbed models) evaluated per step."})
+    sigma: float = field(default=1e-3, metadata={"help": "Standard deviation of the noise added to every weight."})
+    antithetic: bool = field(
+        default=False, metadata={"help": "Evaluate each noise with both signs. Needs an even `population_size`."}
+    )
+    fitness_shaping: str = field(
+        default="z_score",
+        metadata={"help": "Rewards to utilities: 'z_score', 'centered_rank', 'prompt_z_score' or 'none'."},
+    )
+    master_weights: str = field(
+        default="device",
+        metadata={"help": "Where the float32 master weights are: 'device', 'host' or 'none' (in-place noise; drifts)."},
+    )
+    es_optimizer: str = field(
+        default="sgd", metadata={"help": "Update rule: 'sgd' (the paper's), 'momentum' or 'adam'."}
+    )
+    anchor_decay: float = field(default=0.0, metadata={"help": "Decay towards the initial weights."})
+    num_prompts_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that every member answers in a step. If `None`, it is `per_device_train_batch_size * "
+            "gradient_accumulation_steps`."
+        },
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `transformers.AutoModelForCausalLM.from_pretrained`, used when the `model` "
+            "argument of the `ESTrainer` is provided as a string."
+        },
+    )
+
+    # Parameters that control the data preprocessing
+    shuffle_dataset: bool | None = field(
+        default=True, metadata={"help": "Whether to shuffle the training dataset."}
+    )
+
+    # Parameters that control generation
+    max_completion_length: int | None = field(
+        default=512, metadata={"help": "Maximum length of the generated completion."}
+    )
+    num_generations: int | None = field(
+        default=1,
+        metadata={"help": "Completions per prompt and member. More than one needs `temperature > 0`."},
+    )
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Most sequences generated at once. If `None`, all of a member's."}
+    )
+    temperature: float = field(
+        default=0.0, metadata={"help": "Temperature for sampling; 0.0 is greedy decoding."}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Cumulative probability of the top tokens to consider when sampling. Must be in (0, 1]."},
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Number of highest probability tokens to keep when sampling. `0` keeps all."}
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Minimum token probability when sampling, scaled by the probability of the most likely token. "
+            "Must be in [0, 1]."
+        },
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata={"help": "Penalty for tokens that occur in the prompt or in what was generated so far."},
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Additional keyword arguments of `GenerationConfig`. They override the other generation parameters."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Additional keyword arguments of `apply_chat_template`."}
+    )
+    cache_implementation: str | None = field(
+        default=None, metadata={"help": "Implementation of the key-value cache."}
+    )
+
+    # Parameters that control the rewards
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward function. Must match the number of reward functions."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={"help": "Leave completions that did not end within `max_completion_length` out of the fitness."},
+    )
+
+    # Parameters that control the logging
+    log_completions: bool = field(
+        default=False,
+        metadata={"help": "Whether to print a table of completions and rewards every `logging_steps` steps."},
+    )
+    num_completions_to_print: int | None = field(
+        default=None,
+        metadata={"help": "Number of completions to print. If `None`, all of the step's best member are printed."},
+    )
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()
+
+        if self.num_prompts_per_step is None:
+            self.num_prompts_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        self._validate()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the prompts must not hang on the global random state
+        if not self.shuffle_dataset:
+            self.train_sampling_strategy = "sequential"
+        # One batch of the dataloader is the batch of a step
+        self.per_device_train_batch_size = self.num_prompts_per_step
+        self.gradient_accumulation_steps = 1
+
+    def _validate(self) -> None:
+        def require(condition: bool, name: str, demand: str) -> None:
+            if not condition:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not valid: {demand}")
+
+        def one_of(name: str, values: tuple[str, ...]) -> None:
+            require(getattr(self, name) in values, name, f"choose one of {', '.join(map(repr, values))}.")
+
+        require(self.population_size >= 2, "population_size", "members are compared, so at least 2 are needed.")
+        require(
+            not self.antithetic or self.population_size % 2 == 0,
+            "population_size",
+            "antithetic sampling evaluates members in pairs; use an even number or antithetic=False.",
+        )
+        require(self.sigma > 0, "sigma", "the noise needs a positive standard deviation; the paper uses 1e-3.")
+        require(self.learning_rate >= 0, "learning_rate", "it must not be negative.")
+        require(self.weight_decay >= 0, "weight_decay", "it must not be negative.")
+        require(self.anchor_decay >= 0, "anchor_decay", "it must not be negative.")
+        one_of("fitness_shaping", get_args(FitnessShaping))
+        one_of("master_weights", get_args(MasterWeights))
+        one_of("es_optimizer", get_args(Rule))
+        require(self.num_prompts_per_step >= 1, "num_prompts_per_step", "every step needs at least 1 prompt.")
+
+        require(
+            self.max_completion_length is not None and self.max_completion_length >= 1,
+            "max_completion_length",
+            "give the number of tokens at which a completion is cut, at least 1.",
+        )
+        require(
+            self.num_generations is not None and self.num_generations >= 1, "num_generations", "it must be at least 1."
+        )
+        require(self.temperature >= 0, "temperature", "use 0.0 for greedy decoding or a positive number for sampling.")
+        require(
+            self.num_generations == 1 or self.temperature > 0,
+            "num_generations",
+            "greedy decoding (temperature=0.0) gives the same completion every time; set temperature > 0.",
+        )
+        require(
+            self.generation_batch_size is None or self.generation_batch_size >= 1,
+            "generation_batch_size",
+            "it must be at least 1, or None for no limit.",
+        )
+        require(0 < self.top_p <= 1, "top_p", "it must be in (0, 1].")
+        require(self.top_k >= 0, "top_k", "it must not be negative; 0 keeps all tokens.")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "it must be in [0, 1].")
+        require(self.repetition_penalty > 0, "repetition_penalty", "it must be positive; 1.0 is no penalty.")
+        self._validate_generation_kwargs()
+        require(
+            self.num_completions_to_print is None or self.num_completions_to_print >= 1,
+            "num_completions_to_print",
+            "it must be at least 1, or None for all; log_completions=False prints none.",
+        )
+        require(
+            not self.auto_find_batch_size,
+            "auto_find_batch_size",
+            "it would change the prompts of a step; lower generation_batch_size instead when memory runs out.",
+        )
+
+    def _validate_generation_kwargs(self) -> None:
+        known = GenerationConfig().to_dict()
+        for key in self.generation_kwargs or {}:
+            if key in REFUSED_GENERATION_KWARGS:
+                raise ValueError(
+                    f"`generation_kwargs` has {key!r}, which is not supported: {REFUSED_GENERATION_KWARGS[key]}."
+                )
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+                raise ValueError(f"`generation_kwargs` has {key!r}, which `GenerationConfig` does not know{hint}")
+        if self.temperature > 0 and (self.generation_kwargs or {}).get("num_beams", 1) > 1:
+            raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")

@@ -1,0 +1,148 @@
+"""The noise contract: `noise(seed, parameter name, flat index)` is a pure function.
+
+Philox4x32-10 with the seed as key and (index block, hash of the name) as counter, Box-Muller to float32. Any slice of
+any parameter can be made without the rest, and neither the process count, the shard layout, the chunk size nor the
+order of iteration changes a value. No two parameters share noise.
+"""
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+
+T = TypeVar("T")
+
+CPU_PIECE = 32768  # weights: stays in the cache, and torch works on it without starting threads of its own
+CUDA_PIECE = 1 << 24
+
+_scratch = threading.local()
+
+
+@functools.cache
+def stream(name: str) -> int:
+    """64-bit hash of a parameter's name, the same on every machine and in every run."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="es_trainer-noise")
+
+
+def for_spans(function: Callable[[int, int], T], size: int) -> list[T]:
+    """Call `function(start, stop)` on as many equal spans of `range(size)` as torch has threads, side by side.
+
+    Returns:
+        `list`: what the calls returned, in the order of the spans.
+    """
+    count = min(torch.get_num_threads(), -(-size // CPU_PIECE))
+    if count <= 1:
+        return [function(0, size)]
+    length = -(-size // (count * CPU_PIECE)) * CPU_PIECE
+    starts = range(0, size, length)
+    return list(_threads(count).map(lambda start: function(start, min(start + length, size)), starts))
+
+
+def for_pieces(function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:
+    """Call `function(start, stop)` on consecutive pieces of `range(size)` that are small enough for scratch memory.
+
+    On CPU the pieces are shared by the threads; their bounds do not depend on the number of threads.
+
+    Returns:
+        `list`: what the calls returned, in the order of the pieces.
+    """
+    if device.type != "cpu":
+        return [function(i, min(i + CUDA_PIECE, size)) for i in range(0, size, CUDA_PIECE)]
+
+    def span(start: int, stop: int) -> list[T]:
+        return [function(i, min(i + CPU_PIECE, stop)) for i in range(start, stop, CPU_PIECE)]
+
+    return [result for results in for_spans(span, size) for result in results]
+
+
+def scratch(size: int, device: torch.device) -> torch.Tensor:
+    """A float32 tensor whose contents last until the next call from the same thread."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.float32, device=device)
+    try:
+        buffer = _scratch.buffer
+    except AttributeError:
+        buffer = _scratch.buffer = torch.empty(CPU_PIECE)
+    return buffer[:size]
+
+
+def add(
+    source: torch.Tensor | None,
+    target: torch.Tensor,
+    name: str,
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    start: int = 0,
+) -> None:
+    """
+    Write `target = source + sum_k coefficients[k] * noise(seeds[k], name)` in one pass over the weights.
+
+    Args:
+        source (`torch.Tensor` or `None`):
+            Flat tensor of the target's shape and device, or `None` for zeros. May be the target itself.
+        target (`torch.Tensor`):
+            Flat float32, bfloat16 or float16 tensor. The sum is computed in float32 and rounded once.
+        name (`str`):
+            Name of the parameter.
+        seeds (`Sequence[int]`):
+            At least one seed, each in `[0, 2**63)`.
+        coefficients (`Sequence[float]`):
+            One number for each seed; rounded to float32.
+        start (`int`, *optional*, defaults to `0`):
+            Flat index of the target's first element in the whole parameter.
+
+    Raises:
+        `ValueError`: If the weights are on a device for which there is no kernel.
+    """
+    if target.device.type == "cuda":
+        from .kernels import cuda
+
+        cuda.add(source, target, start, stream(name), seeds, coefficients)
+    elif target.device.type == "cpu":
+        _add_cpu(source, target, start, stream(name), seeds, coefficients)
+    else:
+        raise ValueError(f"Weights are on device {target.device}, but noise can be made on 'cpu' and 'cuda' only.")
+
+
+def fill(target: torch.Tensor, name: str, seed: int, start: int = 0) -> torch.Tensor:
+    """Write `noise(seed, name)` from flat index `start` on into the flat tensor `target` and return it."""
+    add(None, target, name, [seed], [1.0], start)
+    return target
+
+
+def _add_cpu(source, target, start, stream, seeds, coefficients):
+    # Numba is imported where it is used: a machine that trains on CUDA does not need it
+    from .kernels import cpu
+
+    seeds = np.array(seeds, dtype=np.uint64)
+    coefficients = np.array(coefficients, dtype=np.float32)
+    stream = np.uint64(stream)
+    nothing = np.empty(0, dtype=np.float32)
+
+    def exact(low: int, high: int) -> None:
+        values = nothing if source is None else source[low:high].numpy()
+        cpu.add(values, target[low:high].numpy(), start + low, stream, seeds, coefficients)
+
+    def rounded(low: int, high: int) -> None:
+        values = scratch(high - low, target.device)
+        if source is not None:
+            values.copy_(source[low:high])
+        array = values.numpy()
+        cpu.add(nothing if source is None else array, array, start + low, stream, seeds, coefficients)
+        target[low:high].copy_(values)
+
+    if target.dtype == torch.float32 and (source is None or source.dtype == torch.float32):
+        for_spans(exact, target.numel())
+    else:
+        for_pieces(rounded, target.numel(), target.device)

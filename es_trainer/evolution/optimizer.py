@@ -1,0 +1,304 @@
+"""The evolution strategy as a `torch.optim.Optimizer`: ask, tell, step."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import noise
+from .fitness import FitnessShaping, utilities
+from .parameters import MasterWeights, Shard, Weights
+from .population import Member, Population
+
+
+Rule = Literal["sgd", "momentum", "adam"]
+
+# The state that a rule keeps for each weight, float32
+RULE_STATE: dict[Rule, tuple[str, ...]] = {"sgd": (), "momentum": ("exp_avg",), "adam": ("exp_avg", "exp_avg_sq")}
+
+DISTANCE_SAMPLE = 1 << 20  # weights from which the distance from the start is measured
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an update is made of: everything else follows from the weights before it."""
+
+    seeds: list[int]
+    signs: list[int]
+    utilities: list[float]
+
+
+class EvolutionStrategy(torch.optim.Optimizer):
+    """
+    Evolution strategy over all given weights (arXiv 2509.24372), with ask / tell / step.
+
+    `step` moves the weights by `lr * g` with the ES estimate `g = 1/N * sum_n utility_n * sign_n * noise(seed_n)`
+    ("sgd"; the paper's update, its alpha being `lr`), by `lr` times an exponential average of g ("momentum":
+    `m = beta1 * m + g`), or by Adam's rule with g as the ascent direction ("adam"). Both decays are decoupled:
+
+        weights += -lr * weight_decay * weights - lr * anchor_decay * (weights - initial weights)
+
+    Args:
+        params (`Iterable[tuple[str, nn.Parameter]]` or parameter groups of such):
+            Named parameters. Names key the noise.
+        lr (`float`, *optional*, defaults to `5e-4`):
+            Learning rate, the paper's alpha.
+        sigma (`float`, *optional*, defaults to `1e-3`):
+            Standard deviation of the perturbations.
+        population_size (`int`, *optional*, defaults to `30`):
+            Members per step, N.
+        antithetic (`bool`, *optional*, defaults to `False`):
+            Evaluate each noise with both signs.
+        fitness_shaping (`str`, *optional*, defaults to `"z_score"`):
+            How rewards become utilities; see [`fitness.utilities`].
+        rule (`str`, *optional*, defaults to `"sgd"`):
+            `"sgd"`, `"momentum"` (4 more bytes a weight) or `"adam"` (8 more bytes a weight).
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Decay rates of the averages; momentum uses the first.
+        eps (`float`, *optional*, defaults to `1e-8`):
+            Adam's epsilon.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decay towards zero.
+        anchor_decay (`float`, *optional*, defaults to `0.0`):
+            Decay towards the initial weights: Anchored Weight Decay with the l2 penalty (arXiv 2605.30148). Keeps a
+            copy of the initial weights.
+        master_weights (`str`, *optional*, defaults to `"device"`):
+            Where the float32 masters are; see [`parameters.Weights`].
+        dtype (`torch.dtype`, *optional*):
+            Dtype of the weights that the model computes with. `None` keeps each parameter's.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the run.
+        frozen (`Iterable[nn.Parameter]`, *optional*):
+            The model's other parameters; see [`parameters.Weights`].
+    """
+
+    # Accelerate leaves a prepared optimizer alone: it would copy the masters to the device and back, to no end
+    _is_accelerate_prepared = True
+    step_was_skipped = False
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, nn.Parameter]] | Iterable[dict[str, Any]],
+        lr: float = 5e-4,
+        sigma: float = 1e-3,
+        population_size: int = 30,
+        antithetic: bool = False,
+        fitness_shaping: FitnessShaping = "z_score",
+        rule: Rule = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        anchor_decay: float = 0.0,
+        master_weights: MasterWeights = "device",
+        dtype: torch.dtype | None = None,
+        seed: int = 42,
+        frozen: Iterable[nn.Parameter] = (),
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.sigma = sigma
+        self.population_size = population_size
+        self.antithetic = antithetic
+        self.fitness_shaping = fitness_shaping
+        self.rule = rule
+        self.betas = betas
+        self.eps = eps
+        self.anchor_decay = anchor_decay
+        self.seed = seed
+        self.updates = 0  # steps done
+        self.update_norm = 0.0  # of the last step
+        self.told: Told | None = None
+
+        named = [
+            (name, parameter)
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        ]
+        self.weights = Weights(named, dtype, master_weights, frozen=frozen)
+        self._stride = max(1, sum(parameter.numel() for _, parameter in named) // DISTANCE_SAMPLE)
+        for shard in self.weights.shards:
+            self.state[shard.parameter] = self._initial_state(shard)
+
+    def _initial_state(self, shard: Shard) -> dict[str, torch.Tensor]:
+        state = {key: torch.zeros_like(shard.trained, dtype=torch.float32) for key in RULE_STATE[self.rule]}
+        state["start"] = shard.trained[:: self._stride].clone()
+        if self.anchor_decay > 0:
+            state["anchor"] = shard.trained.to(shard.given, copy=True)
+        return state
+
+    # ---- ask, tell, step ----
+
+    def ask(self) -> Population:
+        """The members to evaluate next; the same until the next step."""
+        return Population.sample(self.population_size, self.seed, self.updates, self.antithetic)
+
+    def perturb(self, member: Member) -> None:
+        """Write `weights + sigma * sign * noise(seed)` into the model."""
+        self.weights.perturb(member, self.sigma)
+
+    def restore(self) -> None:
+        """Write the unperturbed weights into the model."""
+        self.weights.restore()
+
+    def tell(self, population: Population, rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+        """
+        Say how good the members were.
+
+        Args:
+            population ([`Population`]):
+                What `ask` returned.
+            rewards (`np.ndarray`):
+                Shape `(members,)` or `(members, prompts)`; NaN where a completion does not count.
+
+        Returns:
+            `np.ndarray`: the utilities, of shape `(members,)`.
+
+        Raises:
+            `ValueError`: If there are not as many rewards as members.
+        """
+        if len(rewards) != len(population):
+            raise ValueError(f"Rewards were told for {len(rewards)} members, but the population has {len(population)}.")
+        values = utilities(np.asarray(rewards, dtype=np.float64), self.fitness_shaping)
+        self.told = Told([m.seed for m in population], [m.sign for m in population], values.tolist())
+        return values
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """
+        Move the weights by what was told, and forget it. Nothing moves if all utilities are zero.
+
+        Raises:
+            `RuntimeError`: If nothing was told since the last step.
+        """
+        if self.told is None:
+            raise RuntimeError("step() needs fitness: call ask(), evaluate the members and tell() their rewards first.")
+        seeds, coefficients = self._coefficients(self.told)
+        self.restore()
+        self.update_norm = 0.0
+        if seeds:
+            self.update_norm = math.sqrt(math.fsum(self._update(seeds, coefficients)))
+        self.updates += 1
+        self.told = None
+
+    def _coefficients(self, told: Told) -> tuple[list[int], list[float]]:
+        """Seeds and factors of g; the two halves of an antithetic pair become one."""
+        factors: dict[int, float] = {}
+        for seed, sign, utility in zip(told.seeds, told.signs, told.utilities, strict=True):
+            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(told.seeds)
+        factors = {seed: factor for seed, factor in factors.items() if factor != 0.0}
+        return list(factors), list(factors.values())
+
+    def _update(self, seeds: list[int], coefficients: list[float]) -> list[float]:
+        """Update all weights; returns the squared norms of the pieces' updates."""
+        shards = {shard.parameter: shard for shard in self.weights.shards}
+        squares = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                shard = shards[parameter]
+
+                def piece(low: int, high: int, shard: Shard = shard, group: dict = group) -> float:
+                    return self._update_piece(shard, slice(low, high), group, seeds, coefficients)
+
+                squares += noise.for_pieces(piece, shard.working.numel(), shard.working.device)
+        return squares
+
+    def _update_piece(
+        self, shard: Shard, piece: slice, group: dict[str, Any], seeds: list[int], coefficients: list[float]
+    ) -> float:
+        device = shard.working.device
+        state = self.state[shard.parameter]
+        weights = shard.trained[piece].to(device, torch.float32)
+        averages = [state[key][piece].to(device) for key in RULE_STATE[self.rule]]
+
+        delta = noise.scratch(weights.numel(), device)
+        self.weights.perturbation.add(None, delta, shard.name, seeds, coefficients, shard.start + piece.start)
+        self._ascend(delta, averages)
+        if group["weight_decay"] > 0:
+            delta.sub_(weights, alpha=group["weight_decay"])
+        if self.anchor_decay > 0:
+            anchor = state["anchor"][piece].to(device, torch.float32)
+            delta.sub_(weights - anchor, alpha=self.anchor_decay)
+        delta.mul_(group["lr"])
+
+        weights.add_(delta)
+        shard.working[piece].copy_(weights)
+        # Both are no-ops where `to` returned the tensor itself
+        _write_back(shard.trained[piece], weights)
+        for key, average in zip(RULE_STATE[self.rule], averages, strict=True):
+            _write_back(state[key][piece], average)
+        return float(torch.linalg.vector_norm(delta)) ** 2
+
+    def _ascend(self, g: torch.Tensor, averages: list[torch.Tensor]) -> None:
+        """Turn g into the rule's direction, in place, and update the rule's averages."""
+        beta1, beta2 = self.betas
+        if self.rule == "momentum":
+            (average,) = averages
+            g.copy_(average.mul_(beta1).add_(g))
+        elif self.rule == "adam":
+            average, square = averages
+            average.lerp_(g, 1 - beta1)
+            square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            correction1 = 1 - beta1 ** (self.updates + 1)
+            correction2 = 1 - beta2 ** (self.updates + 1)
+            denominator = (square / correction2).sqrt_().add_(self.eps)
+            torch.div(average / correction1, denominator, out=g)
+
+    def distance_from_start(self) -> float:
+        """
+        Euclidean distance between the weights and those that the optimizer was made with.
+
+        Measured on every k-th weight and scaled up, with k = 1 up to 2**20 weights: noise spreads the distance evenly
+        over the weights, so the error is about 0.1 %.
+        """
+        squares = []
+        for shard in self.weights.shards:
+            start = self.state[shard.parameter]["start"].float()
+            difference = shard.trained[:: self._stride].float() - start
+            squares.append(float(torch.linalg.vector_norm(difference)) ** 2 * shard.working.numel() / start.numel())
+        return math.sqrt(math.fsum(squares))
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, the trained weights included; tensors are not copied."""
+        return {
+            "updates": self.updates,
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+            "state": {s.name: {"weights": s.trained, **self.state[s.parameter]} for s in self.weights.shards},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Copy a state made by [`~EvolutionStrategy.state_dict`] into this optimizer and the model.
+
+        Raises:
+            `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
+        """
+        own = {shard.name: {"weights": shard.trained, **self.state[shard.parameter]} for shard in self.weights.shards}
+        for name in own.keys() | state_dict["state"].keys():
+            kept, loaded = own.get(name, {}), state_dict["state"].get(name, {})
+            if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in loaded.items()}:
+                raise ValueError(
+                    f"The optimizer state does not fit: for parameter {name!r} it holds {_shapes(loaded)}, but this "
+                    f"run needs {_shapes(kept)}. Resume with the model and the es_optimizer it was saved with."
+                )
+        for name, tensors in own.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(state_dict["state"][name][key])
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(loaded)
+        self.updates = state_dict["updates"]
+        self.weights.refresh()
+
+
+def _write_back(place: torch.Tensor, values: torch.Tensor) -> None:
+    if place.data_ptr() != values.data_ptr():
+        place.copy_(values)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> str:
+    return ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items()) or "nothing"

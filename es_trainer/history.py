@@ -1,0 +1,217 @@
+"""A run is its base model and its history: what every update was made of, as JSON lines."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .config import ESConfig
+from .evolution import EvolutionStrategy, Member
+from .evolution.optimizer import Told
+
+
+HISTORY_NAME = "history.jsonl"
+
+# Fields of the config that a resumed run must share with the run it resumes
+RUN_FIELDS = (
+    "seed",
+    "data_seed",
+    "shuffle_dataset",
+    "population_size",
+    "sigma",
+    "antithetic",
+    "fitness_shaping",
+    "master_weights",
+    "es_optimizer",
+    "learning_rate",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "anchor_decay",
+    "bf16",
+    "fp16",
+    "num_prompts_per_step",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "reward_weights",
+    "mask_truncated_completions",
+)
+
+
+class History:
+    """
+    The file of a run: one line that describes the run, then one line for each update.
+
+    Args:
+        path (`str` or `Path`):
+            The JSON lines file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def create(self, header: dict[str, Any]) -> None:
+        """Start the file anew."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(header) + "\n")
+
+    def append(self, step: dict[str, Any]) -> None:
+        """Add the line of an update."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(step) + "\n")
+
+    def copy_to(self, folder: str | Path) -> None:
+        """Copy the file into a folder."""
+        shutil.copyfile(self.path, Path(folder) / HISTORY_NAME)
+
+    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The line that describes the run, and those of the updates."""
+        header, *steps = map(json.loads, self.path.read_text().splitlines())
+        return header, steps
+
+
+def run_config(args: ESConfig) -> dict[str, Any]:
+    """The fields of the config that make a run what it is."""
+    return {name: getattr(args, name) for name in RUN_FIELDS}
+
+
+def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
+    """What a run is, apart from its base model and its updates: the first line of a history."""
+    return {
+        "config": run_config(args),
+        "parameters": {shard.name: list(shard.parameter.shape) for shard in optimizer.weights.shards},
+        "decayed": [
+            name for group in optimizer.param_groups if group["weight_decay"] > 0 for name in group["param_names"]
+        ],
+    }
+
+
+def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """How two runs differ, a sentence each; empty if one can go on from the other's checkpoint."""
+    found = [
+        f"`{name}` is {other['config'][name]!r} but was {header['config'][name]!r}"
+        for name in RUN_FIELDS
+        if other["config"][name] != header["config"][name]
+    ]
+    mine, theirs = other["parameters"], header["parameters"]
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            found.append(
+                f"the trained parameter `{name}` has shape {mine.get(name)} but had {theirs.get(name)} "
+                "(null: it is not trained)"
+            )
+            break
+    return found
+
+
+def make_optimizer(
+    named_parameters: list[tuple[str, torch.nn.Parameter]],
+    decayed: set[str],
+    config: dict[str, Any],
+    frozen: Iterable[torch.nn.Parameter] = (),
+) -> EvolutionStrategy:
+    """
+    The optimizer of a run.
+
+    Args:
+        named_parameters (`list[tuple[str, nn.Parameter]]`):
+            Parameters to train.
+        decayed (`set[str]`):
+            Names of those that `weight_decay` applies to.
+        config (`dict[str, Any]`):
+            What `run_config` returned.
+        frozen (`Iterable[nn.Parameter]`, *optional*):
+            The model's other parameters.
+    """
+    groups = [
+        {"params": [(n, p) for n, p in named_parameters if n in decayed], "weight_decay": config["weight_decay"]},
+        {"params": [(n, p) for n, p in named_parameters if n not in decayed], "weight_decay": 0.0},
+    ]
+    return EvolutionStrategy(
+        [group for group in groups if group["params"]],
+        lr=config["learning_rate"],
+        sigma=config["sigma"],
+        population_size=config["population_size"],
+        antithetic=config["antithetic"],
+        fitness_shaping=config["fitness_shaping"],
+        rule=config["es_optimizer"],
+        betas=(config["adam_beta1"], config["adam_beta2"]),
+        eps=config["adam_epsilon"],
+        anchor_decay=config["anchor_decay"],
+        master_weights=config["master_weights"],
+        dtype=torch.bfloat16 if config["bf16"] else torch.float16 if config["fp16"] else None,
+        seed=config["seed"],
+        frozen=frozen,
+    )
+
+
+def replay(
+    base_model: str | PreTrainedModel, history: str | Path, steps: int | None = None, **model_init_kwargs: Any
+) -> PreTrainedModel:
+    """
+    Rebuild the trained weights from the model that a run started with and the run's history.
+
+    Args:
+        base_model (`str` or [`~transformers.PreTrainedModel`]):
+            The model that the run started with, in the dtype it was given in then. A string is loaded as
+            [`ESTrainer`] loads it (in float32 unless `dtype` says otherwise); an object is changed in place.
+        history (`str` or `Path`):
+            The run's `history.jsonl`, or the folder it is in.
+        steps (`int`, *optional*):
+            Number of updates to replay. `None` replays all.
+        model_init_kwargs:
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`].
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The model with the weights after the last update, bit-identical to those
+        of the run on the same kind of device, in the dtype it was given in.
+
+    Raises:
+        `ValueError`: If the history is of another model, or has fewer updates than `steps`.
+    """
+    path = Path(history)
+    header, lines = History(path / HISTORY_NAME if path.is_dir() else path).read()
+    if steps is not None and steps > len(lines):
+        raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
+    if isinstance(base_model, str):
+        base_model = AutoModelForCausalLM.from_pretrained(base_model, **{"dtype": torch.float32, **model_init_kwargs})
+    parameters = dict(base_model.named_parameters())
+    for name, shape in header["parameters"].items():
+        if name not in parameters or list(parameters[name].shape) != shape:
+            raise ValueError(
+                f"The history {path} is of another model: it trained `{name}` of shape {shape}, which the base model "
+                f"{'has in another shape' if name in parameters else 'does not have'}."
+            )
+    trained = [(name, parameters[name]) for name in header["parameters"]]
+    optimizer = make_optimizer(trained, set(header["decayed"]), header["config"])
+    for line in lines[:steps]:
+        _replay_step(optimizer, line)
+    with optimizer.weights.as_given():
+        # The model keeps what the parameters hold here
+        given = [parameter.data for _, parameter in trained]
+    for (_, parameter), data in zip(trained, given, strict=True):
+        parameter.data = data
+    return base_model
+
+
+def _replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = line["learning_rate"]
+    optimizer.told = Told(line["seeds"], line["signs"], line["utilities"])
+    if optimizer.weights.drifts:
+        # Every evaluation left its rounding error in the weights
+        for seed, sign in zip(line["seeds"], line["signs"], strict=True):
+            optimizer.perturb(Member(seed, sign))
+    optimizer.step()

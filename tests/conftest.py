@@ -1,0 +1,116 @@
+"""Tiny models and tokenizers, built in a second."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' models are made here; nothing is asked of the Hub
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from es_trainer import ESConfig
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer without merges: one token a byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, tie: bool = True, **config) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": tie,
+        **config,
+    }
+    return LlamaForCausalLM(LlamaConfig(**options)).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return Dataset.from_list([{"prompt": f"Say {word}", "answer": word} for word in "one two three four five six".split()])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Make an ESConfig for a tiny run."""
+
+    def make(**options) -> ESConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "population_size": 4,
+            "sigma": 0.05,
+            "learning_rate": 0.02,
+            "per_device_train_batch_size": 2,
+            "max_completion_length": 8,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "lr_scheduler_type": "constant",
+        }
+        return ESConfig(**{**defaults, **options})
+
+    return make
+
+
+def letters(completions, **kwargs) -> list[float]:
+    """Share of lower-case letters: differs between members, and needs no data."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(ch.islower() for ch in text) / (len(text) + 1) for text in texts]
+
+
+@pytest.fixture
+def reward():
+    return letters
