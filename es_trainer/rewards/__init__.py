@@ -3,4 +3,5 @@ from .countdown import countdown_reward, solves
 from .evaluate_metric import evaluate_reward
 from .text import completion_text
 
+
 __all__ = ["completion_text", "conciseness_reward", "countdown_reward", "evaluate_reward", "solves"]

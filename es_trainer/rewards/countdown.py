@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from .text import completion_text
 
+
 FORMAT_REWARD = 0.1
 ANSWER_REWARD = 1.0
 
@@ -13,7 +14,7 @@ MAX_EQUATION_LENGTH = 256
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 # Python's own number syntax is wider than a puzzle's: 1_0, 0x1f and 1e3 must not reach the parser.
-_EXPRESSION = re.compile(r"[0-9+\-*/()\s]+", re.ASCII)
+_EXPRESSION = re.compile(r"[0-9+\-*/()\s]+")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -27,8 +28,7 @@ def countdown_reward(
     block, with nothing but whitespace around them. The opening `<think>` may be absent, because some chat templates
     already put it at the end of the prompt.
 
-    The answer is right when the last `<answer>...</answer>` block [`solves`] the puzzle,
-    whatever the format.
+    The answer is right when the last `<answer>...</answer>` block [`solves`] the puzzle, whatever the format.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`):
@@ -58,9 +58,9 @@ def solves(equation: str, numbers: list[int], target: int) -> bool:
 
     Args:
         equation (`str`):
-            Expression of non-negative integers, `+`, `-`, `*`, `/` (exact division) and parentheses. A tail such as
-            `= 24` is accepted if its right side is the target, digit for digit. Signs (`-3`), other syntax and texts
-            longer than `MAX_EQUATION_LENGTH` characters are not.
+            Expression of non-negative integers, `+`, `-`, `*`, `/` and parentheses, whose intermediate values may be
+            fractions. A tail such as `= 24` is accepted if its right side is the target, digit for digit. Signs
+            (`-3`), other syntax and texts longer than `MAX_EQUATION_LENGTH` characters are not.
         numbers (`list[int]`):
             Numbers of the puzzle. The equation must use each of them exactly once, in any order.
         target (`int`):

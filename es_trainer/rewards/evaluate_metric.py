@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .text import completion_text
 
+
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
 

@@ -5,6 +5,7 @@ from datasets import Dataset
 from ..rewards.conciseness import conciseness_reward
 from .task import Task
 
+
 TRAIN_PAIRS = [
     ("What is the capital of France?", "Paris."),
     ("What is the capital of Italy?", "Rome."),

@@ -8,6 +8,7 @@ from datasets import Dataset
 from ..rewards.countdown import countdown_reward
 from .task import Task
 
+
 LARGEST_NUMBER = 99
 LARGEST_TARGET = 100
 

@@ -68,6 +68,7 @@ def test_wrong_equations(equation, numbers, target):
         pytest.param("1e1 + 3", [10, 3], 13, id="exponent"),
         pytest.param("٢ + 3", [2, 3], 5, id="Arabic digit"),
         pytest.param("２ + 3", [2, 3], 5, id="full-width digit"),
+        pytest.param("2\u2003+ 3", [2, 3], 5, id="em space"),
         pytest.param("2 × 3", [2, 3], 6, id="multiplication sign"),
         pytest.param("True + 3", [1, 3], 4, id="boolean"),
         pytest.param("x + 3", [3], 3, id="name"),
@@ -111,14 +112,17 @@ def test_a_parser_that_gives_up_means_wrong(monkeypatch, error):
     def parse(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("es_trainer.rewards.countdown.ast.parse", parse)
-    assert not solves("2 + 3", [2, 3], 5)
+    with monkeypatch.context() as patch:  # undone before pytest itself needs the parser
+        patch.setattr("es_trainer.rewards.countdown.ast.parse", parse)
+        verdict = solves("2 + 3", [2, 3], 5)
+    assert not verdict
 
 
 def test_length_limit():
     fits = "2 + 3".ljust(MAX_EQUATION_LENGTH)
     assert solves(fits, [2, 3], 5)
     assert not solves(fits + " ", [2, 3], 5)
+    assert MAX_EQUATION_LENGTH < 1000
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,7 @@ def test_length_limit():
         ("<think>a</think><answer>(2 + 3) * 4</answer><answer>2</answer>", 0.0),
         ("<think>a</think><answer>(2 + 3) * 4", 0.0),
         ("<think>a</think>(2 + 3) * 4</answer>", 0.0),
+        ("(2 + 3) * 4</answer>", 0.0),
         ("(2 + 3) * 4", 0.0),
         ("", 0.0),
     ],

@@ -5,6 +5,7 @@ import pytest
 
 from es_trainer.rewards import evaluate_reward
 
+
 METRIC_SOURCE = """
 import datasets
 import evaluate
@@ -85,7 +86,9 @@ def test_missing_reference_column(metric):
 
 def test_score_picks_one_result(metric):
     reward = evaluate_reward(metric, score="count", with_count=True)
-    assert reward(completions=COMPLETIONS, answer=REFERENCES) == [1.0, 1.0, 1.0]
+    counts = reward(completions=COMPLETIONS, answer=REFERENCES)
+    assert counts == [1.0, 1.0, 1.0]
+    assert all(isinstance(count, float) for count in counts)
     reward = evaluate_reward(metric, score="same", with_count=True)
     assert reward(completions=COMPLETIONS, answer=REFERENCES) == [1.0, 0.0, 1.0]
 
