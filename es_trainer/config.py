@@ -182,7 +182,9 @@ class ESConfig(TrainingArguments):
     )
     master_weights: str = field(
         default="device",
-        metadata={"help": "Where the float32 master weights are: 'device', 'host' or 'none' (in-place noise; drifts)."},
+        metadata={
+            "help": "Where the float32 master weights are: 'device', 'host' or 'none' (in-place noise; drifts)."
+        },
     )
     es_optimizer: str = field(
         default="sgd", metadata={"help": "Update rule: 'sgd' (the paper's), 'momentum' or 'adam'."}
@@ -206,9 +208,7 @@ class ESConfig(TrainingArguments):
     )
 
     # Parameters that control the data preprocessing
-    shuffle_dataset: bool | None = field(
-        default=True, metadata={"help": "Whether to shuffle the training dataset."}
-    )
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
 
     # Parameters that control generation
     max_completion_length: int | None = field(
@@ -221,9 +221,7 @@ class ESConfig(TrainingArguments):
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Most sequences generated at once. If `None`, all of a member's."}
     )
-    temperature: float = field(
-        default=0.0, metadata={"help": "Temperature for sampling; 0.0 is greedy decoding."}
-    )
+    temperature: float = field(default=0.0, metadata={"help": "Temperature for sampling; 0.0 is greedy decoding."})
     top_p: float = field(
         default=1.0,
         metadata={"help": "Cumulative probability of the top tokens to consider when sampling. Must be in (0, 1]."},
@@ -251,9 +249,7 @@ class ESConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Additional keyword arguments of `apply_chat_template`."}
     )
-    cache_implementation: str | None = field(
-        default=None, metadata={"help": "Implementation of the key-value cache."}
-    )
+    cache_implementation: str | None = field(default=None, metadata={"help": "Implementation of the key-value cache."})
 
     # Parameters that control the rewards
     reward_weights: list[float] | None = field(

@@ -144,6 +144,9 @@ class ESTrainer(Trainer):
         self.scorer = Scorer(reward_funcs, args.reward_weights)
         _check_arguments(args, model, train_dataset, eval_dataset, optimizers)
 
+        if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *_datasets(eval_dataset).values())):
+            args.accelerator_config.dispatch_batches = False  # dispatching needs tensors
+
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
         if isinstance(model, str):
@@ -268,9 +271,7 @@ class ESTrainer(Trainer):
         self._step_metrics["noise_seconds"] = noise_seconds
         return rollouts
 
-    def _generate(
-        self, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> Callable[[], Rollout]:
+    def _generate(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int) -> Callable[[], Rollout]:
         """Generate with the weights as they are; what is returned scores the completions when called."""
         start = time.perf_counter()
         completions = self.engine.generate(prompt_ids, seed, self.args.num_generations)

@@ -76,7 +76,9 @@ def model_folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def dataset() -> Dataset:
-    return Dataset.from_list([{"prompt": f"Say {word}", "answer": word} for word in "one two three four five six".split()])
+    return Dataset.from_list(
+        [{"prompt": f"Say {word}", "answer": word} for word in "one two three four five six".split()]
+    )
 
 
 @pytest.fixture

@@ -31,7 +31,11 @@ class RewardPlotCallback(TrainerCallback):
         axes = figure.subplots()
         steps = [log["step"] for log in train]
         axes.fill_between(
-            steps, [log["reward_min"] for log in train], [log["reward_max"] for log in train], alpha=0.2, label="members"
+            steps,
+            [log["reward_min"] for log in train],
+            [log["reward_max"] for log in train],
+            alpha=0.2,
+            label="members",
         )
         axes.plot(steps, [log["reward"] for log in train], label="mean of the population")
         axes.plot(

@@ -160,7 +160,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             `ValueError`: If there are not as many rewards as members.
         """
         if len(rewards) != len(population):
-            raise ValueError(f"Rewards were told for {len(rewards)} members, but the population has {len(population)}.")
+            raise ValueError(
+                f"Rewards were told for {len(rewards)} members, but the population has {len(population)}."
+            )
         values = utilities(np.asarray(rewards, dtype=np.float64), self.fitness_shaping)
         self.told = Told([m.seed for m in population], [m.sign for m in population], values.tolist())
         return values
@@ -174,7 +176,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             `RuntimeError`: If nothing was told since the last step.
         """
         if self.told is None:
-            raise RuntimeError("step() needs fitness: call ask(), evaluate the members and tell() their rewards first.")
+            raise RuntimeError(
+                "step() needs fitness: call ask(), evaluate the members and tell() their rewards first."
+            )
         seeds, coefficients = self._coefficients(self.told)
         self.restore()
         self.update_norm = 0.0

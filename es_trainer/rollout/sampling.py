@@ -38,7 +38,7 @@ class CommonRandomNumbers(LogitsProcessor):
         position = input_ids.shape[1] - self.prompt_length
         normals = torch.empty_like(scores, dtype=torch.float32)
         for row, (prompt, completion) in zip(normals, self.rows, strict=True):
-            noise.fill(row, f"sample/{prompt}/{completion}/{position}", self.seed)
+            noise.fill(row, f"sample/{prompt}/{completion}", self.seed, start=position * len(row))
         # The normal's distribution function makes it uniform: -log(-log(uniform)) is a standard Gumbel variable
         return scores - torch.log(-torch.special.log_ndtr(normals))
 

@@ -134,9 +134,7 @@ class TransformersEngine:
             completions.update(zip(batch, self._generate_batch(prompt_ids, batch, seed), strict=True))
         return [completions[row] for row in rows]
 
-    def _generate_batch(
-        self, prompt_ids: list[list[int]], rows: list[tuple[int, int]], seed: int
-    ) -> list[Completion]:
+    def _generate_batch(self, prompt_ids: list[list[int]], rows: list[tuple[int, int]], seed: int) -> list[Completion]:
         length = max(len(prompt_ids[prompt]) for prompt, _ in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -147,9 +145,7 @@ class TransformersEngine:
 
         processors = None
         if self.sampling["temperature"] > 0:
-            processors = sampling_processors(
-                **self.sampling, random_numbers=CommonRandomNumbers(seed, rows, length)
-            )
+            processors = sampling_processors(**self.sampling, random_numbers=CommonRandomNumbers(seed, rows, length))
         output = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),

@@ -65,7 +65,7 @@ def block_words(block, stream, seed, words):
 def box_muller(w0, w1):
     """Two standard normals from two words.
 
-    The radius is sqrt(-2 ln u) with u = (w0 // 256 + 1/2) / 2**24. The angle lies in a quarter circle around the x
+    The radius is sqrt(-2 ln u) with u = (w0 // 256 + 1/2) / 2**24, rounded to float32. The angle lies in a quarter circle around the x
     axis (the low 30 bits of w1), and the other three quarters follow by exchanging the coordinates (bit 30) and the
     signs (bit 31). The polynomials are minimax fits with errors below half a float32 ulp.
     """

@@ -33,6 +33,7 @@ def box_muller(w0, w1):
     y1 = -0.39813766374512474 * m + 0.4994245698915348
     y2 = -0.32361001852293554 * m + 0.34486449893513514
     y = ((0.20164754509051388 * m2 + y2) * m2 + y1) * m2 + y0
+    # Not `tl.sqrt`, which is approximate on GPUs
     radius = tl.sqrt_rn(exponent * LOG_SCALE + (y * m2 - (m + m)))
     radius = tl.where(w1 >> 31 == 1, -radius, radius)
 
@@ -49,7 +50,7 @@ def box_muller(w0, w1):
 def load(source, index, size):
     if source is None:
         return tl.zeros(index.shape, tl.float32)
-    else:
+    else:  # without it, this would be compiled for `None`, too
         return tl.load(source + index, mask=(index >= 0) & (index < size)).to(tl.float32)
 
 
@@ -60,9 +61,10 @@ def store(target, index, size, values):
 
 @triton.jit
 def add_kernel(source, target, size, start, keys, coefficients, members):
+    # 64 bits: a parameter may have more than 2**31 elements
     block = start // BLOCK + tl.program_id(0).to(tl.int64)
     counter = block * LANES + tl.arange(0, LANES)
-    stream = tl.load(keys)
+    stream = tl.load(keys)  # the seeds follow it
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     c2, c3 = stream.to(tl.uint32), (stream >> 32).to(tl.uint32)
 

@@ -1,0 +1,60 @@
+"""The Triton kernel: interpreted on any machine, compiled for GPUs on any machine, run where there is one.
+
+Whether Triton interprets is decided when it is first imported, so each way gets a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+CHECKS = Path(__file__).with_name("triton_checks.py")
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from es_trainer.evolution.kernels import cuda
+
+# What the launcher makes of a tensor's dtype, of None, of large numbers and of the number 1
+for source, target, start, members in [
+    ("*fp32", "*bf16", "i32", "i32"),
+    ("*bf16", "*bf16", "i64", 1),
+    ("*fp16", "*fp16", 1, "i32"),
+    (None, "*fp32", "i32", 1),
+]:
+    given = {"source": source, "start": start, "members": members}
+    constants = {name: value for name, value in given.items() if not isinstance(value, str)}
+    types = {name: "constexpr" if name in constants else value for name, value in given.items()}
+    signature = {"target": target, "size": "i32", "keys": "*u64", "coefficients": "*fp32", **types}
+    for capability in (80, 90):
+        triton.compile(ASTSource(cuda.add_kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+"""
+
+
+def run(*arguments: str, interpret: bool) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
+    process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def run_checks(interpret: bool) -> None:
+    run("-m", "pytest", "--noconftest", "-q", str(CHECKS), interpret=interpret)
+
+
+def test_in_the_interpreter():
+    run_checks(interpret=True)
+
+
+def test_compiles():
+    run("-c", COMPILE, interpret=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    run_checks(interpret=False)

@@ -1,0 +1,321 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from es_trainer.evolution import EvolutionStrategy, Member, noise
+from es_trainer.evolution import optimizer as optimizer_module
+from es_trainer.evolution.optimizer import Told
+
+
+SHAPES = {"linear.weight": (40, 70), "norm.weight": (33,), "embedding.weight": (300, 130)}
+
+
+def make_parameters(dtype=torch.float32) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+
+
+def make(parameters=None, **options):
+    parameters = parameters or make_parameters()
+    return parameters, EvolutionStrategy(list(parameters.items()), **{"population_size": 5, **options})
+
+
+def snapshot(parameters) -> dict[str, torch.Tensor]:
+    return {name: parameter.data.clone() for name, parameter in parameters.items()}
+
+
+def assert_same(mine, theirs):
+    for name in theirs:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def noise_of(seed: int, name: str) -> torch.Tensor:
+    return noise.fill(torch.empty(int(np.prod(SHAPES[name]))), name, seed).view(SHAPES[name])
+
+
+def run_steps(optimizer, steps: int, evaluate: bool = True) -> None:
+    for step in range(steps):
+        population = optimizer.ask()
+        for member in population:
+            if evaluate:
+                optimizer.perturb(member)
+        optimizer.tell(population, np.random.default_rng(step).normal(size=len(population)))
+        optimizer.step()
+
+
+def test_perturb_adds_sigma_times_noise():
+    parameters, optimizer = make(sigma=0.1)
+    before = snapshot(parameters)
+    optimizer.perturb(Member(seed=7, sign=-1))
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.data, before[name] - 0.1 * noise_of(7, name), rtol=0, atol=1e-6)
+
+
+def test_no_two_parameters_share_noise():
+    parameters = {name: nn.Parameter(torch.zeros(64, 64)) for name in ("layers.0.weight", "layers.1.weight")}
+    _, optimizer = make(parameters, sigma=1.0)
+    optimizer.perturb(Member(seed=1))
+    first, second = (parameter.data.flatten() for parameter in parameters.values())
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("master_weights", ["device", "host"])
+def test_weights_are_bit_identical_after_an_evaluation(dtype, master_weights):
+    parameters, optimizer = make(make_parameters(dtype), sigma=0.3, master_weights=master_weights)
+    before = snapshot(parameters)
+    for member in optimizer.ask():
+        optimizer.perturb(member)
+        assert not torch.equal(parameters["norm.weight"].data, before["norm.weight"])
+    optimizer.restore()
+    assert_same(snapshot(parameters), before)
+
+
+def test_a_member_leaves_nothing_behind_for_the_next():
+    parameters, optimizer = make(sigma=0.3)
+    optimizer.perturb(Member(1))
+    optimizer.perturb(Member(2))
+    after_another = snapshot(parameters)
+    optimizer.restore()
+    optimizer.perturb(Member(2))
+    assert_same(snapshot(parameters), after_another)
+
+
+def test_without_master_weights_come_back_up_to_rounding():
+    parameters, optimizer = make(sigma=0.1, master_weights="none")
+    before = snapshot(parameters)
+    for member in optimizer.ask():
+        optimizer.perturb(member)
+    optimizer.restore()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.data, before[name], rtol=0, atol=1e-5)
+        assert parameter.data.data_ptr() == optimizer.weights.shards[list(parameters).index(name)].working.data_ptr()
+    optimizer.restore()  # nothing is taken out twice
+    torch.testing.assert_close(parameters["norm.weight"].data, before["norm.weight"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("master_weights", ["device", "host", "none"])
+def test_step_is_the_papers_update(master_weights):
+    parameters, optimizer = make(lr=0.5, fitness_shaping="z_score", master_weights=master_weights)
+    before = snapshot(parameters)
+    population = optimizer.ask()
+    utilities = optimizer.tell(population, [1.0, 5.0, 2.0, 2.5, -4.0])
+    optimizer.step()
+    squares = 0.0
+    for name, parameter in parameters.items():
+        update = 0.5 / 5 * sum(u * noise_of(m.seed, name) for u, m in zip(utilities, population, strict=True))
+        torch.testing.assert_close(parameter.data, before[name] + update, rtol=0, atol=2e-6)
+        squares += float(update.square().sum())
+    assert optimizer.update_norm == pytest.approx(squares**0.5, rel=1e-5)
+    assert optimizer.distance_from_start() == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_antithetic_step_weighs_a_noise_by_the_difference_of_its_pair():
+    parameters, optimizer = make(lr=1.0, fitness_shaping="none", antithetic=True, population_size=4)
+    before = snapshot(parameters)
+    population = optimizer.ask()
+    optimizer.tell(population, [3.0, 1.0, 10.0, 30.0])
+    optimizer.step()
+    first, second = population.members[0].seed, population.members[2].seed
+    for name, parameter in parameters.items():
+        update = (2.0 * noise_of(first, name) - 20.0 * noise_of(second, name)) / 4
+        torch.testing.assert_close(parameter.data, before[name] + update, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [
+        ("momentum", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.99), eps=1e-6)),
+    ],
+)
+def test_rules_are_those_of_torch(rule, reference):
+    parameters, optimizer = make(lr=0.1, rule=rule, betas=(0.8, 0.99), eps=1e-6)
+    theirs = {name: nn.Parameter(parameter.data.clone()) for name, parameter in parameters.items()}
+    torch_optimizer = reference(list(theirs.values()))
+    for step in range(4):
+        population = optimizer.ask()
+        utilities = optimizer.tell(population, np.random.default_rng(step).normal(size=5))
+        for name, parameter in theirs.items():
+            g = sum(u * noise_of(m.seed, name) for u, m in zip(utilities, population, strict=True)) / 5
+            parameter.grad = -g
+        torch_optimizer.step()
+        optimizer.step()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.data, theirs[name].data, rtol=1e-4, atol=1e-4)
+
+
+def test_decays_are_decoupled_and_pull_to_zero_and_to_the_start():
+    parameters = make_parameters()
+    start = snapshot(parameters)
+    groups = [
+        {"params": [("linear.weight", parameters["linear.weight"])], "weight_decay": 0.2},
+        {"params": [(n, p) for n, p in parameters.items() if n != "linear.weight"], "weight_decay": 0.0},
+    ]
+    optimizer = EvolutionStrategy(groups, lr=0.5, population_size=2, anchor_decay=0.3)
+    for step in range(2):
+        before = snapshot(parameters)
+        population = optimizer.ask()
+        utilities = optimizer.tell(population, [0.0, 1.0])
+        optimizer.step()
+        for name, parameter in parameters.items():
+            g = sum(u * noise_of(m.seed, name) for u, m in zip(utilities, population, strict=True)) / 2
+            decay = 0.2 if name == "linear.weight" else 0.0
+            direction = g - decay * before[name] - 0.3 * (before[name] - start[name])
+            torch.testing.assert_close(parameter.data, before[name] + 0.5 * direction, rtol=0, atol=5e-6)
+    assert step == 1
+
+
+def test_updates_too_small_for_bfloat16_add_up_in_the_master():
+    parameters = {"norm.weight": nn.Parameter(torch.ones(33, dtype=torch.bfloat16))}
+    with_master, optimizer = make(copy.deepcopy(parameters), lr=3e-4)
+    without, drifting = make(copy.deepcopy(parameters), lr=3e-4, master_weights="none")
+    for _ in range(100):
+        for strategy in (optimizer, drifting):
+            strategy.told = Told(seeds=[1], signs=[1], utilities=[1.0])  # always the same direction
+            strategy.step()
+    assert not torch.equal(with_master["norm.weight"].data, parameters["norm.weight"].data)
+    assert torch.equal(without["norm.weight"].data, parameters["norm.weight"].data)
+
+
+def test_equal_fitness_moves_nothing_but_counts_as_a_step():
+    parameters, optimizer = make(weight_decay=0.5, rule="momentum")
+    run_steps(optimizer, 2)
+    before = snapshot(parameters)
+    first = optimizer.ask()
+    optimizer.tell(first, [2.0] * 5)
+    optimizer.step()
+    assert_same(snapshot(parameters), before)
+    assert optimizer.update_norm == 0.0
+    assert optimizer.ask() != first
+
+
+def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(noise, "CPU_PIECE", 4096)  # so that small tensors are shared, too
+    results, norms = [], []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            parameters, optimizer = make(lr=0.1, rule="adam")
+            run_steps(optimizer, 3)
+            results.append(snapshot(parameters))
+            norms.append(optimizer.update_norm)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+    assert norms[0] == norms[1] == norms[2]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("master_weights", ["device", "none"])
+def test_resuming_from_a_state_dict_is_exact(tmp_path, dtype, rule, master_weights):
+    options = {"rule": rule, "anchor_decay": 0.1, "dtype": dtype, "master_weights": master_weights, "lr": 0.1}
+    whole, uninterrupted = make(**options)
+    run_steps(uninterrupted, 5)
+    _, first = make(**options)
+    run_steps(first, 3)
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+
+    resumed, second = make(**options)
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for step in range(3, 5):
+        population = second.ask()
+        for member in population:
+            second.perturb(member)
+        second.tell(population, np.random.default_rng(step).normal(size=5))
+        second.step()
+    assert_same(snapshot(resumed), snapshot(whole))
+    assert second.distance_from_start() == uninterrupted.distance_from_start()
+
+
+def test_a_state_of_something_else_is_refused():
+    _, optimizer = make()
+    _, other = make(rule="adam")
+    with pytest.raises(ValueError, match="exp_avg.*es_optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    parameters = make_parameters()
+    del parameters["norm.weight"]
+    _, smaller = make(parameters)
+    with pytest.raises(ValueError, match="'norm.weight'"):
+        optimizer.load_state_dict(smaller.state_dict())
+
+
+def test_given_dtype_is_what_is_saved_and_loaded():
+    parameters, optimizer = make(dtype=torch.bfloat16, lr=1.0)
+    run_steps(optimizer, 1)
+    working = snapshot(parameters)
+    assert working["norm.weight"].dtype == torch.bfloat16
+    with optimizer.weights.as_given():
+        saved = snapshot(parameters)
+    assert saved["norm.weight"].dtype == torch.float32
+    assert torch.equal(saved["norm.weight"].bfloat16(), working["norm.weight"])
+    assert_same(snapshot(parameters), working)
+
+    with optimizer.weights.as_given():
+        parameters["norm.weight"].data.fill_(1.2345678)
+        optimizer.weights.adopt()
+    assert parameters["norm.weight"].data.dtype == torch.bfloat16
+    optimizer.perturb(Member(1))
+    optimizer.restore()
+    with optimizer.weights.as_given():
+        assert torch.equal(parameters["norm.weight"].data, torch.full((33,), 1.2345678))
+
+
+def test_frozen_parameters_keep_their_precision():
+    frozen = nn.Parameter(torch.full((5,), 1.2345678), requires_grad=False)
+    _, optimizer = make(dtype=torch.bfloat16, frozen=[frozen])
+    assert frozen.dtype == torch.bfloat16
+    with optimizer.weights.as_given():
+        assert torch.equal(frozen.data, torch.full((5,), 1.2345678))
+    assert frozen.dtype == torch.bfloat16
+
+
+def test_rewards_must_be_told():
+    _, optimizer = make()
+    with pytest.raises(RuntimeError, match="tell"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="3 members.*has 5"):
+        optimizer.tell(optimizer.ask(), [1.0, 2.0, 3.0])
+
+
+def test_distance_is_measured_well_on_a_sample(monkeypatch):
+    monkeypatch.setattr(optimizer_module, "DISTANCE_SAMPLE", 20_000)
+    parameters, optimizer = make(lr=1.0)
+    start = snapshot(parameters)
+    run_steps(optimizer, 2)
+    exact = sum(float((parameters[name].data - start[name]).square().sum()) for name in start) ** 0.5
+    assert optimizer.distance_from_start() == pytest.approx(exact, rel=0.03)
+    assert optimizer.distance_from_start() != exact
+
+
+def test_learning_rate_schedulers_drive_it():
+    parameters, optimizer = make(lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 0 else 1.0)
+    before = snapshot(parameters)
+    run_steps(optimizer, 1)
+    assert_same(snapshot(parameters), before)
+    scheduler.step()
+    run_steps(optimizer, 1)
+    assert not torch.equal(parameters["norm.weight"].data, before["norm.weight"])
+
+
+def test_it_climbs():
+    torch.manual_seed(0)
+    target = torch.randn(30)
+    parameters = {"weight": nn.Parameter(torch.zeros(30))}
+    optimizer = EvolutionStrategy(list(parameters.items()), lr=0.1, sigma=0.1, population_size=40)
+    for _ in range(60):
+        population = optimizer.ask()
+        rewards = []
+        for member in population:
+            optimizer.perturb(member)
+            rewards.append(-float((parameters["weight"].data - target).square().sum()))
+        optimizer.tell(population, rewards)
+        optimizer.step()
+    assert float((parameters["weight"].data - target).norm()) < 0.2 * float(target.norm())

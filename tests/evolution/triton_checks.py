@@ -1,0 +1,125 @@
+"""Checks of the Triton kernel, run by `test_cuda_kernel.py` in processes of their own.
+
+On CPU tensors if Triton's interpreter is on, else on CUDA tensors.
+"""
+
+import os
+
+import pytest
+import torch
+
+from es_trainer.evolution import noise
+from es_trainer.evolution.kernels import cuda
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NAME = "model.layers.0.mlp.down_proj.weight"
+STREAM = noise.stream(NAME)
+TOLERANCE = 2e-6
+
+
+def weights(size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def add(source, target, seeds, coefficients, start=0, stream=STREAM):
+    """Run the kernel on copies on the device and return the result on CPU."""
+    target = target.to(DEVICE)
+    cuda.add(None if source is None else source.to(DEVICE), target, start, stream, seeds, coefficients)
+    return target.cpu()
+
+
+def fill(size, seed=1, start=0, stream=STREAM):
+    return add(None, torch.full((size,), torch.nan), [seed], [1.0], start, stream)
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("size", [1, 17, 4096, 10000])
+@pytest.mark.parametrize("start", [0, 5, 4095, 4096, 123457])
+def test_values_are_those_of_the_cpu(start, size):
+    for name, seed in [("w", 0), ("lm_head.weight", 2**31 + 1), ("weight", 2**40 + 3), (NAME, 2**63 - 1)]:
+        expected = noise.fill(torch.empty(size), name, seed, start)
+        assert largest_difference(fill(size, seed, start, noise.stream(name)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("start", [2**31 - 100, 2**33 + 7, 2**34 - 2000, 2**50 + 12345])
+def test_index_has_64_bits(start):
+    expected = noise.fill(torch.empty(5000), NAME, 1, start)
+    assert largest_difference(fill(5000, start=start), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 62])
+def test_every_bit_of_the_seed_counts(bit):
+    assert not torch.isclose(fill(64, seed=1 << bit), fill(64, seed=0)).any()
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 63])
+def test_every_bit_of_the_stream_counts(bit):
+    assert not torch.isclose(fill(64, stream=1 << bit), fill(64, stream=0)).any()
+
+
+def test_sum_over_members():
+    seeds, coefficients = [3, 2**35, 7, 7, 2**62], [0.5, -0.25, 1e-3, 2.0, -1.0]
+    source = weights(10000)
+    for base in (source, None):
+        expected = torch.empty(10000)
+        noise.add(base, expected, NAME, seeds, coefficients, start=77)
+        assert largest_difference(add(base, torch.empty(10000), seeds, coefficients, 77), expected) < TOLERANCE
+
+
+def test_float16_is_rounded_once():
+    source = weights(5000)
+    exact = add(source, torch.empty(5000), [1, 2], [0.1, 0.2])
+    assert torch.equal(add(source, torch.empty(5000).half(), [1, 2], [0.1, 0.2]), exact.half())
+
+
+def test_bfloat16_is_rounded_once():
+    source = weights(5000)
+    exact = add(source, torch.empty(5000), [1, 2], [0.1, 0.2])
+    rounded = add(source, torch.empty(5000).bfloat16(), [1, 2], [0.1, 0.2])
+    if INTERPRETED:  # which cuts the low bits off
+        assert torch.equal(rounded.view(torch.int16), (exact.view(torch.int32) >> 16).to(torch.int16))
+    else:
+        assert torch.equal(rounded, exact.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_source_of_another_dtype(dtype):
+    source = weights(5000).to(dtype)
+    widened = add(source.float(), torch.empty(5000), [1], [0.1], 3)
+    assert torch.equal(add(source, torch.empty(5000), [1], [0.1], 3), widened)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_place(dtype):
+    source = weights(10000).to(dtype)
+    target = source.to(DEVICE, copy=True)
+    cuda.add(target, target, 1234, 99, [1, 2], [0.1, 0.2])
+    assert torch.equal(target.cpu(), add(source, torch.empty_like(source), [1, 2], [0.1, 0.2], 1234, stream=99))
+
+
+def test_shards_make_the_whole():
+    whole = fill(13000, start=1000)
+    edges = [0, 1, 18, 3096, 3097, 7192, 13000]
+    shards = [fill(high - low, start=1000 + low) for low, high in zip(edges, edges[1:], strict=False)]
+    assert torch.equal(torch.cat(shards), whole)
+
+
+def test_nothing_is_written_outside_the_shard():
+    whole = torch.zeros(9000, device=DEVICE)
+    cuda.add(None, whole[3000:6000], 3000, 1, [1], [1.0])
+    assert not whole[:3000].any() and whole[3000:6000].all() and not whole[6000:].any()
+
+
+def test_empty_shard():
+    assert fill(0, start=5).numel() == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs CUDA tensors")
+def test_noise_of_cuda_tensors():
+    expected = noise.fill(torch.empty(10000), NAME, 1, 5)
+    assert largest_difference(noise.fill(torch.empty(10000, device="cuda"), NAME, 1, 5).cpu(), expected) < TOLERANCE

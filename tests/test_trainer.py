@@ -1,0 +1,628 @@
+import functools
+import json
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from es_trainer import ESConfig, ESTrainer, replay
+from es_trainer.callbacks import RewardPlotCallback
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.fixture
+def trainer(model_folder, dataset, reward, config):
+    """Make an ESTrainer for a tiny run."""
+
+    def make(model=None, reward_funcs=reward, callbacks=None, peft_config=None, **options) -> ESTrainer:
+        given = {"train_dataset": dataset, "eval_dataset": dataset, "processing_class": make_tokenizer()}
+        given |= {key: options.pop(key) for key in list(given) if key in options}
+        model = model_folder if model is None else model
+        return ESTrainer(model, reward_funcs, config(**options), callbacks=callbacks, peft_config=peft_config, **given)
+
+    return make
+
+
+def logs(trainer: ESTrainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+# ---- training ----
+
+
+def test_it_learns(trainer):
+    trainer = trainer(population_size=16, learning_rate=0.05, max_steps=15, num_prompts_per_step=6)
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_reward"]
+    assert after > before + 0.15
+
+
+@pytest.mark.parametrize(
+    "options", [{"antithetic": True}, {"es_optimizer": "adam"}, {"fitness_shaping": "prompt_z_score"}]
+)
+def test_it_learns_by_every_variant(trainer, options):
+    learning_rate = 0.02 if options.get("es_optimizer") == "adam" else 0.05
+    trainer = trainer(population_size=16, learning_rate=learning_rate, max_steps=15, num_prompts_per_step=6, **options)
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] > before + 0.1
+
+
+def test_same_seed_same_weights_and_another_seed_others(trainer):
+    runs = []
+    for seed in (1, 1, 2):
+        run = trainer(seed=seed)
+        run.train()
+        runs.append(weights(run.model))
+    assert_same(runs[1], runs[0])
+    assert not torch.equal(runs[2]["model.norm.weight"], runs[0]["model.norm.weight"])
+
+
+def test_generation_batch_size_does_not_change_the_run(trainer):
+    runs = []
+    for size in (None, 1, 3):
+        run = trainer(generation_batch_size=size, num_generations=2, temperature=1.0)
+        run.train()
+        runs.append(weights(run.model))
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
+
+
+def test_every_member_answers_the_same_prompts_of_the_step(trainer):
+    seen = []
+
+    def spy(prompts, completions, trainer_state, **kwargs):
+        seen.append((trainer_state.global_step, tuple(prompts)))
+        return [float(len(seen))] * len(prompts)
+
+    trainer(reward_funcs=spy, max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=1).train()
+    steps = [{prompts for step, prompts in seen if step == k} for k in range(6)]
+    assert all(len(prompts) == 1 for prompts in steps)
+    assert all(len(prompts) == 2 for (prompts,) in steps)
+    first_epoch = [prompt for (prompts,) in steps[:3] for prompt in prompts]
+    second_epoch = [prompt for (prompts,) in steps[3:] for prompt in prompts]
+    assert sorted(first_epoch) == sorted(second_epoch) and len(set(first_epoch)) == 6
+    assert first_epoch != second_epoch
+
+
+def test_shuffle_dataset_false_keeps_the_order(trainer, dataset):
+    seen = []
+
+    def spy(prompts, **kwargs):
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    trainer(reward_funcs=spy, max_steps=3, shuffle_dataset=False, population_size=2).train()
+    assert list(dict.fromkeys(seen)) == dataset["prompt"]
+
+
+def test_iterable_datasets(trainer, dataset):
+    stream = dataset.to_iterable_dataset()
+    assert isinstance(stream, IterableDataset)
+    run = trainer(train_dataset=stream)
+    run.train()
+    assert run.state.global_step == 3
+
+
+def test_conversational_prompts(trainer):
+    rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("one", "two")]
+    seen = []
+
+    def spy(prompts, completions, **kwargs):
+        seen.extend(completions)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    dataset = Dataset.from_list(rows)
+    trainer(reward_funcs=spy, train_dataset=dataset, eval_dataset=dataset, max_steps=1).train()
+    assert all(len(completion) == 1 and completion[0]["role"] == "assistant" for completion in seen)
+
+
+def test_rewards_are_computed_while_the_next_member_generates(trainer):
+    threads = set()
+
+    def spy(completions, **kwargs):
+        threads.add(threading.current_thread())
+        return [0.0] * len(completions)
+
+    trainer(reward_funcs=spy, max_steps=1).train()
+    assert threading.main_thread() not in threads
+
+
+def test_sampling_gives_all_members_the_same_luck(trainer):
+    """With no noise to speak of, all members are the same model and sample the same completions."""
+    seen = []
+
+    def spy(completions, **kwargs):
+        seen.append(tuple(completions))
+        return [0.0] * len(completions)
+
+    trainer(reward_funcs=spy, sigma=1e-12, temperature=1.0, num_generations=3, max_steps=2).train()
+    assert len(set(seen[:4])) == 1 and len(set(seen[4:])) == 1
+    assert set(seen[:4]) != set(seen[4:])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant_with_warmup", "constant"])
+def test_learning_rate_schedules(trainer, schedule):
+    run = trainer(lr_scheduler_type=schedule, warmup_steps=2, max_steps=4, learning_rate=0.1)
+    run.train()
+    rates = [log["learning_rate"] for log in logs(run)]
+    norms = [log["update_norm"] for log in logs(run)]
+    if schedule == "constant":
+        assert rates == [0.1] * 4
+    else:
+        assert rates[0] == 0.0 and norms[0] == 0.0
+        assert rates[2] == 0.1
+    if schedule == "linear":
+        assert rates[3] == pytest.approx(0.05)
+
+
+def test_tied_weights_are_perturbed_once(model_folder, trainer):
+    run = trainer(make_model(tie=True))
+    names = [shard.name for shard in run.optimizer.weights.shards]
+    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+    run.train()
+    assert run.model.lm_head.weight is run.model.model.embed_tokens.weight
+    untied = trainer(make_model(tie=False))
+    assert "lm_head.weight" in [shard.name for shard in untied.optimizer.weights.shards]
+
+
+def test_frozen_parameters_never_change(trainer, tmp_path):
+    model = make_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = weights(model)
+    run = trainer(model, bf16=True)
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    after = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "working"),
+    [
+        (torch.float32, {"bf16": True}, torch.bfloat16),
+        (torch.float32, {"fp16": True}, torch.float16),
+        (torch.float32, {"bf16": False}, torch.float32),
+        (torch.bfloat16, {"bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {"bf16": False}, torch.bfloat16),
+    ],
+)
+def test_working_and_saved_dtypes(trainer, tmp_path, given, options, working):
+    run = trainer(make_model(dtype=given), **options)
+    run.train()
+    assert {parameter.dtype for parameter in run.model.parameters()} == {working}
+    run.save_model(str(tmp_path / "out"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert saved.dtype == given
+    for shard in run.optimizer.weights.shards:
+        assert torch.equal(saved.get_parameter(shard.name).data.flatten(), shard.master.to(given))
+    assert {parameter.dtype for parameter in run.model.parameters()} == {working}
+
+
+def test_a_model_named_by_a_string_is_loaded_in_float32(trainer, tmp_path):
+    make_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert trainer(str(tmp_path / "model"), bf16=False).model.dtype == torch.float32
+    run = trainer(str(tmp_path / "model"), bf16=False, model_init_kwargs={"dtype": "bfloat16"})
+    assert run.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("master_weights", ["host", "none"])
+def test_other_places_for_the_master(trainer, master_weights):
+    run, reference = trainer(master_weights=master_weights), trainer()
+    run.train()
+    reference.train()
+    for name, parameter in reference.model.named_parameters():
+        torch.testing.assert_close(run.model.get_parameter(name), parameter, rtol=0, atol=1e-4)
+
+
+# ---- what is logged ----
+
+
+def test_metrics(trainer, dataset):
+    def half(completions, **kwargs):
+        return [0.5, None] * (len(completions) // 2)
+
+    def count(completions, log_metric, **kwargs):
+        log_metric("count", len(completions))
+        return [float(len(completion)) for completion in completions]
+
+    run = trainer(reward_funcs=[half, count], reward_weights=[2.0, 1.0], max_steps=2)
+    run.train()
+    first, second = logs(run)
+    for log in (first, second):
+        assert log["loss"] == -log["reward"]
+        assert log["reward_min"] <= log["reward"] <= log["reward_max"]
+        assert log["rewards/half/mean"] == 0.5 and log["rewards/half/std"] == 0.0
+        assert log["reward"] == pytest.approx(0.5 + log["rewards/count/mean"])  # half applies to half of the rows
+        assert 1 <= log["completions/mean_length"] <= 8
+        assert 0 <= log["completions/clipped_ratio"] <= 1
+        assert log["count"] == 2.0
+        assert log["update_norm"] > 0 and log["distance_from_start"] > 0
+        assert all(log[f"{part}_seconds"] >= 0 for part in ("generation", "reward", "noise", "update"))
+        assert log["tokens_per_second"] > 0
+        assert "grad_norm" not in log
+    assert second["num_tokens"] > first["num_tokens"] > 4 * 2 * 8
+    assert second["distance_from_start"] > first["distance_from_start"]
+
+
+def test_logs_are_means_since_the_last_log(trainer):
+    every, second = trainer(max_steps=4, logging_steps=1), trainer(max_steps=4, logging_steps=2)
+    every.train()
+    second.train()
+    assert [log["reward"] for log in logs(second)] == [
+        np.mean([a["reward"], b["reward"]]) for a, b in zip(logs(every)[::2], logs(every)[1::2], strict=True)
+    ]
+    assert [log["num_tokens"] for log in logs(second)] == [log["num_tokens"] for log in logs(every)[1::2]]
+
+
+def test_truncated_completions_can_be_masked(trainer):
+    ends = [2, *range(60, 90)]  # so many that some completions end
+
+    def cut(completion_ids, **kwargs):
+        return [float(ids[-1] not in ends) for ids in completion_ids]
+
+    rewards = []
+    for mask in (False, True):
+        model = make_model()
+        model.generation_config.eos_token_id = ends
+        run = trainer(model, reward_funcs=cut, mask_truncated_completions=mask, max_steps=1, num_prompts_per_step=6)
+        run.train()
+        (log,) = logs(run)
+        assert 0 < log["completions/clipped_ratio"] < 1
+        rewards.append(log["reward_max"])
+    assert rewards[0] > 0 == rewards[1]
+
+
+def test_all_completions_masked_is_no_update(trainer, caplog):
+    run = trainer(reward_funcs=lambda completions, **kw: [None] * len(completions), max_steps=2)
+    before = weights(run.model)
+    run.train()
+    assert_same(weights(run.model), before)
+    assert logs(run)[0]["reward"] is None and logs(run)[0]["reward_max"] is None
+    json.dumps(run.state.log_history, allow_nan=False)
+
+
+def test_equal_fitness_is_no_update_and_one_warning(trainer, caplog):
+    logging.getLogger("transformers").propagate = True
+    run = trainer(reward_funcs=lambda completions, **kwargs: [0.3] * len(completions), weight_decay=0.1)
+    before = weights(run.model)
+    with caplog.at_level("WARNING"):
+        run.train()
+    assert_same(weights(run.model), before)
+    assert caplog.text.count("all members have the same fitness") == 1
+    assert run.state.global_step == 3
+
+
+def test_table_of_completions(trainer, capsys):
+    def scored(completions, log_extra, **kwargs):
+        log_extra("note", ["noted"] * len(completions))
+        return [0.25] * len(completions)
+
+    trainer(reward_funcs=scored, log_completions=True, num_completions_to_print=1, max_steps=1).train()
+    printed = capsys.readouterr().out
+    assert "Step 1: completions of the best member" in printed
+    assert printed.count("Say ") == 1 and "0.25" in printed and "noted" in printed
+
+
+def test_progress_inside_a_step(trainer, capsys):
+    totals = []
+
+    class Watch(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            totals.append(state.global_step)
+
+    def slow(completions, **kwargs):
+        time.sleep(0.12)  # the bar is drawn ten times a second at the most
+        return [float(len(completion)) for completion in completions]
+
+    trainer(reward_funcs=slow, disable_tqdm=False, callbacks=[Watch()], max_steps=2).train()
+    shown = capsys.readouterr().err
+    assert "Members" in shown and "3/4" in shown
+    assert totals == [0] * 4 + [1] * 4
+
+
+def test_trackers_get_the_metrics(trainer, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer(report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert {"train/reward", "train/reward_std", "train/rewards/letters/mean"} <= set(events.Tags()["scalars"])
+
+
+def test_plot(trainer, tmp_path):
+    trainer(callbacks=[RewardPlotCallback()], eval_strategy="steps", eval_steps=1).train()
+    assert (tmp_path / "run" / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- evaluation, best model ----
+
+
+def test_evaluation_uses_the_unperturbed_weights(trainer, reward, dataset):
+    run = trainer(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    run.train()
+    metrics = run.evaluate()
+    engine = run.engine
+    texts = [c.text for c in engine.generate(engine.tokenize(list(dataset["prompt"])), seed=0)]
+    assert metrics["eval_reward"] == pytest.approx(np.mean(reward(texts)))
+    assert metrics["eval_loss"] == -metrics["eval_reward"]
+    assert {"eval_rewards/letters/mean", "eval_completions/mean_length", "eval_runtime"} <= metrics.keys()
+    assert [log["step"] for log in run.state.log_history if "eval_reward" in log][:3] == [1, 2, 3]
+
+
+def test_several_evaluation_sets(trainer, dataset):
+    run = trainer(eval_dataset={"first": dataset.select([0]), "rest": dataset.select([1, 2])})
+    assert {"eval_first_reward", "eval_rest_reward"} <= run.evaluate().keys()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_best_model_is_loaded_at_the_end(trainer, tmp_path, bf16):
+    run = trainer(
+        bf16=bf16,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=6,
+        learning_rate=0.3,  # so large that it does not get better all the time
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        save_total_limit=1,
+    )
+    run.train()
+    rewards = [log["eval_reward"] for log in run.state.log_history if "eval_reward" in log]
+    assert run.state.best_metric == max(rewards)
+    assert int(np.argmax(rewards)) + 1 == run.state.best_global_step != 6
+    assert run.evaluate()["eval_reward"] == pytest.approx(max(rewards))
+    run.save_model(str(tmp_path / "out"))
+    best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
+    assert_same(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), weights(best))
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def test_early_stopping(trainer):
+    run = trainer(
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=20,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+    )
+    run.train()
+    assert run.state.global_step == 3
+
+
+# ---- PEFT ----
+
+
+def adapter() -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_with_peft_only_the_adapter_is_trained_and_saved(trainer, model_folder, tmp_path, bf16):
+    run = trainer(peft_config=adapter(), bf16=bf16, learning_rate=0.1)
+    assert all("lora_" in shard.name for shard in run.optimizer.weights.shards)
+    with run.optimizer.weights.as_given():
+        before = weights(run.model)
+    run.train()
+    with run.optimizer.weights.as_given():
+        after = weights(run.model)
+    for name in after:
+        assert torch.equal(after[name], before[name]) == ("lora_" not in name), name
+
+    run.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert_same(weights(PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)), after)
+
+
+def test_a_peft_model_trains_the_adapter_it_has(trainer):
+    run = trainer(get_peft_model(make_model(), adapter()))
+    run.train()
+    assert all("lora_" in shard.name for shard in run.optimizer.weights.shards)
+    with pytest.raises(ValueError, match="`PeftModel` together with a `peft_config`"):
+        trainer(get_peft_model(make_model(), adapter()), peft_config=adapter())
+
+
+def test_peft_runs_resume(trainer, tmp_path):
+    options = {"peft_config": adapter(), "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": True}
+    whole = trainer(**options)
+    whole.train()
+    resumed = trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+# ---- history ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"antithetic": True, "es_optimizer": "adam", "anchor_decay": 0.5, "weight_decay": 0.1, "bf16": True},
+        {"master_weights": "none", "bf16": True},
+        {"lr_scheduler_type": "linear", "warmup_steps": 1, "es_optimizer": "momentum"},
+    ],
+)
+def test_the_history_rebuilds_the_weights(trainer, model_folder, tmp_path, options):
+    run = trainer(**options)
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    rebuilt = replay(model_folder, tmp_path / "run")
+    assert_same(weights(rebuilt), weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+
+
+def test_a_history_holds_what_updates_were_made_of(trainer, tmp_path):
+    run = trainer()
+    run.train()
+    header, *steps = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    assert header["config"]["sigma"] == 0.05
+    assert header["parameters"]["model.norm.weight"] == [32]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    for step in steps:
+        assert len(step["seeds"]) == len(step["signs"]) == len(step["utilities"]) == 4
+        assert step["learning_rate"] == 0.02
+        assert step["metrics"]["reward"] is not None
+
+
+def test_replay_stops_where_it_is_told(trainer, model_folder, tmp_path):
+    run = trainer(save_strategy="steps", save_steps=2)
+    run.train()
+    rebuilt = replay(model_folder, tmp_path / "run" / "history.jsonl", steps=2)
+    assert_same(weights(rebuilt), weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")))
+    with pytest.raises(ValueError, match="steps=9.*3 updates"):
+        replay(model_folder, tmp_path / "run", steps=9)
+
+
+def test_replay_refuses_another_model(trainer, tmp_path):
+    trainer().train()
+    with pytest.raises(ValueError, match="another model.*shape"):
+        replay(make_model(hidden_size=48), tmp_path / "run")
+
+
+# ---- when things go wrong ----
+
+
+def test_a_reward_that_raises_leaves_weights_clean_and_the_checkpoint_usable(trainer, tmp_path):
+    calls = []
+
+    def breaks(completions, trainer_state, **kwargs):
+        calls.append(trainer_state.global_step)
+        if calls.count(2) == 2:
+            raise OSError("sandbox is gone")
+        return [float(len(completion) + len(calls)) for completion in completions]
+
+    run = trainer(reward_funcs=breaks, save_strategy="steps", save_steps=1, max_steps=5)
+    with pytest.raises(RuntimeError, match="'breaks' raised OSError: sandbox is gone"):
+        run.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert_same(weights(run.model), weights(saved))
+
+    run = trainer(reward_funcs=lambda completions, **kw: [0.0, 1.0], save_strategy="steps", save_steps=1, max_steps=5)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 5
+
+
+def test_an_error_in_generation_leaves_weights_clean(trainer, monkeypatch):
+    run = trainer()
+    before = weights(run.model)
+    generate, calls = run.engine.generate, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return generate(*args)
+
+    monkeypatch.setattr(run.engine, "generate", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.train()
+    assert_same(weights(run.model), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_dataset": Dataset.from_dict({"prompt": []})}, "`train_dataset` is empty"),
+        ({"train_dataset": Dataset.from_dict({"question": ["a"]})}, "no column 'prompt'.*question"),
+        ({"eval_dataset": Dataset.from_dict({"question": ["a"]})}, "`eval_dataset` has no column 'prompt'"),
+        ({"eval_dataset": {"hard": Dataset.from_dict({"prompt": []})}}, r"`eval_dataset\['hard'\]` is empty"),
+        ({"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 weights for 1"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["x" * 300]})}, "Prompt 0 has 300 tokens.*256"),
+        ({"eval_dataset": Dataset.from_dict({"prompt": ["x" * 300]})}, "Prompt 0 has 300 tokens.*256"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(**changes)
+
+
+def test_more_that_cannot_work(trainer, model_folder, dataset, reward, config):
+    with pytest.raises(TypeError, match="reward_funcs.*cannot be called"):
+        trainer(reward_funcs=[reward, 3])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        trainer("/nowhere/to/be/found")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        trainer("./nowhere")
+    model = make_model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="All parameters of the model are frozen"):
+        trainer(model)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a padding nor an end-of-sequence"):
+        trainer(processing_class=tokenizer)
+    with pytest.raises(TypeError, match="`processing_class` must be a tokenizer"):
+        trainer(processing_class="gpt2")
+    with pytest.raises(TypeError, match="`peft_config` must be"):
+        trainer(peft_config={"r": 4})
+    with pytest.raises(ValueError, match="model_init_kwargs"):
+        trainer(make_model(), model_init_kwargs={"dtype": "bfloat16"})
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    with pytest.raises(ValueError, match="es_optimizer"):
+        ESTrainer(model_folder, reward, config(), dataset, optimizers=(optimizer, None))
+
+
+def test_bad_settings_are_found_before_the_model_is_loaded(dataset, reward, config):
+    with pytest.raises(ValueError, match="`reward_weights`"):
+        ESTrainer("org/does-not-exist", reward, config(reward_weights=[1.0, 2.0]), dataset)
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        ESTrainer("org/does-not-exist", reward, config(), Dataset.from_dict({"text": ["a"]}))
+
+
+def test_pad_token_defaults_to_the_end_of_sequence(trainer):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    run = trainer(processing_class=tokenizer)
+    assert run.processing_class.pad_token == "</s>"
+    assert run.model.generation_config.pad_token_id == 2
+
+
+def test_only_a_model_and_a_reward_are_needed(reward, dataset, tmp_path, monkeypatch):
+    make_model(max_position_embeddings=1024).save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    # The default configuration is for bfloat16 on a GPU, as GRPOTrainer's; say so that it may be the CPU here
+    monkeypatch.setattr("es_trainer.trainer.ESConfig", functools.partial(ESConfig, use_cpu=True))
+    trainer = ESTrainer(str(tmp_path / "tiny"), reward, train_dataset=dataset)
+    assert trainer.args.output_dir == "tiny-ES"
+    assert trainer.processing_class.chat_template is not None
+
+
+def test_training_twice_goes_on(trainer):
+    run = trainer()
+    run.train()
+    middle, seeds = weights(run.model), run.optimizer.ask()
+    run.train()
+    assert run.optimizer.updates == 6
+    assert run.optimizer.ask() != seeds
+    assert not torch.equal(run.model.model.norm.weight, middle["model.norm.weight"])
