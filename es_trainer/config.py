@@ -242,9 +242,7 @@ class ESConfig(TrainingArguments):
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "Additional keyword arguments of `GenerationConfig`. They override the other generation parameters."
-        },
+        metadata={"help": "Additional keyword arguments of `GenerationConfig`. They override the other parameters."},
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Additional keyword arguments of `apply_chat_template`."}

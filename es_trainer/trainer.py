@@ -414,8 +414,8 @@ class ESTrainer(Trainer):
         for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", HISTORY_NAME):
             if not (checkpoint / name).is_file():
                 raise ValueError(
-                    f"The checkpoint {checkpoint} has no {name}, so training can't be resumed from it. It was saved by "
-                    "another trainer or with save_only_model=True, or saving it was interrupted: resume from another."
+                    f"The checkpoint {checkpoint} has no {name}, so training can't be resumed from it. It was saved "
+                    "by another trainer or with save_only_model=True, or saving was interrupted: resume from another."
                 )
         header, _ = History(checkpoint / HISTORY_NAME).read()
         found = differences(header, describe(self.optimizer, self.args))
@@ -456,8 +456,8 @@ def _check_arguments(args: ESConfig, model: Any, train_dataset: Any, eval_datase
         raise ValueError(f"ESTrainer runs on one process, but was launched on {args.world_size}.")
     if tuple(optimizers) != (None, None):
         raise ValueError(
-            f"`optimizers={optimizers!r}` is not supported: the evolution strategy is the optimizer. Choose its update "
-            "rule with `es_optimizer` and its schedule with `lr_scheduler_type` and `lr_scheduler_kwargs`."
+            f"`optimizers={optimizers!r}` is not supported: the evolution strategy is the optimizer. Choose its "
+            "update rule with `es_optimizer` and its schedule with `lr_scheduler_type` and `lr_scheduler_kwargs`."
         )
     if isinstance(model, str) and Path(model).expanduser().is_absolute() | model.startswith("."):
         if not Path(model).expanduser().is_dir():
@@ -474,8 +474,8 @@ def _check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` is empty: give at least one row.")
     if "prompt" not in dataset.column_names:
         raise ValueError(
-            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Rename the one with the prompts: "
-            "dataset.rename_column(..., 'prompt')."
+            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Rename the one with the "
+            "prompts: dataset.rename_column(..., 'prompt')."
         )
 
 

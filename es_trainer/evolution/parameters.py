@@ -93,7 +93,7 @@ class Weights:
         """Make the working weights those of `member`, whatever member they held before."""
         if self._inside is not None and self.drifts:
             self.restore()
-        # Set before the first weight changes, so that `restore` knows what to take out if this is interrupted
+        # Set before the first weight changes: if this is interrupted, there is something to restore
         self._inside = (member, sigma)
         self._write(member.seed, sigma * member.sign)
 

@@ -65,9 +65,9 @@ def block_words(block, stream, seed, words):
 def box_muller(w0, w1):
     """Two standard normals from two words.
 
-    The radius is sqrt(-2 ln u) with u = (w0 // 256 + 1/2) / 2**24, rounded to float32. The angle lies in a quarter circle around the x
-    axis (the low 30 bits of w1), and the other three quarters follow by exchanging the coordinates (bit 30) and the
-    signs (bit 31). The polynomials are minimax fits with errors below half a float32 ulp.
+    The radius is sqrt(-2 ln u) with u = (w0 // 256 + 1/2) / 2**24, rounded to float32. The angle lies in a quarter
+    circle around the x axis (the low 30 bits of w1), and the other three quarters follow by exchanging the coordinates
+    (bit 30) and the signs (bit 31). The polynomials are minimax fits with errors of about half a float32 ulp.
     """
     u = f32(i32(u32(w0 >> u32(8)))) + f32(0.5)
     bits = u32(f32(u).view(u32) - SQRT_HALF_2_24)
