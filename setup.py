@@ -4,8 +4,8 @@ from setuptools import find_packages, setup
 
 
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.19"],
-    "vllm": ["vllm>=0.19"],
+    "deepspeed": ["deepspeed>=0.19.8"],
+    "vllm": ["vllm>=0.32"],
     "triton": ["triton>=3.4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.19"],
     "test": ["gguf>=0.19", "pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.7"],

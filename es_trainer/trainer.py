@@ -149,17 +149,14 @@ class ESTrainer(Trainer):
 
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
+        options = args.model_init_kwargs or {}
         if isinstance(model, str):
-            options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-            model = AutoModelForCausalLM.from_pretrained(model, **options)
-        elif args.model_init_kwargs is not None:
-            raise ValueError(
-                f"`model_init_kwargs={args.model_init_kwargs!r}` is for models given as a string, but the model is "
-                "already loaded. Remove it, or give the model's name."
+            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **options})
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                model.config._name_or_path, revision=options.get("revision", "main"), padding_side="left"
             )
-        processing_class = _with_pad_token(
-            processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path, padding_side="left")
-        )
+        _require_pad_token(processing_class)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
         if peft_config is not None:
@@ -170,6 +167,8 @@ class ESTrainer(Trainer):
                 "requires_grad=True on those to train."
             )
 
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # as the Trainer does where torch's DataParallel, which splits gradients, has no use
         super().__init__(
             model=model,
             args=args,
@@ -196,8 +195,8 @@ class ESTrainer(Trainer):
     def _check_prompts(self, dataset: Dataset | IterableDataset | None) -> None:
         """Raise now what generation would raise about a prompt."""
         if isinstance(dataset, Dataset):
-            for batch in dataset.select_columns("prompt").iter(1000):
-                self.engine.tokenize(batch["prompt"])
+            for number, batch in enumerate(dataset.select_columns("prompt").iter(1000)):
+                self.engine.tokenize(batch["prompt"], first_row=1000 * number)
 
     # ---- the evolution strategy in the Trainer's loop ----
 
@@ -225,7 +224,8 @@ class ESTrainer(Trainer):
         """Evaluate a population on the prompts and tell the optimizer how it did. Returns minus the mean reward."""
         population = self.optimizer.ask()
         rollouts = self._evaluate_population(population, inputs)
-        rewards = np.stack([self._rewards_that_count(rollout) for rollout in rollouts])
+        mask = self.args.mask_truncated_completions
+        rewards = np.stack([self._prompt_rewards(rollout, mask) for rollout in rollouts])
         utilities = self.optimizer.tell(population, rewards)
         if not utilities.any():
             self._warn_of_equal_fitness()
@@ -288,10 +288,10 @@ class ESTrainer(Trainer):
 
         return score
 
-    def _rewards_that_count(self, rollout: Rollout) -> np.ndarray:
+    def _prompt_rewards(self, rollout: Rollout, mask_truncated: bool = False) -> np.ndarray:
         """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
         rewards = rollout.scores.total
-        if self.args.mask_truncated_completions:
+        if mask_truncated:
             truncated = np.array([completion.truncated for completion in rollout.completions])
             rewards = np.where(truncated, np.nan, rewards)
         return mean(rewards.reshape(-1, self.args.num_generations), axis=1)
@@ -348,7 +348,7 @@ class ESTrainer(Trainer):
             # Other random numbers for every batch, the same ones at every evaluation
             rollouts.append(self._generate(rows, prompt_ids, seed=step)())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        rewards = np.concatenate([self._rewards_that_count(rollout) for rollout in rollouts])
+        rewards = np.concatenate([self._prompt_rewards(rollout) for rollout in rollouts])
         metrics = {
             "loss": -float(mean(rewards)),
             "reward": float(mean(rewards)),
@@ -462,6 +462,11 @@ def _check_arguments(args: ESConfig, model: Any, train_dataset: Any, eval_datase
     if isinstance(model, str) and Path(model).expanduser().is_absolute() | model.startswith("."):
         if not Path(model).expanduser().is_dir():
             raise FileNotFoundError(f"`model={model!r}`: there is no such folder.")
+    if not isinstance(model, str) and args.model_init_kwargs is not None:
+        raise ValueError(
+            f"`model_init_kwargs={args.model_init_kwargs!r}` is for models given as a string, but the model is "
+            "already loaded. Remove it, or give the model's name."
+        )
     _check_dataset("train_dataset", train_dataset)
     for name, dataset in _datasets(eval_dataset).items():
         _check_dataset(name, dataset)
@@ -485,7 +490,7 @@ def _datasets(eval_dataset: Any) -> dict[str, Any]:
     return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
-def _with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"`processing_class` must be a tokenizer, but is a {type(tokenizer).__name__}.")
     if tokenizer.pad_token is None:
@@ -495,7 +500,6 @@ def _with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
                 "`tokenizer.eos_token` to tokens of its vocabulary."
             )
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftModel":

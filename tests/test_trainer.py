@@ -402,6 +402,29 @@ def test_best_model_is_loaded_at_the_end(trainer, tmp_path, bf16):
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+def test_best_adapter_is_loaded_at_the_end(trainer):
+    run = trainer(
+        peft_config=adapter(),
+        bf16=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=6,
+        learning_rate=1.0,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+    )
+    run.train()
+    rewards = [log["eval_reward"] for log in run.state.log_history if "eval_reward" in log]
+    assert max(rewards) > rewards[-1]
+    assert run.evaluate()["eval_reward"] == pytest.approx(max(rewards))
+    before = weights(run.model)
+    run.optimizer.perturb(run.optimizer.ask().members[0])
+    run.optimizer.restore()
+    assert_same(weights(run.model), before)
+
+
 def test_early_stopping(trainer):
     run = trainer(
         reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),

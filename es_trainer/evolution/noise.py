@@ -2,7 +2,8 @@
 
 Philox4x32-10 with the seed as key and (index block, hash of the name) as counter, Box-Muller to float32. Any slice of
 any parameter can be made without the rest, and neither the process count, the shard layout, the chunk size nor the
-order of iteration changes a value. No two parameters share noise.
+order of iteration changes a value. No two parameters share noise. The words are the same on every machine; normals are
+the same up to the rounding of float32 on another kind of device, or on a CPU without fused multiply-add.
 """
 
 import functools

@@ -74,9 +74,15 @@ class TransformersEngine:
     def max_new_tokens(self) -> int:
         return self.generation_config.max_new_tokens
 
-    def tokenize(self, prompts: list[str] | list[list[dict[str, Any]]]) -> list[list[int]]:
+    def tokenize(self, prompts: list[str] | list[list[dict[str, Any]]], first_row: int = 0) -> list[list[int]]:
         """
         Tokens of the prompts: by the chat template if they are conversational, as plain text otherwise.
+
+        Args:
+            prompts (`list`):
+                Texts or lists of messages.
+            first_row (`int`, *optional*, defaults to `0`):
+                Number of the first prompt, for errors.
 
         Raises:
             `ValueError`: If a conversational prompt meets a tokenizer without chat template, or a prompt leaves no
@@ -93,12 +99,12 @@ class TransformersEngine:
             )["input_ids"]
         else:
             ids = self.tokenizer(text=prompts)["input_ids"]
-        self._check_lengths(ids)
+        self._check_lengths(ids, first_row)
         return ids
 
-    def _check_lengths(self, prompt_ids: list[list[int]]) -> None:
+    def _check_lengths(self, prompt_ids: list[list[int]], first_row: int) -> None:
         context = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        for row, ids in enumerate(prompt_ids):
+        for row, ids in enumerate(prompt_ids, first_row):
             if not ids:
                 raise ValueError(f"Prompt {row} is empty: the model needs at least one token to go on from.")
             if context is not None and len(ids) + self.max_new_tokens > context:

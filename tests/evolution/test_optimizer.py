@@ -84,6 +84,17 @@ def test_a_member_leaves_nothing_behind_for_the_next():
     assert_same(snapshot(parameters), after_another)
 
 
+def test_weights_written_from_host_memory_are_the_same(monkeypatch):
+    monkeypatch.setattr(noise, "CPU_PIECE", 4096)
+    parameters, optimizer = make(sigma=0.3)
+    optimizer.perturb(Member(seed=5, sign=-1))
+    directly = snapshot(parameters)
+    optimizer.restore()
+    for shard in optimizer.weights.shards:
+        optimizer.weights._write_from_host(shard, 5, -0.3)
+    assert_same(snapshot(parameters), directly)
+
+
 def test_without_master_weights_come_back_up_to_rounding():
     parameters, optimizer = make(sigma=0.1, master_weights="none")
     before = snapshot(parameters)

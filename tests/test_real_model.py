@@ -1,0 +1,75 @@
+"""Checks with a real language model; `make slow`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from es_trainer import ESConfig, ESTrainer, replay
+from es_trainer.smollm2 import smollm2
+from es_trainer.tasks import conciseness, countdown
+
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_trainer(tmp_path, task, **options) -> ESTrainer:
+    args = ESConfig(
+        str(tmp_path / "run"),
+        use_cpu=True,
+        population_size=3,
+        num_prompts_per_step=2,
+        max_completion_length=8,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        **options,
+    )
+    return ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_population_leaves_the_weights_bit_identical(tmp_path, bf16):
+    trainer = make_trainer(tmp_path, conciseness(eval_size=2), bf16=bf16)
+    before = {name: parameter.data.clone() for name, parameter in trainer.model.named_parameters()}
+    rows = [trainer.train_dataset[i] for i in range(2)]
+    rollouts = trainer._evaluate_population(trainer.optimizer.ask(), rows)
+    assert len({rollout.completions[0].text for rollout in rollouts}) > 1 or not bf16
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter.data, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "task", [conciseness(eval_size=2), countdown(train_size=8, eval_size=2)], ids=lambda t: t.name
+)
+def test_a_run_can_be_saved_loaded_and_replayed(tmp_path, task):
+    trainer = make_trainer(tmp_path, task, sigma=0.01, learning_rate=0.01, bf16=True)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(str(tmp_path / "model"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    rebuilt = replay(smollm2(), tmp_path / "run").state_dict()
+    assert all(torch.equal(rebuilt[name], saved[name]) for name in saved)
+
+
+def test_readme_script(tmp_path):
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "brief" / "model").num_parameters() == 134_515_008
+
+
+def test_quickstart_improves_the_held_out_reward(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
+    output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    before, after = map(float, re.search(r"Held-out reward: (\S+) before, (\S+) after", output).groups())
+    assert after > before + 20
+    assert "Loaded again from" in output
+    assert (tmp_path / "quickstart" / "reward.png").is_file()
