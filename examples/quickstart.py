@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.callbacks import RewardPlotCallback
@@ -33,6 +33,9 @@ def main() -> None:
         max_completion_length=16,
         max_steps=6,
         per_device_eval_batch_size=16,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -48,15 +51,14 @@ def main() -> None:
         callbacks=[RewardPlotCallback()],
     )
 
-    reward_before, answers_before = trainer.evaluate()["eval_reward"], answers(trainer, task)
+    before = answers(trainer, task)
     trainer.train()
-    reward_after, answers_after = trainer.evaluate()["eval_reward"], answers(trainer, task)
+    after = answers(trainer, task)
     trainer.save_model(str(OUTPUT / "model"))
 
-    show(task, answers_before, answers_after)
-    print(
-        f"Held-out reward: {reward_before:.1f} before, {reward_after:.1f} after {args.max_steps} updates (best: 0.0)."
-    )
+    show(task, before, after)
+    rewards = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
+    print(f"Held-out reward: {rewards[0]:.1f} before, {rewards[-1]:.1f} after {args.max_steps} updates (best: 0.0).")
     print(f"Rewards are plotted in {OUTPUT / 'reward.png'}; the model is in {OUTPUT / 'model'}.")
     load_and_ask(OUTPUT / "model", "What is the capital of Poland?")
 
@@ -82,7 +84,6 @@ def show(task: Task, before: list[str], after: list[str]) -> None:
 
 def load_and_ask(folder: Path, question: str) -> None:
     """Load the saved model like any other and let it answer."""
-    set_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -38,12 +38,9 @@ class RewardPlotCallback(TrainerCallback):
             label="members",
         )
         axes.plot(steps, [log["reward"] for log in train], label="mean of the population")
-        axes.plot(
-            [log["step"] for log in evaluations],
-            [log["eval_reward"] for log in evaluations],
-            marker="o",
-            label="held-out prompts",
-        )
+        if evaluations:
+            rewards = [log["eval_reward"] for log in evaluations]
+            axes.plot([log["step"] for log in evaluations], rewards, marker="o", label="held-out prompts")
         axes.set(xlabel="step", ylabel="reward")
         axes.grid(alpha=0.3)
         axes.legend()
