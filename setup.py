@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
     package_data={"es_trainer": ["py.typed"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.13",
         "transformers>=5.19",
         "trl>=1.16",
         "accelerate>=1.15",
@@ -32,7 +32,7 @@ setup(
         "evaluate>=0.4.6",
         "matplotlib>=3.10",
         "numba>=0.65",
-        "numpy>=2.0",
+        "numpy>=2.2",
         "rich>=14.0",
     ],
     extras_require=EXTRAS,
