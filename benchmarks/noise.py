@@ -14,7 +14,6 @@ from es_trainer.evolution import EvolutionStrategy, Member, noise
 
 
 WEIGHTS = 135_000_000  # as many as SmolLM2-135M has
-SIZE = 20_000_000  # for `fill`
 POPULATION = 30
 ROUNDS = 7
 
@@ -33,15 +32,15 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
 
 
 def fill() -> None:
-    out = torch.zeros(SIZE)
+    out = torch.zeros(WEIGHTS)
     speeds = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        mine, randn, ratio = compare(lambda: noise.fill(out, "weight", 1), lambda: torch.randn(SIZE, out=out))
-        speeds[threads] = SIZE / mine
+        mine, randn, ratio = compare(lambda: noise.fill(out, "weight", 1), lambda: torch.randn(WEIGHTS, out=out))
+        speeds[threads] = WEIGHTS / mine
         print(
-            f"fill, {threads} thread(s): {SIZE / mine / 1e9:.2f} G/s; torch.randn: {SIZE / randn / 1e9:.2f} G/s; "
-            f"{ratio:.1f} times faster"
+            f"fill, {threads} thread(s): {WEIGHTS / mine / 1e9:.2f} G/s; "
+            f"torch.randn: {WEIGHTS / randn / 1e9:.2f} G/s; {ratio:.1f} times faster"
         )
     print(f"fill, two threads over one: {speeds[2] / speeds[1]:.2f}")
 
