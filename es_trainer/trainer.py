@@ -20,7 +20,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
@@ -124,6 +124,9 @@ class ESTrainer(Trainer):
         where that can be told.
     """
 
+    args: ESConfig
+    optimizer: EvolutionStrategy
+
     _tag_names = ["es-trainer", "evolution-strategies"]
 
     def __init__(
@@ -212,11 +215,16 @@ class ESTrainer(Trainer):
             self.optimizer.register_step_post_hook(lambda *_: self._after_update())
         return self.optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have."""
         if not resume_from_checkpoint and self.optimizer.updates == 0 and self.is_world_process_zero():
             self.history.create(describe(self.optimizer, self.args))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
