@@ -212,6 +212,7 @@ def test_working_and_saved_dtypes(trainer, tmp_path, given, options, working):
     run = trainer(make_model(dtype=given), **options)
     run.train()
     assert {parameter.dtype for parameter in run.model.parameters()} == {working}
+    assert run.model(torch.tensor([[1]])).logits.dtype == working  # no autocast, which gives float32
     run.save_model(str(tmp_path / "out"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert saved.dtype == given

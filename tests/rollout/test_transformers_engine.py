@@ -91,6 +91,14 @@ def test_random_numbers_depend_on_seed_prompt_completion_and_position_only(engin
     assert generate(sampler, seed=5, num_generations=3) == first
 
 
+def test_prompts_and_positions_have_draws_of_their_own(engine):
+    # At this temperature only the draws decide
+    sampler = engine(temperature=1e6, num_generations=2)
+    completions = generate(sampler, ["Say one", "Say one"], num_generations=2)
+    assert len({completion.text for completion in completions}) == 4
+    assert all(len(set(completion.ids)) > len(completion.ids) / 2 for completion in completions)
+
+
 def test_samples_follow_the_models_distribution(engine, tokenizer):
     engine = engine(temperature=0.7, num_generations=3000, max_completion_length=1, top_k=5)
     (ids,) = engine.tokenize(["Say one"])
