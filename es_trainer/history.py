@@ -110,7 +110,7 @@ def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
         if mine.get(name) != theirs.get(name):
             found.append(
                 f"the trained parameter `{name}` has shape {mine.get(name)} but had {theirs.get(name)} "
-                "(null: it is not trained)"
+                "(None: it is not trained)"
             )
             break
     return found

@@ -27,7 +27,7 @@ from trl.data_utils import is_conversational
 from .callbacks import MemberProgressCallback, print_completions
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Population
-from .evolution.fitness import mean
+from .evolution.fitness import deviation, mean
 from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config
 from .rewards.scorer import RewardFunc, Scorer, Scores
 from .rollout import Completion, TransformersEngine
@@ -171,7 +171,7 @@ class ESTrainer(Trainer):
             )
 
         if args.n_gpu > 1:
-            args._n_gpu = 1  # as the Trainer does where torch's DataParallel, which splits gradients, has no use
+            args._n_gpu = 1  # one process uses one GPU: torch's DataParallel has no use here
         super().__init__(
             model=model,
             args=args,
@@ -244,7 +244,7 @@ class ESTrainer(Trainer):
         self._step_metrics.update(
             {
                 "reward": float(mean(fitness)),
-                "reward_std": float(np.sqrt(mean((fitness - mean(fitness)) ** 2))),
+                "reward_std": float(deviation(fitness)),
                 "reward_max": float(np.nanmax(fitness, initial=-np.inf)),
                 "reward_min": float(np.nanmin(fitness, initial=np.inf)),
                 "num_tokens": self.state.num_input_tokens_seen,
@@ -360,7 +360,7 @@ class ESTrainer(Trainer):
         metrics = {
             "loss": -float(mean(rewards)),
             "reward": float(mean(rewards)),
-            "reward_std": float(np.sqrt(mean((rewards - mean(rewards)) ** 2))),
+            "reward_std": float(deviation(rewards)),
             **_metrics(rollouts, self.scorer.names),
         }
         return EvalLoopOutput(
@@ -467,7 +467,7 @@ def _check_arguments(args: ESConfig, model: Any, train_dataset: Any, eval_datase
             f"`optimizers={optimizers!r}` is not supported: the evolution strategy is the optimizer. Choose its "
             "update rule with `es_optimizer` and its schedule with `lr_scheduler_type` and `lr_scheduler_kwargs`."
         )
-    if isinstance(model, str) and Path(model).expanduser().is_absolute() | model.startswith("."):
+    if isinstance(model, str) and (Path(model).expanduser().is_absolute() or model.startswith(".")):
         if not Path(model).expanduser().is_dir():
             raise FileNotFoundError(f"`model={model!r}`: there is no such folder.")
     if not isinstance(model, str) and args.model_init_kwargs is not None:
@@ -536,7 +536,7 @@ def _metrics(rollouts: list[Rollout], names: list[str]) -> dict[str, float]:
     metrics = {}
     for i, name in enumerate(names):
         metrics[f"rewards/{name}/mean"] = float(mean(rewards[:, i]))
-        metrics[f"rewards/{name}/std"] = float(np.sqrt(mean((rewards[:, i] - mean(rewards[:, i])) ** 2)))
+        metrics[f"rewards/{name}/std"] = float(deviation(rewards[:, i]))
     own: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, values in rollout.scores.metrics.items():

@@ -16,6 +16,11 @@ def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
         return np.nanmean(values, axis=axis)
 
 
+def deviation(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Standard deviation of the numbers that count; NaN where none does."""
+    return np.sqrt(mean((values - mean(values, axis=axis)) ** 2, axis=axis))
+
+
 def total_reward(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
     Weighted sum of the reward functions.
@@ -35,11 +40,10 @@ def total_reward(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def z_score(values: np.ndarray) -> np.ndarray:
     """(value - mean) / standard deviation over the first axis, leaving out NaN; zeros where all values are equal."""
-    centered = values - mean(values, axis=0)
-    deviation = np.sqrt(mean(centered**2, axis=0))
+    centered, spread = values - mean(values, axis=0), deviation(values, axis=0)
     # Equal values can differ from their own mean by a rounding error, which must not be blown up to a z-score of one
     equal = np.nanmax(values, axis=0, initial=-np.inf) <= np.nanmin(values, axis=0, initial=np.inf)
-    return np.where(equal, 0.0, centered / np.where(equal | np.isnan(deviation), 1.0, deviation))
+    return np.where(equal, 0.0, centered / np.where(equal | np.isnan(spread), 1.0, spread))
 
 
 def centered_rank(values: np.ndarray) -> np.ndarray:

@@ -266,12 +266,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     # ---- state ----
 
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The trained weights and all that is kept about them, by parameter."""
+        return {shard.name: {"weights": shard.trained, **self.state[shard.parameter]} for shard in self.weights.shards}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the trained weights included; tensors are not copied."""
         return {
             "updates": self.updates,
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
-            "state": {s.name: {"weights": s.trained, **self.state[s.parameter]} for s in self.weights.shards},
+            "state": self._tensors(),
         }
 
     @torch.no_grad()
@@ -282,7 +286,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Raises:
             `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
         """
-        own = {shard.name: {"weights": shard.trained, **self.state[shard.parameter]} for shard in self.weights.shards}
+        own = self._tensors()
         for name in own.keys() | state_dict["state"].keys():
             kept, loaded = own.get(name, {}), state_dict["state"].get(name, {})
             if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in loaded.items()}:
