@@ -69,7 +69,7 @@ def for_pieces(function: Callable[[int, int], T], size: int, device: torch.devic
 
 def scratch(size: int, device: torch.device) -> torch.Tensor:
     """A float32 tensor whose contents last until the next call from the same thread."""
-    if device.type != "cpu":
+    if device.type != "cpu" or size > CPU_PIECE:
         return torch.empty(size, dtype=torch.float32, device=device)
     try:
         buffer = _scratch.buffer

@@ -1,5 +1,6 @@
 """The evolution strategy as a `torch.optim.Optimizer`: ask, tell, step."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from . import noise
 from .fitness import FitnessShaping, utilities
 from .parameters import MasterWeights, Shard, Weights
+from .perturbation import Gaussian, Noises, Products
 from .population import Member, Population
 
 
@@ -72,6 +74,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Dtype of the weights that the model computes with. `None` keeps each parameter's.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the run.
+        perturbation ([`Gaussian`] or [`LowRank`], *optional*, defaults to `Gaussian()`):
+            Shape of the noise.
         frozen (`Iterable[nn.Parameter]`, *optional*):
             The model's other parameters; see [`parameters.Weights`].
     """
@@ -96,6 +100,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         master_weights: MasterWeights = "device",
         dtype: torch.dtype | None = None,
         seed: int = 42,
+        perturbation: Gaussian | None = None,
         frozen: Iterable[nn.Parameter] = (),
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -117,7 +122,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        self.weights = Weights(named, dtype, master_weights, frozen=frozen)
+        self.weights = Weights(named, dtype, master_weights, perturbation, frozen)
         self._stride = max(1, sum(parameter.numel() for _, parameter in named) // DISTANCE_SAMPLE)
         for shard in self.weights.shards:
             self.state[shard.parameter] = self._initial_state(shard)
@@ -202,23 +207,22 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
+                device = shard.working.device
+                g = self.weights.perturbation.combine(shard.name, shard.shape, seeds, coefficients, device)
 
-                def piece(low: int, high: int, shard: Shard = shard, group: dict = group) -> float:
-                    return self._update_piece(shard, slice(low, high), group, seeds, coefficients)
-
-                squares += noise.for_pieces(piece, shard.working.numel(), shard.working.device)
+                update = functools.partial(self._update_piece, shard, g, group)
+                squares += g.for_pieces(update, shard.working.numel(), device)
         return squares
 
-    def _update_piece(
-        self, shard: Shard, piece: slice, group: dict[str, Any], seeds: list[int], coefficients: list[float]
-    ) -> float:
+    def _update_piece(self, shard: Shard, g: Noises | Products, group: dict[str, Any], low: int, high: int) -> float:
+        piece = slice(low, high)
         device = shard.working.device
         state = self.state[shard.parameter]
         weights = shard.trained[piece].to(device, torch.float32)
         averages = [state[key][piece].to(device) for key in RULE_STATE[self.rule]]
 
         delta = noise.scratch(weights.numel(), device)
-        self.weights.perturbation.add(None, delta, shard.name, seeds, coefficients, shard.start + piece.start)
+        g.add(None, delta, shard.start + low)
         self._ascend(delta, averages)
         if group["weight_decay"] > 0:
             delta.sub_(weights, alpha=group["weight_decay"])

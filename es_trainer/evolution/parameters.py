@@ -1,15 +1,14 @@
 """The weights that are trained: flat shards of them, their float32 masters, and how a member gets in and out."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from . import noise
-from .perturbation import Gaussian
+from .perturbation import Factors, Gaussian, Noises, Products
 from .population import Member
 
 
@@ -26,6 +25,8 @@ class Shard:
             Name of the parameter; keys its noise.
         parameter (`nn.Parameter`):
             The parameter that the model computes with.
+        shape (`torch.Size`):
+            Shape of the whole parameter.
         given (`torch.dtype`):
             The dtype that the parameter had when it was given, and that it is saved in.
         working (`torch.Tensor`):
@@ -38,6 +39,7 @@ class Shard:
 
     name: str
     parameter: nn.Parameter
+    shape: torch.Size
     given: torch.dtype
     working: torch.Tensor
     master: torch.Tensor | None
@@ -116,18 +118,39 @@ class Weights:
 
     def _write(self, seed: int, coefficient: float) -> None:
         for shard in self.shards:
-            if shard.trained.device == shard.working.device:
-                self.perturbation.add(shard.trained, shard.working, shard.name, [seed], [coefficient], shard.start)
-            else:
-                self._write_from_host(shard, seed, coefficient)
+            self._write_shard(shard, shard.working, seed, coefficient)
 
-    def _write_from_host(self, shard: Shard, seed: int, coefficient: float) -> None:
-        def piece(low: int, high: int) -> None:
-            source = shard.master[low:high].to(shard.working.device, non_blocking=True)
-            target = shard.working[low:high]
-            self.perturbation.add(source, target, shard.name, [seed], [coefficient], shard.start + low)
+    def _write_shard(self, shard: Shard, target: torch.Tensor, seed: int, coefficient: float) -> None:
+        """Write one perturbation of a shard into a flat tensor on the device of the working weights."""
+        terms = self.perturbation.combine(shard.name, shard.shape, [seed], [coefficient], target.device)
+        if shard.trained.device == target.device:
+            terms.add(shard.trained, target, shard.start)
+        else:
+            _add_from_host(shard, target, terms)
 
-        noise.for_pieces(piece, shard.working.numel(), shard.working.device)
+    def of_members(self, shard: Shard, members: Sequence[Member], sigma: float) -> Factors | torch.Tensor:
+        """
+        The values that a parameter has in each of the members, without a change to the model.
+
+        Returns:
+            [`Factors`] to add to the working weights if the perturbation has them, or else a tensor of shape
+            `(members, *parameter shape)` in the working dtype.
+        """
+        working = shard.working
+        seeds, coefficients = [m.seed for m in members], [sigma * m.sign for m in members]
+        factors = self.perturbation.factors(
+            shard.name, shard.shape, seeds, coefficients, working.device, working.dtype
+        )
+        if factors is not None:
+            return factors
+        values = torch.empty(len(members), working.numel(), dtype=working.dtype, device=working.device)
+        for row, seed, coefficient in zip(values, seeds, coefficients, strict=True):
+            self._write_shard(shard, row, seed, coefficient)
+        return values.view(len(members), *shard.shape)
+
+    def member_bytes(self) -> int:
+        """Memory that `of_members` needs for each member."""
+        return sum(self.perturbation.numbers(shard.shape) * shard.working.itemsize for shard in self.shards)
 
     @contextlib.contextmanager
     def as_given(self) -> Iterator[None]:
@@ -155,6 +178,14 @@ class Weights:
             shard.working.copy_(loaded)
 
 
+def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products) -> None:
+    def piece(low: int, high: int) -> None:
+        source = shard.master[low:high].to(target.device, non_blocking=True)
+        terms.add(source, target[low:high], shard.start + low)
+
+    terms.for_pieces(piece, target.numel(), target.device)
+
+
 def _round(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     """Make the parameter's data one of `dtype` and return the original."""
     original = parameter.data.cpu()
@@ -174,4 +205,4 @@ def _shard(name: str, parameter: nn.Parameter, dtype: torch.dtype | None, master
         if master.data_ptr() == working.data_ptr():
             working = working.clone()
     parameter.data = working.view(parameter.shape)
-    return Shard(name, parameter, given.dtype, working, master)
+    return Shard(name, parameter, parameter.shape, given.dtype, working, master)

@@ -1,23 +1,179 @@
-"""Shapes of the noise. A new one is a class with the method of `Gaussian`."""
+"""Shapes of the noise. A new one is a class with the methods of `Gaussian`."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 
 from . import noise
 
 
+T = TypeVar("T")
+
+PerturbationName = Literal["gaussian", "low_rank"]
+
+CPU_BLOCK = 1 << 20  # weights of a matrix product on CPU: enough for torch's threads, little enough for the cache
+
+
+class Noises:
+    """Sum of full noises of one parameter: `sum_k coefficients[k] * noise(seeds[k])`."""
+
+    def __init__(self, name: str, seeds: Sequence[int], coefficients: Sequence[float]):
+        self.name = name
+        self.seeds = seeds
+        self.coefficients = coefficients
+
+    def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
+        """Write `target = source + sum`; see [`noise.add`]."""
+        noise.add(source, target, self.name, self.seeds, self.coefficients, start)
+
+    def for_pieces(self, function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:
+        """Call `function(start, stop)` on pieces of `range(size)` that suit `add`; see [`noise.for_pieces`]."""
+        return noise.for_pieces(function, size, device)
+
+
+class Products:
+    """
+    Sum of low-rank terms of one parameter, as one matrix product: `left @ right.T`.
+
+    Args:
+        left (`torch.Tensor` of shape `(matrices, rows, terms)`):
+            Left factors of all terms, with their coefficients.
+        right (`torch.Tensor` of shape `(matrices, columns, terms)`):
+            Right factors.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor):
+        self.left = left
+        self.right = right
+
+    def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
+        """Write `target = source + sum`, where the flat `target` begins at index `start` of the parameter."""
+
+        def piece(low: int, high: int) -> None:
+            values = self._values(start + low, start + high)
+            if source is not None:
+                values += source[low:high]
+            target[low:high].copy_(values)
+
+        self.for_pieces(piece, target.numel(), target.device)
+
+    def for_pieces(self, function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:
+        """Call `function(start, stop)` on pieces of `range(size)` in turn: the product itself is parallel."""
+        length = CPU_BLOCK if device.type == "cpu" else noise.CUDA_PIECE
+        return [function(low, min(low + length, size)) for low in range(0, size, length)]
+
+    def _values(self, start: int, stop: int) -> torch.Tensor:
+        """Float32 values at the flat indices from `start` to `stop`."""
+        rows, columns = self.left.shape[1], self.right.shape[1]
+        parts = []
+        while start < stop:
+            matrix, first = divmod(start // columns, rows)
+            last = min(rows, -(-stop // columns) - matrix * rows)
+            offset = (matrix * rows + first) * columns
+            block = (self.left[matrix, first:last] @ self.right[matrix].T).view(-1)
+            parts.append(block[start - offset : stop - offset])
+            start += parts[-1].numel()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """
+    What the members of a group add to a parameter that they share: member m adds `left[m].T @ right[m]`.
+
+    Args:
+        left (`torch.Tensor` of shape `(members, matrices, rank, rows)`):
+            Left factors, with the members' signs and sigma.
+        right (`torch.Tensor` of shape `(members, matrices, rank, columns)`):
+            Right factors.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
 class Gaussian:
     """Full-rank noise: every weight gets its own standard normal, as in arXiv 2509.24372."""
 
-    def add(
+    def combine(
         self,
-        source: torch.Tensor | None,
-        target: torch.Tensor,
         name: str,
+        shape: Sequence[int],
         seeds: Sequence[int],
         coefficients: Sequence[float],
-        start: int = 0,
-    ) -> None:
-        """Write `target = source + sum_k coefficients[k] * perturbation_k`; see [`noise.add`]."""
-        noise.add(source, target, name, seeds, coefficients, start)
+        device: torch.device,
+    ) -> Noises | Products:
+        """The sum `sum_k coefficients[k] * perturbation(seeds[k])` of the parameter `name` of that shape."""
+        return Noises(name, seeds, coefficients)
+
+    def factors(
+        self,
+        name: str,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Factors | None:
+        """The perturbations `coefficients[k] * perturbation(seeds[k])` as factors, or `None` if they have none."""
+        return None
+
+    def numbers(self, shape: Sequence[int]) -> int:
+        """How many numbers a member's perturbation of a parameter is made of."""
+        return math.prod(shape)
+
+
+class LowRank(Gaussian):
+    """
+    Low-rank noise on matrices: E = A B^T / sqrt(rank) with standard normal A and B (EGGROLL, arXiv 2511.16652).
+
+    The entries of E are uncorrelated and have variance 1, and the sum over a population has rank `rank * members`.
+    Parameters of more than two dimensions are matrices side by side (the experts of a mixture); vectors get full
+    noise.
+
+    Args:
+        rank (`int`, *optional*, defaults to `1`):
+            Rank of each member's perturbation.
+    """
+
+    def __init__(self, rank: int = 1):
+        self.rank = rank
+
+    def combine(self, name, shape, seeds, coefficients, device):
+        if len(shape) < 2:
+            return Noises(name, seeds, coefficients)
+        pairs = [self._draw(name, shape, seed, device) for seed in seeds]
+        left = torch.cat([a * c for (a, _), c in zip(pairs, coefficients, strict=True)], dim=-1)
+        return Products(left, torch.cat([b for _, b in pairs], dim=-1))
+
+    def factors(self, name, shape, seeds, coefficients, device, dtype):
+        if len(shape) < 2:
+            return None
+        *matrices, rows, columns = shape
+        options = {"device": device, "dtype": dtype}
+        left = torch.empty(len(seeds), math.prod(matrices), self.rank, rows, **options)
+        right = torch.empty(len(seeds), math.prod(matrices), self.rank, columns, **options)
+        for k, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
+            a, b = self._draw(name, shape, seed, device)
+            left[k].copy_((a * coefficient).mT)
+            right[k].copy_(b.mT)
+        return Factors(left, right)
+
+    def numbers(self, shape):
+        if len(shape) < 2:
+            return math.prod(shape)
+        *matrices, rows, columns = shape
+        return math.prod(matrices) * (rows + columns) * self.rank
+
+    def _draw(
+        self, name: str, shape: Sequence[int], seed: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A / sqrt(rank) of shape (matrices, rows, rank) and B of shape (matrices, columns, rank)."""
+        *matrices, rows, columns = shape
+        count = math.prod(matrices)
+        normals = noise.fill(torch.empty(self.numbers(shape), device=device), name, seed)
+        a, b = normals.split([count * rows * self.rank, count * columns * self.rank])
+        return a.view(count, rows, self.rank) / math.sqrt(self.rank), b.view(count, columns, self.rank)

@@ -8,6 +8,8 @@ from torch import nn
 from es_trainer.evolution import EvolutionStrategy, Member, noise
 from es_trainer.evolution import optimizer as optimizer_module
 from es_trainer.evolution.optimizer import Told
+from es_trainer.evolution.parameters import _add_from_host
+from es_trainer.evolution.perturbation import Gaussian
 
 
 SHAPES = {"linear.weight": (40, 70), "norm.weight": (33,), "embedding.weight": (300, 130)}
@@ -91,7 +93,8 @@ def test_weights_written_from_host_memory_are_the_same(monkeypatch):
     directly = snapshot(parameters)
     optimizer.restore()
     for shard in optimizer.weights.shards:
-        optimizer.weights._write_from_host(shard, 5, -0.3)
+        terms = Gaussian().combine(shard.name, shard.shape, [5], [-0.3], shard.working.device)
+        _add_from_host(shard, shard.working, terms)
     assert_same(snapshot(parameters), directly)
 
 
