@@ -33,6 +33,7 @@ setup(
         "matplotlib>=3.10",
         "numba>=0.65",
         "numpy>=2.2",
+        "psutil>=6.0",
         "rich>=14.0",
     ],
     extras_require=EXTRAS,

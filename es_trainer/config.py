@@ -7,6 +7,7 @@ from transformers import GenerationConfig, TrainingArguments
 from .evolution.fitness import FitnessShaping
 from .evolution.optimizer import Rule
 from .evolution.parameters import MasterWeights
+from .evolution.perturbation import PerturbationName
 
 
 # `generation_kwargs` that would fight with how the trainer generates, and what to write instead
@@ -44,6 +45,21 @@ class ESConfig(TrainingArguments):
         antithetic (`bool`, *optional*, defaults to `False`):
             Mirrored sampling: draw half as many noises and evaluate each with both signs. Needs an even
             `population_size`.
+        perturbation (`str`, *optional*, defaults to `"gaussian"`):
+            Shape of the noise:
+
+            - `"gaussian"`: every weight gets its own normal (the paper).
+            - `"low_rank"`: matrices get A B^T / sqrt(rank) with normal A and B, everything else its own normals
+              ([EGGROLL](https://huggingface.co/papers/2511.16652)). Members share the weights and are generated with
+              in one batch, which is many times faster; the expected update is the same.
+        perturbation_rank (`int`, *optional*, defaults to `1`):
+            Rank of a member's low-rank noise. The update has up to rank `perturbation_rank * population_size`.
+        population_batch_size (`int`, *optional*):
+            Members evaluated together, in one batch. It changes speed and memory; results change only where the
+            rounding of another batch size makes a different token the most likely one. If `None`, as many as fit into
+            free memory, but one for `perturbation="gaussian"` on CPU: there a batch needs a copy of the weights for
+            each member, which pays on GPUs only. A model that uses a parameter in an unknown way has its members
+            evaluated one at a time, with a warning that names the module.
         fitness_shaping (`str`, *optional*, defaults to `"z_score"`):
             How the members' rewards become the weights of their noises:
 
@@ -94,7 +110,7 @@ class ESConfig(TrainingArguments):
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt and member. More than one needs `temperature > 0`.
         generation_batch_size (`int`, *optional*):
-            Most sequences generated at once. If `None`, all of a member's.
+            Most sequences generated at once. If `None`, all of the members evaluated together.
         temperature (`float`, *optional*, defaults to `0.0`):
             Temperature for sampling; `0.0` is greedy decoding, as in the paper. With sampling, the random numbers
             are common to all members: the draw for a token depends only on step, prompt, completion and position, so
@@ -176,6 +192,16 @@ class ESConfig(TrainingArguments):
     antithetic: bool = field(
         default=False, metadata={"help": "Evaluate each noise with both signs. Needs an even `population_size`."}
     )
+    perturbation: str = field(
+        default="gaussian", metadata={"help": "Shape of the noise: 'gaussian' (the paper's) or 'low_rank' (faster)."}
+    )
+    perturbation_rank: int = field(default=1, metadata={"help": "Rank of a member's low-rank noise."})
+    population_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Members evaluated together. If `None`, as many as fit into memory (gaussian noise on CPU: 1)."
+        },
+    )
     fitness_shaping: str = field(
         default="z_score",
         metadata={"help": "Rewards to utilities: 'z_score', 'centered_rank', 'prompt_z_score' or 'none'."},
@@ -219,7 +245,7 @@ class ESConfig(TrainingArguments):
         metadata={"help": "Completions per prompt and member. More than one needs `temperature > 0`."},
     )
     generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Most sequences generated at once. If `None`, all of a member's."}
+        default=None, metadata={"help": "Most sequences generated at once. If `None`, all of a population batch."}
     )
     temperature: float = field(default=0.0, metadata={"help": "Temperature for sampling; 0.0 is greedy decoding."})
     top_p: float = field(
@@ -302,6 +328,13 @@ class ESConfig(TrainingArguments):
         require(self.learning_rate >= 0, "learning_rate", "it must not be negative.")
         require(self.weight_decay >= 0, "weight_decay", "it must not be negative.")
         require(self.anchor_decay >= 0, "anchor_decay", "it must not be negative.")
+        one_of("perturbation", get_args(PerturbationName))
+        require(self.perturbation_rank >= 1, "perturbation_rank", "it must be at least 1.")
+        require(
+            self.population_batch_size is None or self.population_batch_size >= 1,
+            "population_batch_size",
+            "it must be at least 1, or None for as many as fit into memory.",
+        )
         one_of("fitness_shaping", get_args(FitnessShaping))
         one_of("master_weights", get_args(MasterWeights))
         one_of("es_optimizer", get_args(Rule))
@@ -353,5 +386,11 @@ class ESConfig(TrainingArguments):
                 nearest = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
                 raise ValueError(f"`generation_kwargs` has {key!r}, which `GenerationConfig` does not know{hint}")
-        if self.temperature > 0 and (self.generation_kwargs or {}).get("num_beams", 1) > 1:
-            raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")
+        if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
+            if self.temperature > 0:
+                raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")
+            if self.perturbation == "low_rank" or self.population_batch_size != 1:
+                raise ValueError(
+                    "`generation_kwargs` has 'num_beams': beam search evaluates one member at a time; set "
+                    "perturbation='gaussian' and population_batch_size=1."
+                )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Member
 from .evolution.optimizer import Told
+from .evolution.perturbation import Gaussian, LowRank
 
 
 HISTORY_NAME = "history.jsonl"
@@ -24,6 +25,8 @@ RUN_FIELDS = (
     "population_size",
     "sigma",
     "antithetic",
+    "perturbation",
+    "perturbation_rank",
     "fitness_shaping",
     "master_weights",
     "es_optimizer",
@@ -153,6 +156,7 @@ def make_optimizer(
         master_weights=config["master_weights"],
         dtype=torch.bfloat16 if config["bf16"] else torch.float16 if config["fp16"] else None,
         seed=config["seed"],
+        perturbation=Gaussian() if config["perturbation"] == "gaussian" else LowRank(config["perturbation_rank"]),
         frozen=frozen,
     )
 
@@ -210,7 +214,7 @@ def _replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     for group in optimizer.param_groups:
         group["lr"] = line["learning_rate"]
     optimizer.told = Told(line["seeds"], line["signs"], line["utilities"])
-    if optimizer.weights.drifts:
+    if optimizer.weights.drifts and line["in_place"]:
         # Every evaluation left its rounding error in the weights
         for seed, sign in zip(line["seeds"], line["signs"], strict=True):
             optimizer.perturb(Member(seed, sign))

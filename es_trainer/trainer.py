@@ -1,6 +1,8 @@
+import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +28,11 @@ from trl.data_utils import is_conversational
 
 from .callbacks import MemberProgressCallback, print_completions
 from .config import ESConfig
-from .evolution import EvolutionStrategy, Population
+from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, mean
 from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config
 from .rewards.scorer import RewardFunc, Scorer, Scores
-from .rollout import Completion, TransformersEngine
+from .rollout import Completion, PopulationBatch, Rows, TransformersEngine
 
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ class ESTrainer(Trainer):
             `prompts`, `completions`, `completion_ids`, every other column of the dataset, `trainer_state`,
             `log_extra(column, values)` and `log_metric(name, value)`; it returns a list with one number for each
             completion, or `None` where it does not apply. It should accept `**kwargs`. Rewards are computed in a
-            background thread while the next member generates.
+            background thread while the next members generate.
         args ([`ESConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
@@ -189,6 +191,7 @@ class ESTrainer(Trainer):
         for dataset in (train_dataset, *_datasets(eval_dataset).values()):
             self._check_prompts(dataset)
         self.create_optimizer()
+        self.population_batch = self._make_population_batch()
         self.history = History(Path(args.output_dir) / HISTORY_NAME)
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
         self._step_metrics: dict[str, Any] = {}  # of the step under way
@@ -257,44 +260,115 @@ class ESTrainer(Trainer):
         """Rollouts of all members. The weights are the unperturbed ones afterwards, whatever happens."""
         prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
         seed = population.members[0].seed
+        size, batch_size = self._batch_sizes(prompt_ids)
         rollouts: list[Rollout] = []
-        noise_seconds = 0.0
-        scoring: Future[Rollout] | None = None
+        scoring: list[Future[Rollout]] = []
+        self._step_metrics["noise_seconds"] = 0.0
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="es_trainer-rewards") as background:
-                for member in population:
-                    start = time.perf_counter()
-                    self.optimizer.perturb(member)
-                    noise_seconds += time.perf_counter() - start
-                    score = self._generate(rows, prompt_ids, seed)
-                    if scoring is not None:
-                        rollouts.append(scoring.result())
-                    scoring = background.submit(score)
-                    self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-                rollouts.append(scoring.result())
+                for start in range(0, len(population), size):
+                    with self._installed(population.members[start : start + size]) as group:
+                        scores = self._generate(rows, prompt_ids, seed, group, batch_size)
+                    # What is scored was generated while the group before it was scored
+                    rollouts += [future.result() for future in scoring]
+                    scoring = [background.submit(score) for score in scores]
+                    for _ in scoring:
+                        self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+                rollouts += [future.result() for future in scoring]
         finally:
-            start = time.perf_counter()
-            self.optimizer.restore()
-            noise_seconds += time.perf_counter() - start
-        self._step_metrics["noise_seconds"] = noise_seconds
+            with self._timed_noise():
+                self.optimizer.restore()
         return rollouts
 
-    def _generate(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int) -> Callable[[], Rollout]:
-        """Generate with the weights as they are; what is returned scores the completions when called."""
+    @contextlib.contextmanager
+    def _installed(self, members: Sequence[Member]) -> Iterator[Rows | None]:
+        """Inside, the model evaluates `members`: many in a population batch, or one written into the weights."""
+        if self.population_batch is None:
+            with self._timed_noise():
+                self.optimizer.perturb(*members)
+            yield None
+            return
+        with contextlib.ExitStack() as stack:
+            with self._timed_noise():
+                group = stack.enter_context(self.population_batch.install(members, self.optimizer.sigma))
+            yield group
+
+    @contextlib.contextmanager
+    def _timed_noise(self) -> Iterator[None]:
         start = time.perf_counter()
-        completions = self.engine.generate(prompt_ids, seed, self.args.num_generations)
-        seconds = time.perf_counter() - start
-        repeated = [row for row in rows for _ in range(self.args.num_generations)]
-        messages: list[Any] = [completion.text for completion in completions]
-        if is_conversational({"prompt": rows[0]["prompt"]}):
-            messages = [[{"role": "assistant", "content": text}] for text in messages]
-        num_tokens = sum(map(len, prompt_ids)) * self.args.num_generations + sum(len(c.ids) for c in completions)
+        yield
+        self._step_metrics["noise_seconds"] += time.perf_counter() - start
 
-        def score() -> Rollout:
-            scores = self.scorer(repeated, messages, [completion.ids for completion in completions], self.state)
-            return Rollout(repeated, completions, messages, scores, num_tokens, seconds)
+    def _make_population_batch(self) -> PopulationBatch | None:
+        """What evaluates many members at once, or `None` if they are evaluated one at a time."""
+        if self.args.perturbation == "gaussian":
+            on_cpu = self.model.device.type == "cpu"
+            if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
+                return None
+        batch = PopulationBatch(self.model, self.optimizer.weights)
+        problem = batch.check()
+        if problem is not None:
+            logger.warning(
+                f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."
+            )
+            return None
+        self.engine.generation_config.disable_compile = True  # compiled code would not see the members
+        return batch
 
-        return score
+    def _batch_sizes(self, prompt_ids: list[list[int]]) -> tuple[int, int | None]:
+        """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
+        batch_size = self.args.generation_batch_size
+        if self.population_batch is None:
+            return 1, batch_size
+        if self.args.population_batch_size is not None:
+            return self.args.population_batch_size, batch_size
+        rows = len(prompt_ids) * self.args.num_generations
+        tokens = max(map(len, prompt_ids)) + self.engine.max_new_tokens
+        members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
+        wanted = min(rows, batch_size or rows)
+        if fitting == 0:
+            raise ValueError(
+                f"There is no memory left to generate {tokens} tokens (the longest prompt and "
+                f"`max_completion_length={self.engine.max_new_tokens}`). Lower `max_completion_length`, drop the "
+                "longest prompts, or set `population_batch_size` to try nevertheless."
+            )
+        if fitting < wanted:
+            logger.warning_once(
+                f"Memory does not suffice for all sequences of a member at once: they are generated {fitting} at a "
+                "time. Set `generation_batch_size` to choose another number. (Shown once.)"
+            )
+            batch_size = fitting
+        return members, batch_size
+
+    def _generate(
+        self,
+        rows: list[dict[str, Any]],
+        prompt_ids: list[list[int]],
+        seed: int,
+        group: Rows | None = None,
+        batch_size: int | None = None,
+    ) -> list[Callable[[], Rollout]]:
+        """Generate with the weights as they are. For each member, what is returned scores its completions."""
+        start = time.perf_counter()
+        number = self.args.num_generations
+        progress = not self.args.disable_tqdm and self.is_world_process_zero()
+        completions = self.engine.generate(prompt_ids, seed, number, group, batch_size, progress)
+        per_member = len(prompt_ids) * number
+        seconds = (time.perf_counter() - start) * per_member / len(completions)
+        repeated = [row for row in rows for _ in range(number)]
+        prompt_tokens = sum(map(len, prompt_ids)) * number
+        conversational = is_conversational({"prompt": rows[0]["prompt"]})
+
+        def score(mine: list[Completion]) -> Rollout:
+            messages: list[Any] = [completion.text for completion in mine]
+            if conversational:
+                messages = [[{"role": "assistant", "content": text}] for text in messages]
+            scores = self.scorer(repeated, messages, [completion.ids for completion in mine], self.state)
+            num_tokens = prompt_tokens + sum(len(completion.ids) for completion in mine)
+            return Rollout(repeated, mine, messages, scores, num_tokens, seconds)
+
+        members = [completions[i : i + per_member] for i in range(0, len(completions), per_member)]
+        return [functools.partial(score, mine) for mine in members]
 
     def _prompt_rewards(self, rollout: Rollout, mask_truncated: bool = False) -> np.ndarray:
         """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
@@ -331,6 +405,7 @@ class ESTrainer(Trainer):
                     "step": self.optimizer.updates,
                     **asdict(self._told),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "in_place": self.population_batch is None,
                     "metrics": metrics,
                 }
             )
@@ -354,7 +429,8 @@ class ESTrainer(Trainer):
         for step, rows in enumerate(dataloader):
             prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
             # Other random numbers for every batch, the same ones at every evaluation
-            rollouts.append(self._generate(rows, prompt_ids, seed=step)())
+            (score,) = self._generate(rows, prompt_ids, seed=step, batch_size=self.args.generation_batch_size)
+            rollouts.append(score())
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         rewards = np.concatenate([self._prompt_rewards(rollout) for rollout in rollouts])
         metrics = {

@@ -34,13 +34,19 @@ class CommonRandomNumbers(LogitsProcessor):
         self.rows = rows
         self.prompt_length = prompt_length
 
+    def keep(self, indices: list[int]) -> None:
+        """Go on with these rows of the batch."""
+        self.rows = [self.rows[i] for i in indices]
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         position = input_ids.shape[1] - self.prompt_length
-        normals = torch.empty_like(scores, dtype=torch.float32)
-        for row, (prompt, completion) in zip(normals, self.rows, strict=True):
+        draws = {row: i for i, row in enumerate(dict.fromkeys(self.rows))}  # members share them
+        normals = scores.new_empty(len(draws), scores.shape[1], dtype=torch.float32)
+        for row, (prompt, completion) in zip(normals, draws, strict=True):
             noise.fill(row, f"sample/{prompt}/{completion}", self.seed, start=position * len(row))
         # The normal's distribution function makes it uniform: -log(-log(uniform)) is a standard Gumbel variable
-        return scores - torch.log(-torch.special.log_ndtr(normals))
+        gumbel = -torch.log(-torch.special.log_ndtr(normals))
+        return scores + gumbel[[draws[row] for row in self.rows]]
 
 
 def sampling_processors(

@@ -4,11 +4,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
 from trl.data_utils import is_conversational
 
 from ..config import ESConfig
+from .decoding import Decoding, Row
+from .population_batch import Rows
 from .sampling import CommonRandomNumbers, sampling_processors
+
+
+# Options whose logits processors keep something for each row of the batch
+ROW_BOUND = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,6 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.chat_template_kwargs = args.chat_template_kwargs or {}
-        self.batch_size = args.generation_batch_size
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
 
         options = {
@@ -60,14 +67,29 @@ class TransformersEngine:
             "cache_implementation": args.cache_implementation,
             **(args.generation_kwargs or {}),
         }
+        # `generate` makes this one from the options only for decoding methods of its own
+        stop_strings = options.pop("stop_strings", None)
+        self.stopping_criteria = [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
         self.sampling: dict[str, Any] = {key: options.pop(key) for key in ("temperature", "top_k", "top_p", "min_p")}
         self.generation_config = GenerationConfig(
             do_sample=False,
-            use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=self.eos_token_ids,
-            **options,
+            **{"use_cache": True, **options},
+        )
+        self.drops_finished_rows = self._can_drop_finished_rows()
+
+    def _can_drop_finished_rows(self) -> bool:
+        """Whether `Decoding` can take the place of `generate`'s own decoding, in which finished rows run on."""
+        config = self.generation_config
+        layers = DynamicCache(config=self.model.config).layers
+        return (
+            config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+            and config.use_cache
+            and config.cache_implementation in (None, "dynamic")
+            and all(getattr(config, option) in (None, 1.0, 0) for option in ROW_BOUND)
+            and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         )
 
     @property
@@ -114,7 +136,15 @@ class TransformersEngine:
                     "`max_completion_length`."
                 )
 
-    def generate(self, prompt_ids: list[list[int]], seed: int, num_generations: int = 1) -> list[Completion]:
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        seed: int,
+        num_generations: int = 1,
+        members: Rows | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
         """
         Complete the prompts.
 
@@ -125,47 +155,74 @@ class TransformersEngine:
                 Seed of the random numbers; without effect if decoding is greedy.
             num_generations (`int`, *optional*, defaults to `1`):
                 Completions per prompt.
+            members ([`Rows`], *optional*):
+                The group of members that is installed in the model. `None` generates with the weights as they are.
+            batch_size (`int`, *optional*):
+                Most sequences generated at once. If `None`, all.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a bar of the tokens.
 
         Returns:
-            `list[Completion]`: `num_generations` completions of the first prompt, then of the second, and so on.
+            `list[Completion]`: `num_generations` completions of the first prompt, then of the second, and so on; all
+            of the first member, then of the second, and so on.
         """
         self.model.eval()
-        rows = [(prompt, number) for prompt in range(len(prompt_ids)) for number in range(num_generations)]
+        rows = [
+            Row(member, prompt, number)
+            for member in range(members.group if members else 1)
+            for prompt in range(len(prompt_ids))
+            for number in range(num_generations)
+        ]
+        size = batch_size or len(rows)
         # Prompts of like length share a batch: less padding
-        by_length = sorted(rows, key=lambda row: len(prompt_ids[row[0]]))
-        size = self.batch_size or len(rows)
-        completions: dict[tuple[int, int], Completion] = {}
+        by_length = sorted(range(len(rows)), key=lambda i: len(prompt_ids[rows[i].prompt]))
+        completions: dict[int, Completion] = {}
         for start in range(0, len(rows), size):
-            batch = by_length[start : start + size]
-            completions.update(zip(batch, self._generate_batch(prompt_ids, batch, seed), strict=True))
-        return [completions[row] for row in rows]
+            batch = sorted(by_length[start : start + size])
+            made = self._generate_batch(prompt_ids, [rows[i] for i in batch], seed, members, progress)
+            completions.update(zip(batch, made, strict=True))
+        return [completions[i] for i in range(len(rows))]
 
-    def _generate_batch(self, prompt_ids: list[list[int]], rows: list[tuple[int, int]], seed: int) -> list[Completion]:
-        length = max(len(prompt_ids[prompt]) for prompt, _ in rows)
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+    def _generate_batch(
+        self, prompt_ids: list[list[int]], rows: list[Row], seed: int, members: Rows | None, progress: bool
+    ) -> list[Completion]:
+        lengths = [len(prompt_ids[row.prompt]) for row in rows]
+        width = max(lengths)
+        input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for i, (prompt, _) in enumerate(rows):
-            ids = torch.tensor(prompt_ids[prompt])
-            input_ids[i, length - len(ids) :] = ids
-            attention_mask[i, length - len(ids) :] = 1
+        for i, row in enumerate(rows):
+            input_ids[i, width - lengths[i] :] = torch.tensor(prompt_ids[row.prompt])
+            attention_mask[i, width - lengths[i] :] = 1
 
         processors = None
         if self.sampling["temperature"] > 0:
-            processors = sampling_processors(**self.sampling, random_numbers=CommonRandomNumbers(seed, rows, length))
+            random_numbers = CommonRandomNumbers(seed, [(row.prompt, row.number) for row in rows], width)
+            processors = sampling_processors(**self.sampling, random_numbers=random_numbers)
+        if members is not None:
+            members.assign([row.member for row in rows])
         output = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
             generation_config=self.generation_config,
             logits_processor=processors,
-            tokenizer=self.tokenizer,  # stop strings need it
+            stopping_criteria=self.stopping_criteria,
+            custom_generate=Decoding(rows, lengths, members, progress) if self.drops_finished_rows else None,
         )
-        return [self._completion(ids) for ids in output[:, length:].tolist()]
+        if not self.drops_finished_rows:
+            output = [self._without_padding(ids) for ids in output[:, width:].tolist()]
+        return [self._completion(ids) for ids in output]
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """The tokens up to and with the one that ended them."""
+        end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
+        if end is not None:
+            return ids[: end + 1]
+        while ids[-1] == self.tokenizer.pad_token_id:  # after a stop string
+            ids = ids[:-1]
+        return ids
 
     def _completion(self, ids: list[int]) -> Completion:
-        end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
-        truncated = end is None and len(ids) == self.max_new_tokens
-        if end is not None:
-            ids = ids[: end + 1]
+        truncated = len(ids) == self.max_new_tokens and ids[-1] not in self.eos_token_ids
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated)
 
 

@@ -16,8 +16,8 @@ def engine(tokenizer, config):
     return make
 
 
-def generate(engine, prompts=PROMPTS, seed=0, num_generations=1):
-    return engine.generate(engine.tokenize(prompts), seed, num_generations)
+def generate(engine, prompts=PROMPTS, seed=0, num_generations=1, **options):
+    return engine.generate(engine.tokenize(prompts), seed, num_generations, **options)
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(engine):
@@ -28,14 +28,13 @@ def test_a_batch_gives_what_each_prompt_gives_alone(engine):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_generation_batch_size_changes_nothing(engine, size):
-    whole = generate(engine(temperature=1.0, num_generations=2), num_generations=2)
-    batched = generate(engine(temperature=1.0, num_generations=2, generation_batch_size=size), num_generations=2)
-    assert batched == whole
+def test_batch_size_changes_nothing(engine, size):
+    engine = engine(temperature=1.0, num_generations=2)
+    assert generate(engine, num_generations=2, batch_size=size) == generate(engine, num_generations=2)
 
 
-def test_generation_batch_size_is_the_most_sequences_at_once(engine, monkeypatch):
-    engine = engine(generation_batch_size=2)
+def test_batch_size_is_the_most_sequences_at_once(engine, monkeypatch):
+    engine = engine()
     sizes = []
     generate_batch = engine.model.generate
     monkeypatch.setattr(
@@ -43,7 +42,7 @@ def test_generation_batch_size_is_the_most_sequences_at_once(engine, monkeypatch
         "generate",
         lambda input_ids, **kw: sizes.append(len(input_ids)) or generate_batch(input_ids, **kw),
     )
-    generate(engine)
+    generate(engine, batch_size=2)
     assert sizes == [2, 2, 1]
 
 

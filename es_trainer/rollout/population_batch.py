@@ -1,0 +1,437 @@
+"""
+Many members in one batch.
+
+The members share the model's weights. While a group of them is installed, the trained parameters are replaced by
+tensors that know which member each row of the batch belongs to, and that give every row the product with its member's
+weights: the shared product plus the member's low-rank term, or a batched product of the members' stacked weights.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from ..evolution.parameters import Shard, Weights
+from ..evolution.perturbation import Factors
+from ..evolution.population import Member
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class CannotBatch(Exception):
+    """A parameter is used in a way that is not known for many members at once."""
+
+    parameter: str  # its name
+
+
+class Rows:
+    """
+    Which member each row of the batch under way belongs to.
+
+    Args:
+        group (`int`):
+            Number of members in the group.
+        device (`torch.device`):
+            Device of the activations.
+    """
+
+    def __init__(self, group: int, device: torch.device):
+        self.group = group
+        self.device = device
+        self.assign(range(group))
+
+    def assign(self, members: Sequence[int]) -> None:
+        """Say to which member each row of the next forward passes belongs."""
+        self.count = len(members)
+        self.members = torch.tensor(members, device=self.device)
+        counts = Counter(members)
+        first, last = min(counts), max(counts)
+        self.largest = max(counts.values())
+        even = len(set(counts.values())) == 1 and len(counts) == last - first + 1
+        # Rows of consecutive members, equally many of each: products need no gathering
+        self.run = slice(first, last + 1) if even and list(members) == sorted(members) else None
+        seen: Counter[int] = Counter()
+        slots = []
+        for member in members:
+            slots.append((member - first) * self.largest + seen[member])
+            seen[member] += 1
+        self.span = slice(first, last + 1)
+        self.slots = torch.tensor(slots, device=self.device)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """View activations of shape `(rows, ..., width)` or `(rows * tokens, width)` as `(rows, tokens, width)`."""
+        if x.shape[0] != self.count and (x.dim() != 2 or x.shape[0] % self.count):
+            raise CannotBatch(f"activations of shape {tuple(x.shape)} do not tell apart {self.count} rows")
+        return x.reshape(self.count, -1, x.shape[-1])
+
+    def spread(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The rows' values of a vector, of shape `(members, width)`, in a shape that broadcasts with x."""
+        if x.shape[0] == self.count and x.dim() > 1:
+            return values[self.members].view(self.count, *[1] * (x.dim() - 2), values.shape[-1])
+        tokens = self.split(x).shape[1]
+        return values[self.members.repeat_interleave(tokens)]
+
+
+class MemberParameter(torch.Tensor):
+    """
+    A parameter that has a value of its own in each member of a group.
+
+    To everything that only asks for shape, dtype or device it is the shared parameter. What uses its values gets each
+    row's own, or [`CannotBatch`] if that is not known.
+    """
+
+    parameter_name: str
+    shared: torch.Tensor
+    values: Factors | torch.Tensor
+    rows: Rows
+    used: bool
+
+    @classmethod
+    def make(cls, name: str, shared: torch.Tensor, values: Factors | torch.Tensor, rows: Rows) -> "MemberParameter":
+        self = shared.as_subclass(cls)
+        self.parameter_name, self.shared, self.values, self.rows, self.used = name, shared, values, rows, False
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in METADATA:
+                return func(*args, **kwargs)
+            parameters = [value for value in (*args, *kwargs.values()) if isinstance(value, cls)]
+            for parameter in parameters:
+                parameter.used = True
+            try:
+                if func in PRODUCTS:
+                    return PRODUCTS[func](parameters[0].rows, *args, **kwargs)
+                if func in ELEMENTWISE and all(parameter.dim() <= 1 for parameter in parameters):
+                    return _elementwise(func, args, kwargs)
+                raise CannotBatch(f"`{func.__name__}` of a tensor of {parameters[0].dim()} dimensions is not known")
+            except CannotBatch as error:
+                error.parameter = parameters[0].parameter_name
+                raise
+
+
+# ---- what parameters are used for ----
+
+
+def _linear(rows: Rows, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    x = x.contiguous()  # of other activations and a weight without gradient, torch makes a product for each row
+    if not isinstance(weight, MemberParameter):
+        out = F.linear(x, weight)
+    elif isinstance(weight.values, Factors):
+        out = F.linear(x, weight.shared)
+        _add_low_rank(rows, x, out, weight.values.left[:, 0], weight.values.right[:, 0])
+    else:
+        out = _stacked(rows, x, weight.values.mT)
+    return out if bias is None else _add_bias(rows, out, bias)
+
+
+def _addmm(rows: Rows, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """GPT-2's Conv1D: `x @ weight + bias`."""
+    if not isinstance(weight, MemberParameter):
+        out = x @ weight
+    elif isinstance(weight.values, Factors):
+        out = x @ weight.shared
+        _add_low_rank(rows, x, out, weight.values.right[:, 0], weight.values.left[:, 0])
+    else:
+        out = _stacked(rows, x, weight.values)
+    return _add_bias(rows, out, bias)
+
+
+def _add_low_rank(rows: Rows, x: torch.Tensor, out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add each row's `x @ right.T @ left` to `out`; the factors have shape (members, rank, width)."""
+    x, out = rows.split(x), rows.split(out)
+    if rows.run is not None:
+        left, right = left[rows.run], right[rows.run]
+        x, out = x.reshape(len(left), -1, x.shape[-1]), out.view(len(left), -1, out.shape[-1])
+    else:
+        left, right = left[rows.members], right[rows.members]
+    if left.shape[1] == 1:
+        # As fast as memory; batched products of vectors are several times slower on CPU
+        out.addcmul_((x * right).sum(-1, keepdim=True), left)
+    else:
+        out.baddbmm_(x @ right.mT, left)
+
+
+def _stacked(rows: Rows, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each row's `x @ weights[member]`; the weights have shape (members, in, out)."""
+    weights = weights[rows.span]
+    split = rows.split(x)
+    tokens, width = split.shape[1:]
+    if rows.run is not None:
+        out = split.reshape(len(weights), -1, width) @ weights
+    else:
+        padded = split.new_zeros(len(weights) * rows.largest, tokens, width)
+        padded[rows.slots] = split
+        out = padded.view(len(weights), -1, width) @ weights
+        out = out.view(-1, tokens, out.shape[-1])[rows.slots]
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _add_bias(rows: Rows, out: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    if isinstance(bias, MemberParameter):
+        bias = rows.spread(bias.values, out)
+    return out.add_(bias)
+
+
+def _embedding(rows: Rows, ids: torch.Tensor, weight: MemberParameter, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if ids.dim() != 2 or ids.shape[0] != rows.count:
+        raise CannotBatch(f"indices of shape {tuple(ids.shape)} do not tell apart {rows.count} rows")
+    members = rows.members[:, None]
+    if not isinstance(weight.values, Factors):
+        return weight.values[members, ids]
+    out = F.embedding(ids, weight.shared)
+    left = weight.values.left[:, 0].transpose(1, 2)[members, ids]  # (rows, tokens, rank)
+    return out.baddbmm_(left, weight.values.right[:, 0][rows.members])
+
+
+def _layer_norm(
+    rows: Rows,
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    return _scale(rows, F.layer_norm(x, shape, eps=eps), weight, bias)
+
+
+def _rms_norm(
+    rows: Rows, x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    return _scale(rows, F.rms_norm(x, shape, eps=eps), weight, None)
+
+
+def _scale(rows: Rows, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    if weight is not None:
+        x = x.mul_(rows.spread(weight.values, x) if isinstance(weight, MemberParameter) else weight)
+    return x if bias is None else _add_bias(rows, x, bias)
+
+
+def _elementwise(func: Callable, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """A function of vectors alone is computed for all members; one of vectors and activations for all rows."""
+    parameters = [value for value in args if isinstance(value, MemberParameter)]
+    rows = parameters[0].rows
+    x = next((value for value in args if isinstance(value, torch.Tensor) and value.dim() > 1), None)
+    if x is not None:
+        return func(*(rows.spread(a.values, x) if isinstance(a, MemberParameter) else a for a in args), **kwargs)
+    plain = [a.values if isinstance(a, MemberParameter) else a for a in args]
+    shared = func(*(a.shared if isinstance(a, MemberParameter) else a for a in args), **kwargs)
+    return MemberParameter.make(parameters[0].parameter_name, shared, func(*plain, **kwargs), rows)
+
+
+Tensor = torch.Tensor
+PRODUCTS = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+}
+ELEMENTWISE = {
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__),
+    *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
+    *(Tensor.float, Tensor.to, Tensor.type_as),
+}
+METADATA = {
+    *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__),
+    *(Tensor.is_cuda.__get__, Tensor.is_cpu.__get__, Tensor.requires_grad.__get__, Tensor.grad_fn.__get__),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
+    *(Tensor.__repr__, Tensor.__hash__),
+}
+
+
+# ---- experts ----
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether the module is one of Transformers' mixtures of gated experts without biases."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return parameters.keys() == {"gate_up_proj", "down_proj"} and vars(module).get("is_transposed") is False
+
+
+def _experts_forward(
+    module: nn.Module, rows: Rows, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What the module's own forward does, for x of shape `(rows * tokens, width)`."""
+    top_k = top_k_index.shape[-1]
+    members = rows.members.repeat_interleave(rows.split(x).shape[1])
+    by_expert = top_k_index.flatten().argsort(stable=True)
+    counts = top_k_index.flatten().bincount(minlength=module.num_experts).tolist()
+    out = x.new_empty(len(by_expert), x.shape[-1])
+    for expert, pairs in enumerate(by_expert.split(counts)):
+        if len(pairs):
+            tokens = pairs // top_k
+            hidden = _expert_linear(x[tokens], module.gate_up_proj, expert, members[tokens])
+            out[pairs] = _expert_linear(module._apply_gate(hidden), module.down_proj, expert, members[tokens])
+    out *= top_k_weights.reshape(-1, 1)
+    return out.view(len(x), top_k, -1).sum(1)
+
+
+def _expert_linear(x: torch.Tensor, weight: torch.Tensor, expert: int, members: torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, MemberParameter):
+        return F.linear(x, weight[expert])
+    weight.used = True
+    if isinstance(weight.values, Factors):
+        left, right = weight.values.left[members, expert], weight.values.right[members, expert]
+        inner = torch.einsum("ni,nri->nr", x, right)
+        return F.linear(x, weight.shared[expert]) + torch.einsum("nr,nro->no", inner, left)
+    out = x.new_empty(len(x), weight.shared.shape[1])
+    for member in members.unique().tolist():
+        mine = members == member
+        out[mine] = F.linear(x[mine], weight.values[member, expert])
+    return out
+
+
+# ---- memory ----
+
+FREE_SHARE = 0.8  # of the free memory that a group may take; activations come on top
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and limit.read_text().strip() != "max":
+        # In a container, which the figures of the whole machine say nothing about
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def _bytes(cache: Cache | None) -> int:
+    layers = cache.layers if isinstance(cache, Cache) else []
+    tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# ---- the model ----
+
+
+class PopulationBatch:
+    """
+    Evaluates groups of members with one model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        weights ([`Weights`]):
+            Its trained weights.
+    """
+
+    def __init__(self, model: "PreTrainedModel | PeftModel", weights: Weights):
+        self.model = model
+        self.weights = weights
+        self.cache_bytes = 0  # of a token's keys and values, as `check` found them
+        self.owners: dict[int, list[tuple[str, nn.Module, str]]] = {}  # of each parameter: tied ones have several
+        for path, module in model.named_modules():
+            for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                self.owners.setdefault(id(parameter), []).append((path, module, attribute))
+
+    @contextlib.contextmanager
+    def install(self, members: Sequence[Member], sigma: float) -> Iterator[Rows]:
+        """Inside, the model evaluates `members`. What is yielded has to be told each batch's rows."""
+        with self._installed(lambda shard: self.weights.of_members(shard, members, sigma), len(members)) as parameters:
+            yield parameters[0].rows
+
+    @contextlib.contextmanager
+    def _installed(
+        self, values: Callable[[Shard], Factors | torch.Tensor], members: int
+    ) -> Iterator[list[MemberParameter]]:
+        rows = Rows(members, self.model.device)
+        installed: list[tuple[nn.Module, str]] = []
+        parameters = []
+
+        def install(module: nn.Module, attribute: str, value: Any) -> None:
+            # An attribute of the instance goes before a parameter or method of the same name and leaves it as it is
+            vars(module)[attribute] = value
+            installed.append((module, attribute))
+
+        try:
+            for shard in self.weights.shards:
+                parameter = MemberParameter.make(shard.name, shard.parameter.data, values(shard), rows)
+                parameters.append(parameter)
+                for _, module, attribute in self.owners[id(shard.parameter)]:
+                    install(module, attribute, parameter)
+                    if _is_experts(module) and "forward" not in vars(module):
+                        install(module, "forward", functools.partial(_experts_forward, module, rows))
+            yield parameters
+        finally:
+            for module, attribute in installed:
+                del vars(module)[attribute]
+
+    @torch.inference_mode()
+    def check(self) -> str | None:
+        """Try the model on a few tokens; returns why it cannot evaluate many members at once, if so."""
+
+        def unperturbed(shard: Shard) -> Factors | torch.Tensor:
+            working = shard.working
+            factors = self.weights.perturbation.factors(
+                shard.name, shard.shape, [0], [0.0], working.device, working.dtype
+            )
+            return working.view(1, *shard.shape) if factors is None else factors
+
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        rows, tokens = 3, 5  # numbers that no dimension is likely to be mistaken for
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
+        inputs = {"position_ids": torch.arange(tokens, device=ids.device).expand_as(ids)}
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            inputs = {}
+        try:
+            with self._installed(unperturbed, members=1) as parameters:
+                parameters[0].rows.assign([0] * rows)
+                output = model.eval()(input_ids=ids, use_cache=True, **inputs)
+        except CannotBatch as error:
+            return self._describe(error.parameter, str(error))
+        for parameter in parameters:
+            if not parameter.used:
+                return self._describe(parameter.parameter_name, "no function that is known uses it")
+        self.cache_bytes = _bytes(output.past_key_values) // ids.numel()
+        return None
+
+    def fitting(self, rows: int, tokens: int, most_rows: int | None = None) -> tuple[int, int]:
+        """
+        What fits into the memory that is free now.
+
+        Args:
+            rows (`int`):
+                Sequences of each member.
+            tokens (`int`):
+                Length of the longest one, with its prompt.
+            most_rows (`int`, *optional*):
+                Most sequences generated at once. If `None`, all of a group.
+
+        Returns:
+            `tuple[int, int]`: members in a group, at least 1, and sequences generated at once; 0 if not even one fits.
+        """
+        free = int(FREE_SHARE * free_memory(self.model.device))
+        vocabulary = self.model.config.get_text_config().vocab_size
+        # The cache, and the logits with two copies in float32 that logits processors make
+        row = self.cache_bytes * tokens + vocabulary * (self.model.dtype.itemsize + 8)
+        member = self.weights.member_bytes()
+        if most_rows is None:
+            members = free // (member + rows * row)
+            return (members, members * rows) if members else (1, max(0, free - member) // row)
+        members = (free - most_rows * row) // member
+        return (members, most_rows) if members > 0 else (1, min(most_rows, max(0, free - member) // row))
+
+    def _describe(self, name: str, reason: str) -> str:
+        shard = next(shard for shard in self.weights.shards if shard.name == name)
+        path, module, attribute = self.owners[id(shard.parameter)][0]
+        return f"`{path}` ({type(module).__name__}) with its parameter `{attribute}`: {reason}"
