@@ -11,6 +11,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
@@ -213,3 +214,7 @@ def _keep(cache: Cache, logits_processor: LogitsProcessorList, rows: torch.Tenso
     for processor in logits_processor:
         if isinstance(processor, CommonRandomNumbers):
             processor.keep(rows.tolist())
+        elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
+            # Of the processors of `generate` that greedy decoding has here, only this keeps something for each row
+            if isinstance(processor.prompt_ignore_length, torch.Tensor):
+                processor.prompt_ignore_length = processor.prompt_ignore_length[rows]

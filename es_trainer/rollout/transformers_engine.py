@@ -217,9 +217,10 @@ class TransformersEngine:
         end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
         if end is not None:
             return ids[: end + 1]
-        while ids[-1] == self.tokenizer.pad_token_id:  # after a stop string
-            ids = ids[:-1]
-        return ids
+        length = len(ids)
+        while self.stopping_criteria and length > 1 and ids[length - 1] == self.tokenizer.pad_token_id:
+            length -= 1
+        return ids[:length]
 
     def _completion(self, ids: list[int]) -> Completion:
         truncated = len(ids) == self.max_new_tokens and ids[-1] not in self.eos_token_ids
