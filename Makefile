@@ -19,6 +19,7 @@ slow: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/iteration.py
+	$(BIN)/python benchmarks/population.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/drift.py
 
