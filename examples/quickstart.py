@@ -25,7 +25,8 @@ def main() -> None:
     model_folder = smollm2()
     args = ESConfig(
         output_dir=str(OUTPUT),
-        population_size=16,
+        population_size=32,
+        perturbation="low_rank",
         sigma=0.01,
         learning_rate=0.02,
         lr_scheduler_type="constant",

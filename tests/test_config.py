@@ -82,6 +82,9 @@ def test_every_field_of_its_own_is_documented():
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"anchor_decay": -1.0}, "anchor_decay=-1.0"),
+        ({"perturbation": "x"}, "perturbation='x'.*'gaussian', 'low_rank'"),
+        ({"perturbation_rank": 0}, "perturbation_rank=0"),
+        ({"population_batch_size": 0}, "population_batch_size=0"),
         ({"fitness_shaping": "rank"}, "fitness_shaping='rank'.*'centered_rank'"),
         ({"master_weights": "cpu"}, "master_weights='cpu'.*'host'"),
         ({"es_optimizer": "adamw"}, "es_optimizer='adamw'.*'adam'"),
@@ -103,9 +106,28 @@ def test_every_field_of_its_own_is_documented():
         ({"generation_kwargs": {"num_return_sequences": 2}}, "'num_return_sequences'.*num_generations"),
         ({"generation_kwargs": {"supress_tokens": [1]}}, "'supress_tokens'.*did you mean 'suppress_tokens'"),
         ({"generation_kwargs": {"num_beams": 2}, "temperature": 1.0}, "num_beams"),
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams.*population_batch_size=1"),
+        ({"generation_kwargs": {"num_beams": 2}, "population_batch_size": 3}, "num_beams.*population_batch_size=1"),
+        (
+            {"generation_kwargs": {"num_beams": 2}, "population_batch_size": 1, "perturbation": "low_rank"},
+            "num_beams.*perturbation='gaussian'",
+        ),
         ({"bf16": True, "fp16": True}, "fp16 and bf16"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+def test_beam_search_goes_with_one_member_at_a_time(tmp_path):
+    assert make(tmp_path, generation_kwargs={"num_beams": 2}, population_batch_size=1).perturbation == "gaussian"
+
+
+def test_perturbations_parse_from_the_command_line(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--perturbation", "low_rank"]
+    (config,) = HfArgumentParser(ESConfig).parse_args_into_dataclasses(
+        [*arguments, "--perturbation_rank", "4", "--population_batch_size", "8"]
+    )
+    assert (config.perturbation, config.perturbation_rank, config.population_batch_size) == ("low_rank", 4, 8)
+    assert make(tmp_path).population_batch_size is None

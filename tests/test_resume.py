@@ -103,6 +103,8 @@ def trainer(model_folder, dataset, reward, config):
         ("es_optimizer", "adam", "`es_optimizer` is 'adam' but was 'sgd'"),
         ("temperature", 1.0, "`temperature` is 1.0 but was 0.0"),
         ("bf16", True, "`bf16` is True but was False"),
+        ("perturbation", "low_rank", "`perturbation` is 'low_rank' but was 'gaussian'"),
+        ("perturbation_rank", 2, "`perturbation_rank` is 2 but was 1"),
     ],
 )
 def test_a_checkpoint_of_another_config_is_refused(trainer, tmp_path, option, value, message):
@@ -143,3 +145,54 @@ def test_a_run_can_go_on_in_another_folder(trainer, tmp_path):
     moved.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
     lines = (tmp_path / "other" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines[1:]] == [1, 2]
+
+
+# ---- low-rank perturbations and population batches ----
+
+
+def weights(run: ESTrainer) -> dict[str, torch.Tensor]:
+    return {shard.name: shard.trained.clone() for shard in run.optimizer.weights.shards}
+
+
+def updates(folder: Path) -> list[dict]:
+    lines = (folder / "history.jsonl").read_text().splitlines()[1:]
+    return [{k: v for k, v in json.loads(line).items() if k != "metrics"} for line in lines]
+
+
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("master_weights", ["device", "none"])
+def test_a_low_rank_run_resumes_exactly_whatever_the_batch(trainer, tmp_path, master_weights, size):
+    options = {
+        "perturbation": "low_rank",
+        "perturbation_rank": 2,
+        "master_weights": master_weights,
+        "bf16": True,
+        "es_optimizer": "adam",
+        "temperature": 1.0,
+        "num_generations": 2,
+        "max_steps": 4,
+    }
+    whole = trainer(**options)
+    whole.train()
+    resumed = trainer(output_dir=str(tmp_path / "resumed"), population_batch_size=size, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert updates(tmp_path / "resumed") == updates(tmp_path / "run")
+    for name, values in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], values), name
+
+
+def test_a_low_rank_run_of_another_rank_is_refused(trainer):
+    trainer(perturbation="low_rank").train()
+    with pytest.raises(ValueError, match="`perturbation_rank` is 2 but was 1"):
+        trainer(perturbation="low_rank", perturbation_rank=2).train(resume_from_checkpoint=True)
+
+
+def test_a_run_may_go_on_with_another_population_batch(trainer, model_folder, tmp_path):
+    options = {"master_weights": "none", "bf16": True}
+    trainer(population_batch_size=1, **options).train()
+    longer = trainer(population_batch_size=2, max_steps=4, **options)
+    longer.train(resume_from_checkpoint=True)
+    assert [line["in_place"] for line in updates(tmp_path / "run")] == [True, True, False, False]
+    rebuilt = replay(model_folder, tmp_path / "run")
+    for name, values in weights(longer).items():
+        assert torch.equal(rebuilt.get_parameter(name).flatten(), values.float()), name

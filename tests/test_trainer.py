@@ -1,6 +1,7 @@
 import functools
 import json
 import logging
+import re
 import threading
 import time
 
@@ -10,10 +11,17 @@ import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    MambaConfig,
+    MambaForCausalLM,
+    TrainerCallback,
+)
 
 from es_trainer import ESConfig, ESTrainer, replay
 from es_trainer.callbacks import RewardPlotCallback
+from es_trainer.rollout import population_batch
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -650,3 +658,338 @@ def test_training_twice_goes_on(trainer):
     assert run.optimizer.updates == 6
     assert run.optimizer.ask() != seeds
     assert not torch.equal(run.model.model.norm.weight, middle["model.norm.weight"])
+
+
+# ---- low-rank perturbations and population batches ----
+
+
+def nothing_installed(model) -> bool:
+    return not any(vars(module).keys() & {"forward", *module._parameters} for module in model.modules())
+
+
+def fitness(folder) -> list[tuple]:
+    """What a run's members got, without what the clock says."""
+    _, *steps = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    keys = ("reward", "reward_std", "reward_max", "reward_min", "num_tokens", "completions/mean_length")
+    return [(step["seeds"], step["utilities"], *(step["metrics"][key] for key in keys)) for step in steps]
+
+
+def group_sizes(run: ESTrainer) -> list[int]:
+    """The sizes of the groups that `run` evaluates from now on."""
+    sizes, install = [], run.population_batch.install
+
+    def recorded(members, sigma):
+        sizes.append(len(members))
+        return install(members, sigma)
+
+    run.population_batch.install = recorded
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"perturbation_rank": 2, "antithetic": True},
+        {"es_optimizer": "adam", "learning_rate": 0.02},
+        {"fitness_shaping": "centered_rank", "learning_rate": 0.1},
+    ],
+)
+def test_it_learns_with_low_rank_perturbations(trainer, options):
+    defaults = {"population_size": 16, "learning_rate": 0.05, "max_steps": 15, "num_prompts_per_step": 6}
+    run = trainer(perturbation="low_rank", **{**defaults, **options})
+    assert run.population_batch is not None
+    before = run.evaluate()["eval_reward"]
+    run.train()
+    assert run.evaluate()["eval_reward"] > before + 0.1
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_perturbations_have_the_rank_that_is_asked_for(trainer, rank):
+    run = trainer(perturbation="low_rank", perturbation_rank=rank, sigma=1.0)
+    weight = run.model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    run.optimizer.perturb(run.optimizer.ask().members[0])
+    assert torch.linalg.matrix_rank(weight.detach() - before, rtol=1e-4) == rank
+
+
+def test_an_adapter_learns_with_low_rank_perturbations(trainer):
+    options = {"population_size": 16, "learning_rate": 0.3, "sigma": 0.1, "max_steps": 15, "num_prompts_per_step": 6}
+    run = trainer(perturbation="low_rank", peft_config=adapter(), **options)
+    before, reward = weights(run.model), run.evaluate()["eval_reward"]
+    run.train()
+    assert run.evaluate()["eval_reward"] > reward + 0.05
+    for name, value in weights(run.model).items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 1.0, "num_generations": 2}, {"generation_kwargs": {"use_cache": False}}],
+    ids=["greedy", "sampled", "without cache"],
+)
+@pytest.mark.parametrize(
+    ("perturbation", "sizes"),
+    [
+        ("low_rank", [(1, None), (3, 5), (None, None), (9, 4)]),
+        ("gaussian", [(1, None), (2, None), (4, 3)]),
+    ],
+)
+def test_batch_sizes_do_not_change_the_run(trainer, tmp_path, perturbation, sizes, sampling):
+    trained, told = [], []
+    for population_batch_size, generation_batch_size in sizes:
+        run = trainer(
+            perturbation=perturbation,
+            population_size=5,
+            population_batch_size=population_batch_size,
+            generation_batch_size=generation_batch_size,
+            max_steps=2,
+            **sampling,
+        )
+        run.train()
+        trained.append(weights(run.model))
+        told.append(fitness(tmp_path / "run"))
+    assert len(told[0]) == 2 and all(any(utilities) for _, utilities, *_ in told[0])
+    for mine, row in zip(trained[1:], told[1:], strict=True):
+        assert row == told[0]
+        assert_same(mine, trained[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"perturbation": "low_rank"}, [6]),
+        ({"perturbation": "low_rank", "population_batch_size": 1}, [1] * 6),
+        ({"perturbation": "low_rank", "population_batch_size": 4}, [4, 2]),
+        ({"population_batch_size": 4}, [4, 2]),
+        ({"population_batch_size": 9}, [6]),
+        ({"population_batch_size": 1}, None),
+        ({}, None),  # on CPU
+    ],
+)
+def test_how_many_members_are_evaluated_together(trainer, options, expected):
+    run = trainer(population_size=6, max_steps=1, **options)
+    assert (run.population_batch is None) == (expected is None)
+    if expected is not None:
+        sizes = group_sizes(run)
+        run.train()
+        assert sizes == expected
+
+
+@pytest.mark.parametrize("options", [{"perturbation": "low_rank"}, {"population_batch_size": 2}])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_population_batches_leave_the_trained_weights(trainer, reward, dataset, tmp_path, options, bf16):
+    run = trainer(bf16=bf16, eval_strategy="steps", eval_steps=1, **options)
+    run.train()
+    assert nothing_installed(run.model)
+    run.save_model(str(tmp_path / "out"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for shard in run.optimizer.weights.shards:
+        assert torch.equal(saved.get_parameter(shard.name).flatten(), shard.master), shard.name
+        assert torch.equal(shard.working, shard.master.to(shard.working.dtype)), shard.name
+    engine = trainer(saved, bf16=bf16).engine
+    texts = [c.text for c in engine.generate(engine.tokenize(list(dataset["prompt"])), seed=0)]
+    assert run.evaluate()["eval_reward"] == pytest.approx(np.mean(reward(texts)))
+    evaluated = [log["eval_reward"] for log in run.state.log_history if "eval_reward" in log]
+    assert evaluated[2] == pytest.approx(np.mean(reward(texts)))
+
+
+@pytest.mark.parametrize("options", [{"perturbation": "low_rank"}, {"population_batch_size": 2}])
+def test_an_error_in_a_population_batch_leaves_weights_clean(trainer, monkeypatch, options):
+    run = trainer(**options)
+    before = weights(run.model)
+
+    def fails(*args):
+        assert not nothing_installed(run.model)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(run.engine, "generate", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.train()
+    assert nothing_installed(run.model)
+    assert_same(weights(run.model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "in_place"),
+    [
+        ({"perturbation": "low_rank"}, False),
+        ({"perturbation": "low_rank", "perturbation_rank": 3, "bf16": True, "es_optimizer": "adam"}, False),
+        ({"perturbation": "low_rank", "master_weights": "host", "bf16": True, "antithetic": True}, False),
+        ({"perturbation": "low_rank", "master_weights": "none", "bf16": True}, False),
+        ({"master_weights": "none", "population_batch_size": 2, "bf16": True}, False),
+        ({"master_weights": "none", "population_batch_size": 1, "bf16": True}, True),
+    ],
+)
+def test_the_history_rebuilds_the_weights_of_population_batches(trainer, model_folder, tmp_path, options, in_place):
+    run = trainer(**options)
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    _, *steps = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    assert [step["in_place"] for step in steps] == [in_place] * 3
+    rebuilt = weights(replay(model_folder, tmp_path / "run"))
+    assert_same(rebuilt, weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+    assert not torch.equal(rebuilt["model.norm.weight"], make_model().model.norm.weight)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_without_a_master_drift_only_when_written_in_place(trainer, size):
+    run = trainer(
+        master_weights="none",
+        bf16=True,
+        population_batch_size=size,
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+    )
+    before = weights(run.model)
+    run.train()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(weights(run.model)[name], before[name]) == (size == 2)
+
+
+def mamba() -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=259,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return MambaForCausalLM(config)
+
+
+@pytest.mark.parametrize("options", [{"perturbation": "low_rank"}, {"population_batch_size": 2}])
+def test_a_model_that_cannot_be_batched_is_evaluated_one_member_at_a_time(trainer, tmp_path, caplog, options):
+    logging.getLogger("transformers").propagate = True
+    options = {"master_weights": "none", "max_steps": 2, "sigma": 0.5, **options}
+    options["reward_funcs"] = lambda completion_ids, **kwargs: [float(sum(ids)) for ids in completion_ids]
+    with caplog.at_level("WARNING"):
+        run = trainer(mamba(), **options)
+        run.train()
+    warnings = [record.message for record in caplog.records if "one at a time" in record.message]
+    assert len(warnings) == 1
+    assert re.search(r"`backbone\.layers\.0\S*` \(Mamba\w+\) with its parameter `\w+`", warnings[0])
+    assert run.population_batch is None and nothing_installed(run.model)
+    assert run.state.global_step == 2 and logs(run)[0]["update_norm"] > 0
+    _, *steps = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    assert all(step["in_place"] for step in steps)
+    assert_same(weights(replay(mamba(), tmp_path / "run")), weights(run.model))
+
+
+# 2 layers of keys and values of 2 heads of 8 numbers; the logits and two copies
+TOKEN_BYTES, LOGITS_BYTES = 4 * 2 * 2 * 2 * 8, 259 * 3 * 4
+
+
+def sequence_bytes(dataset) -> int:
+    return TOKEN_BYTES * (max(map(len, dataset["prompt"])) + 8) + LOGITS_BYTES
+
+
+@pytest.fixture
+def memory(monkeypatch, caplog):
+    """Say how many bytes may be taken."""
+    logging.getLogger("transformers").propagate = True
+    logging.Logger.warning_once.cache_clear()
+
+    def set_bytes(number: int) -> None:
+        monkeypatch.setattr(
+            population_batch, "free_memory", lambda device: -int(-number // population_batch.FREE_SHARE)
+        )
+
+    with caplog.at_level("WARNING"):
+        yield set_bytes
+
+
+@pytest.mark.parametrize(("more", "expected"), [(100, [2] * 2), (-100, [1] * 4)])
+@pytest.mark.parametrize("generation_batch_size", [None, 1])
+def test_groups_are_as_large_as_memory_allows(trainer, memory, caplog, generation_batch_size, more, expected):
+    prompts = Dataset.from_dict({"prompt": ["Say one", "Say two"]})
+    options = {"perturbation": "low_rank", "train_dataset": prompts, "max_steps": 1}
+    options["generation_batch_size"] = generation_batch_size
+    reference = trainer(population_batch_size=2, **options)
+    reference.train()
+    run = trainer(**options)
+    sequences = 2 * 2 if generation_batch_size is None else 1
+    memory(2 * run.optimizer.weights.member_bytes() + sequences * sequence_bytes(prompts) + more)
+    sizes = group_sizes(run)
+    run.train()
+    assert sizes == expected
+    assert_same(weights(run.model), weights(reference.model))
+    assert "Memory does not suffice" not in caplog.text
+
+
+def test_sequences_that_do_not_fit_at_once_are_generated_one_after_another(trainer, memory, caplog):
+    prompts = Dataset.from_dict({"prompt": ["Say one", "Say two", "Say six"]})
+    options = {"perturbation": "low_rank", "train_dataset": prompts, "num_prompts_per_step": 3, "max_steps": 2}
+    reference = trainer(**options)
+    reference.train()
+    run = trainer(**options)
+    memory(run.optimizer.weights.member_bytes() + 2 * sequence_bytes(prompts) + 100)
+    sizes, generate, batch_sizes = group_sizes(run), run.engine.generate, []
+
+    def recorded(prompt_ids, seed, number, group, batch_size, progress):
+        batch_sizes.append(batch_size)
+        return generate(prompt_ids, seed, number, group, batch_size, progress)
+
+    run.engine.generate = recorded
+    run.train()
+    assert sizes == [1] * 8 and batch_sizes == [2] * 8
+    assert caplog.text.count("generated 2 at a time") == 1
+    assert "`generation_batch_size`" in caplog.text
+    assert_same(weights(run.model), weights(reference.model))
+
+
+@pytest.mark.parametrize("generation_batch_size", [None, 1])
+def test_no_memory_at_all_is_an_error(trainer, memory, generation_batch_size):
+    run = trainer(perturbation="low_rank", generation_batch_size=generation_batch_size)
+    before = weights(run.model)
+    memory(0)
+    with pytest.raises(ValueError, match="`max_completion_length=8`.*`population_batch_size`"):
+        run.train()
+    assert_same(weights(run.model), before)
+    given = trainer(perturbation="low_rank", population_batch_size=3, max_steps=1)
+    given.train()
+    assert given.state.global_step == 1
+
+
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_callbacks_are_told_of_every_member_of_a_group(trainer, size):
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    trainer(perturbation="low_rank", population_batch_size=size, callbacks=[Watch()], max_steps=2).train()
+    assert steps == [0] * 4 + [1] * 4
+
+
+def test_reward_functions_see_one_member_at_a_time(trainer):
+    seen = []
+
+    def spy(prompts, completions, completion_ids, answer, **kwargs):
+        seen.append((threading.current_thread(), tuple(prompts), tuple(completions)))
+        assert len(completions) == len(completion_ids) == len(answer) == 4
+        return [float(len(completion)) for completion in completions]
+
+    options = {"temperature": 1.0, "num_generations": 2, "max_steps": 1, "sigma": 0.3}
+    trainer(perturbation="low_rank", reward_funcs=spy, **options).train()
+    one_at_a_time = len(seen)
+    trainer(perturbation="low_rank", population_batch_size=1, reward_funcs=spy, **options).train()
+    assert one_at_a_time == 4 and len({completions for _, _, completions in seen}) == 4
+    assert [row[1:] for row in seen[:4]] == [row[1:] for row in seen[4:]]
+    assert threading.main_thread() not in {thread for thread, *_ in seen}
+
+
+def test_a_group_that_is_one_model_samples_the_same_completions(trainer):
+    seen = []
+
+    def spy(completions, **kwargs):
+        seen.append(tuple(completions))
+        return [0.0] * len(completions)
+
+    options = {"sigma": 1e-12, "temperature": 1.0, "num_generations": 3, "max_steps": 2}
+    trainer(perturbation="low_rank", reward_funcs=spy, **options).train()
+    assert len(set(seen[:4])) == 1 and len(set(seen[4:])) == 1
+    assert set(seen[:4]) != set(seen[4:])

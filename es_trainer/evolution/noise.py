@@ -69,7 +69,7 @@ def for_pieces(function: Callable[[int, int], T], size: int, device: torch.devic
 
 def scratch(size: int, device: torch.device) -> torch.Tensor:
     """A float32 tensor whose contents last until the next call from the same thread."""
-    if device.type != "cpu" or size > CPU_PIECE:
+    if device.type != "cpu":
         return torch.empty(size, dtype=torch.float32, device=device)
     try:
         buffer = _scratch.buffer
@@ -129,18 +129,40 @@ def _add_cpu(source, target, start, stream, seeds, coefficients):
     seeds = np.array(seeds, dtype=np.uint64)
     coefficients = np.array(coefficients, dtype=np.float32)
     stream = np.uint64(stream)
+
+    def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
+        cpu.add(values, out, start + low, stream, seeds, coefficients)
+
+    on_cpu(kernel, source, target)
+
+
+def on_cpu(
+    kernel: Callable[[np.ndarray, np.ndarray, int], None], source: torch.Tensor | None, target: torch.Tensor
+) -> None:
+    """
+    Run a float32 kernel over tensors of any floating dtype, shared by torch's number of threads.
+
+    Args:
+        kernel (`Callable`):
+            Called with a piece of the source (empty for zeros; it may be the target itself), the piece of the target
+            to write, and where in the target that begins.
+        source (`torch.Tensor` or `None`):
+            Flat tensor of the target's shape.
+        target (`torch.Tensor`):
+            Flat tensor. What the kernel writes is rounded once.
+    """
     nothing = np.empty(0, dtype=np.float32)
 
     def exact(low: int, high: int) -> None:
         values = nothing if source is None else source[low:high].numpy()
-        cpu.add(values, target[low:high].numpy(), start + low, stream, seeds, coefficients)
+        kernel(values, target[low:high].numpy(), low)
 
     def rounded(low: int, high: int) -> None:
         values = scratch(high - low, target.device)
         if source is not None:
             values.copy_(source[low:high])
         array = values.numpy()
-        cpu.add(nothing if source is None else array, array, start + low, stream, seeds, coefficients)
+        kernel(nothing if source is None else array, array, low)
         target[low:high].copy_(values)
 
     if target.dtype == torch.float32 and (source is None or source.dtype == torch.float32):

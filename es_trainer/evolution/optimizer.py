@@ -211,7 +211,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 g = self.weights.perturbation.combine(shard.name, shard.shape, seeds, coefficients, device)
 
                 update = functools.partial(self._update_piece, shard, g, group)
-                squares += g.for_pieces(update, shard.working.numel(), device)
+                squares += noise.for_pieces(update, shard.working.numel(), device)
         return squares
 
     def _update_piece(self, shard: Shard, g: Noises | Products, group: dict[str, Any], low: int, high: int) -> float:

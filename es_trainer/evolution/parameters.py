@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from . import noise
 from .perturbation import Factors, Gaussian, Noises, Products
 from .population import Member
 
@@ -183,7 +184,7 @@ def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products)
         source = shard.master[low:high].to(target.device, non_blocking=True)
         terms.add(source, target[low:high], shard.start + low)
 
-    terms.for_pieces(piece, target.numel(), target.device)
+    noise.for_pieces(piece, target.numel(), target.device)
 
 
 def _round(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:

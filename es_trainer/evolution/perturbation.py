@@ -1,20 +1,17 @@
 """Shapes of the noise. A new one is a class with the methods of `Gaussian`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
+import numpy as np
 import torch
 
 from . import noise
 
 
-T = TypeVar("T")
-
 PerturbationName = Literal["gaussian", "low_rank"]
-
-CPU_BLOCK = 1 << 20  # weights of a matrix product on CPU: enough for torch's threads, little enough for the cache
 
 
 class Noises:
@@ -29,19 +26,15 @@ class Noises:
         """Write `target = source + sum`; see [`noise.add`]."""
         noise.add(source, target, self.name, self.seeds, self.coefficients, start)
 
-    def for_pieces(self, function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:
-        """Call `function(start, stop)` on pieces of `range(size)` that suit `add`; see [`noise.for_pieces`]."""
-        return noise.for_pieces(function, size, device)
-
 
 class Products:
     """
-    Sum of low-rank terms of one parameter, as one matrix product: `left @ right.T`.
+    Sum of low-rank terms of one parameter, as one matrix product: `left @ right`.
 
     Args:
         left (`torch.Tensor` of shape `(matrices, rows, terms)`):
             Left factors of all terms, with their coefficients.
-        right (`torch.Tensor` of shape `(matrices, columns, terms)`):
+        right (`torch.Tensor` of shape `(matrices, terms, columns)`):
             Right factors.
     """
 
@@ -51,6 +44,9 @@ class Products:
 
     def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
         """Write `target = source + sum`, where the flat `target` begins at index `start` of the parameter."""
+        if target.device.type == "cpu":
+            self._add_cpu(source, target, start)
+            return
 
         def piece(low: int, high: int) -> None:
             values = self._values(start + low, start + high)
@@ -58,22 +54,27 @@ class Products:
                 values += source[low:high]
             target[low:high].copy_(values)
 
-        self.for_pieces(piece, target.numel(), target.device)
+        noise.for_pieces(piece, target.numel(), target.device)
 
-    def for_pieces(self, function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:
-        """Call `function(start, stop)` on pieces of `range(size)` in turn: the product itself is parallel."""
-        length = CPU_BLOCK if device.type == "cpu" else noise.CUDA_PIECE
-        return [function(low, min(low + length, size)) for low in range(0, size, length)]
+    def _add_cpu(self, source: torch.Tensor | None, target: torch.Tensor, start: int) -> None:
+        from .kernels import cpu
+
+        left, right = self.left.flatten(0, 1).numpy(), self.right.numpy()
+
+        def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
+            cpu.add_product(values, out, start + low, left, right)
+
+        noise.on_cpu(kernel, source, target)
 
     def _values(self, start: int, stop: int) -> torch.Tensor:
         """Float32 values at the flat indices from `start` to `stop`."""
-        rows, columns = self.left.shape[1], self.right.shape[1]
+        rows, columns = self.left.shape[1], self.right.shape[2]
         parts = []
         while start < stop:
             matrix, first = divmod(start // columns, rows)
             last = min(rows, -(-stop // columns) - matrix * rows)
             offset = (matrix * rows + first) * columns
-            block = (self.left[matrix, first:last] @ self.right[matrix].T).view(-1)
+            block = (self.left[matrix, first:last] @ self.right[matrix]).view(-1)
             parts.append(block[start - offset : stop - offset])
             start += parts[-1].numel()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -147,7 +148,7 @@ class LowRank(Gaussian):
             return Noises(name, seeds, coefficients)
         pairs = [self._draw(name, shape, seed, device) for seed in seeds]
         left = torch.cat([a * c for (a, _), c in zip(pairs, coefficients, strict=True)], dim=-1)
-        return Products(left, torch.cat([b for _, b in pairs], dim=-1))
+        return Products(left, torch.cat([b.mT for _, b in pairs], dim=-2))
 
     def factors(self, name, shape, seeds, coefficients, device, dtype):
         if len(shape) < 2:

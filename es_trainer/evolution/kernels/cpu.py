@@ -1,4 +1,4 @@
-"""The noise contract on CPU: Philox4x32-10 and Box-Muller in Numba, vectorised by LLVM.
+"""The noise contract on CPU (Philox4x32-10 and Box-Muller), and sums of low-rank terms; vectorised by Numba and LLVM.
 
 The loops run over 1024 lanes without a dependence between them, which is what makes them vectorise; the two stages
 (words, normals) are separate loops so that the integer one can work in 64-bit lanes.
@@ -163,3 +163,56 @@ def add(source, target, start, stream, seeds, coefficients):
                 accumulate = True
         if not whole:
             copy(edge[low - origin : high - origin], target[low - start : high - start])
+
+
+@njit(nogil=True, fastmath={"contract"}, cache=True)
+def add_product(source, target, start, left, right):
+    """target = source + left @ right at flat indices from `start` on, float32.
+
+    A value is one chain of fused multiply-adds over the terms, whatever slice is asked for: libraries add up in an
+    order that hangs on the shape and the number of threads.
+
+    Args:
+        source: float32 array like `target` (the same memory is allowed), or an empty one for zeros.
+        target: float32 array.
+        start: flat index of target[0] in the whole parameter.
+        left: float32 array of shape (matrices * rows, terms).
+        right: float32 array of shape (matrices, terms, columns).
+    """
+    matrices, terms, columns = right.shape
+    rows = left.shape[0] // matrices
+    done = 0
+    while done < target.shape[0]:
+        row = (start + done) // columns
+        first = start + done - row * columns
+        width = min(columns - first, target.shape[0] - done)
+        t = target[done : done + width]
+        if source.shape[0] == 0:
+            t[:] = f32(0)
+        elif source.ctypes.data != target.ctypes.data:
+            copy(source[done : done + width], t)
+        add_row(t, left[row], right[row // rows], first)
+        done += width
+
+
+@njit(nogil=True, fastmath={"contract"})
+def add_row(t, a, r, first):
+    last = first + t.shape[0]
+    whole = a.shape[0] // 4 * 4
+    for k in range(0, whole, 4):
+        add_4(t, a[k : k + 4], r[k, first:last], r[k + 1, first:last], r[k + 2, first:last], r[k + 3, first:last])
+    for k in range(whole, a.shape[0]):
+        add_1(t, a[k], r[k, first:last])
+
+
+@njit(nogil=True, fastmath={"contract"})
+def add_4(t, a, r0, r1, r2, r3):
+    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
+    for j in range(t.shape[0]):
+        t[j] = t[j] + a0 * r0[j] + a1 * r1[j] + a2 * r2[j] + a3 * r3[j]
+
+
+@njit(nogil=True, fastmath={"contract"})
+def add_1(t, a, r):
+    for j in range(t.shape[0]):
+        t[j] = t[j] + a * r[j]

@@ -1,0 +1,195 @@
+"""
+The population in one batch, against plain batches of as many rows: `python benchmarks/population.py`.
+
+- speed: tokens/s of 30 low-rank members, and of a plain (unperturbed) batch of as many sequences;
+- lengths: completions of 8 to 128 tokens, with finished rows leaving the batch and with finished rows running on, and
+  a plain batch of the same lengths in Transformers' continuous batching;
+- memory: what a population batch takes at most, and what the plain batch takes (each in a process of its own).
+"""
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from memory import MIB, Peak
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    StoppingCriteria,
+)
+
+from es_trainer import ESConfig
+from es_trainer.evolution import EvolutionStrategy
+from es_trainer.evolution.perturbation import LowRank
+from es_trainer.rollout import Completion, PopulationBatch, Rows, TransformersEngine
+from es_trainer.smollm2 import smollm2
+from es_trainer.tasks import conciseness
+
+
+SHORTEST, LONGEST = 8, 128
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Subject:
+    """A model, and the prompts that its members and plain batches complete."""
+
+    def __init__(self, dtype: torch.dtype, population: int, prompts: int, tokens: int):
+        self.population = population
+        self.model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype).eval()
+        # The same number of tokens every time, whatever the weights say
+        args = ESConfig(
+            "bench", use_cpu=True, max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}
+        )
+        self.engine = TransformersEngine(self.model, AutoTokenizer.from_pretrained(smollm2()), args)
+        self.prompt_ids = self.engine.tokenize(list(conciseness(train_size=prompts).train_dataset["prompt"]))
+        self.optimizer = EvolutionStrategy(
+            list(self.model.named_parameters()),
+            population_size=population,
+            perturbation=LowRank(),
+            master_weights="none",
+        )
+        self.batch = PopulationBatch(self.model, self.optimizer.weights)
+
+    def members(self) -> list[Completion]:
+        """Completions of all members in one batch."""
+        with self.batch.install(self.optimizer.ask().members, self.optimizer.sigma) as rows:
+            return self.engine.generate(self.prompt_ids, seed=0, members=rows)
+
+    def plain(self) -> list[Completion]:
+        """As many completions of the unperturbed model."""
+        return self.engine.generate(self.prompt_ids * self.population, seed=0)
+
+
+class Lengths(StoppingCriteria):
+    """Ends the completion of each member for each prompt at a length drawn for it."""
+
+    def __init__(self, subject: Subject, rows: Rows):
+        draw = random.Random(0)
+        # Prompts are told apart by their last token
+        subject.prompt_ids = [[*ids, 1000 + i] for i, ids in enumerate(subject.prompt_ids)]
+        self.width = max(map(len, subject.prompt_ids))
+        self.rows = rows
+        self.lengths = torch.tensor(
+            [[draw.randint(SHORTEST, LONGEST) for _ in subject.prompt_ids] for _ in range(subject.population)]
+        )
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        lengths = self.lengths[self.rows.members, input_ids[:, self.width - 1] - 1000]
+        return input_ids.shape[1] - self.width >= lengths
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def speed(dtype: torch.dtype, options: argparse.Namespace) -> None:
+    for prompts in options.prompts:
+        subject = Subject(dtype, options.population, prompts, options.tokens)
+        subject.members(), subject.plain()
+        pairs = [(seconds(subject.members), seconds(subject.plain)) for _ in range(options.rounds)]
+        members, plain = (statistics.median(side) for side in zip(*pairs, strict=True))
+        tokens = options.population * prompts * options.tokens
+        print(
+            f"speed, {dtype}, {prompts} prompts: {tokens / members:.0f} tokens/s; plain batch {tokens / plain:.0f}; "
+            f"{statistics.median(b / a for a, b in pairs):.0%} of it",
+            flush=True,
+        )
+
+
+def lengths(dtype: torch.dtype, options: argparse.Namespace) -> None:
+    prompts = max(options.prompts)
+    subject = Subject(dtype, options.population, prompts, LONGEST)
+    subject.engine.generation_config.min_new_tokens = 0
+    subject.engine.generation_config.suppress_tokens = subject.engine.eos_token_ids
+    subject.engine.generation_config.eos_token_id = None
+    with subject.batch.install(subject.optimizer.ask().members, subject.optimizer.sigma) as rows:
+        criterion = Lengths(subject, rows)
+        subject.engine.stopping_criteria = [criterion]
+
+        def members(drops_finished_rows: bool) -> float:
+            subject.engine.drops_finished_rows = drops_finished_rows
+            return seconds(lambda: subject.engine.generate(subject.prompt_ids, seed=0, members=rows))
+
+        members(True)
+        pairs = [(members(True), members(False)) for _ in range(options.rounds)]
+    leaving, running = (statistics.median(side) for side in zip(*pairs, strict=True))
+    print(
+        f"lengths, {dtype}, {prompts} prompts: finished rows leave {leaving:.1f} s; run on {running:.1f} s; "
+        f"{statistics.median(b / a for a, b in pairs):.2f} times faster",
+        flush=True,
+    )
+    # Continuous batching packs rows into one sequence, where members can't be told apart: unperturbed, each once
+    plain = seconds(lambda: plain_lengths(subject, criterion))
+    continuous = seconds(lambda: continuous_batching(subject, criterion))
+    print(f"lengths, {dtype}, plain batch: {plain:.1f} s; continuous batching {continuous:.1f} s", flush=True)
+
+
+def plain_lengths(subject: Subject, criterion: Lengths) -> None:
+    """The same lengths without members: with a σ of nothing."""
+    rows = criterion.rows
+    subject.engine.drops_finished_rows = True
+    subject.engine.generate(subject.prompt_ids, seed=0, members=rows)
+
+
+def continuous_batching(subject: Subject, criterion: Lengths) -> None:
+    config = GenerationConfig(do_sample=False, max_new_tokens=LONGEST, eos_token_id=-1, pad_token_id=0)
+    settings = ContinuousBatchingConfig(page_size=32, num_blocks=1536, max_batch_tokens=2048)
+    with subject.model.continuous_batching_context_manager(config, continuous_batching_config=settings) as manager:
+        for member in range(subject.population):
+            for prompt, ids in enumerate(subject.prompt_ids):
+                manager.add_request(ids, max_new_tokens=int(criterion.lengths[member, prompt]))
+        for _ in range(subject.population * len(subject.prompt_ids)):
+            manager.get_result()
+
+
+def memory(name: str, options: argparse.Namespace) -> None:
+    for prompts in options.prompts:
+        peaks = {}
+        for kind in ("plain", "members"):
+            command = [sys.executable, __file__, "--peak", kind, "--dtypes", name, "--prompts", str(prompts)]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            peaks[kind], factors = map(float, output.splitlines()[-1].split())
+        print(
+            f"memory, {name}, {prompts} prompts: {peaks['members']:.0f} MiB; plain batch {peaks['plain']:.0f} MiB, "
+            f"factors {factors:.0f} MiB",
+            flush=True,
+        )
+
+
+def peak(kind: str, dtype: torch.dtype, options: argparse.Namespace) -> None:
+    subject = Subject(dtype, options.population, options.prompts[0], options.tokens)
+    for parameter in subject.model.parameters():
+        parameter.data.copy_(parameter.data.clone())  # from the mapped file into memory
+    with Peak() as peak:
+        {"plain": subject.plain, "members": subject.members}[kind]()
+    print(peak.mib, subject.population * subject.optimizer.weights.member_bytes() / MIB)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--population", type=int, default=30)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--what", nargs="+", choices=["speed", "lengths", "memory"], default=["speed", "lengths", "memory"]
+    )
+    parser.add_argument("--peak", choices=["plain", "members"], help="measure the peak of one in this process")
+    options = parser.parse_args()
+    if options.peak:
+        peak(options.peak, DTYPES[options.dtypes[0]], options)
+    else:
+        print(f"N={options.population}, {options.tokens} tokens, SmolLM2-135M")
+        for name in options.dtypes:
+            for what in options.what:
+                memory(name, options) if what == "memory" else globals()[what](DTYPES[name], options)
