@@ -127,17 +127,10 @@ def lengths(dtype: torch.dtype, options: argparse.Namespace) -> None:
         f"{statistics.median(b / a for a, b in pairs):.2f} times faster",
         flush=True,
     )
-    # Continuous batching packs rows into one sequence, where members can't be told apart: unperturbed, each once
-    plain = seconds(lambda: plain_lengths(subject, criterion))
+    # Continuous batching packs rows into one sequence, where members can't be told apart: both without noise, once
+    plain = members(True)
     continuous = seconds(lambda: continuous_batching(subject, criterion))
     print(f"lengths, {dtype}, plain batch: {plain:.1f} s; continuous batching {continuous:.1f} s", flush=True)
-
-
-def plain_lengths(subject: Subject, criterion: Lengths) -> None:
-    """The same lengths without members: with a σ of nothing."""
-    rows = criterion.rows
-    subject.engine.drops_finished_rows = True
-    subject.engine.generate(subject.prompt_ids, seed=0, members=rows)
 
 
 def continuous_batching(subject: Subject, criterion: Lengths) -> None:

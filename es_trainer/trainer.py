@@ -114,7 +114,7 @@ class ESTrainer(Trainer):
             [`~transformers.AutoTokenizer.from_pretrained`]. If it has no padding token, its end-of-sequence token is
             used.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            Callbacks to add to the default ones. `on_substep_end` is called after every member.
+            Callbacks to add to the default ones. `on_substep_end` is called for every member that is done.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Must be `(None, None)`: the evolution strategy is the optimizer. Use `args.es_optimizer` for its update
             rule and `args.lr_scheduler_type` for its schedule.
@@ -197,6 +197,7 @@ class ESTrainer(Trainer):
         self._step_metrics: dict[str, Any] = {}  # of the step under way
         self._best: Rollout | None = None  # of the last step, for the table of completions
         self._warned_of_equal_fitness = False
+        self._warned_of_memory = False
 
     def _check_prompts(self, dataset: Dataset | IterableDataset | None) -> None:
         """Raise now what generation would raise about a prompt."""
@@ -333,10 +334,12 @@ class ESTrainer(Trainer):
                 "longest prompts, or set `population_batch_size` to try nevertheless."
             )
         if fitting < wanted:
-            logger.warning_once(
-                f"Memory does not suffice for all sequences of a member at once: they are generated {fitting} at a "
-                "time. Set `generation_batch_size` to choose another number. (Shown once.)"
-            )
+            if not self._warned_of_memory:
+                logger.warning(
+                    f"Memory does not suffice for all sequences of a member at once: they are generated {fitting} at "
+                    "a time. Set `generation_batch_size` to choose another number. (Shown once.)"
+                )
+                self._warned_of_memory = True
             batch_size = fitting
         return members, batch_size
 

@@ -37,23 +37,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+TINY = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, tie: bool = True, **config) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    options = {
-        "vocab_size": 259,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": tie,
-        **config,
-    }
-    return LlamaForCausalLM(LlamaConfig(**options)).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": tie, **config})).to(dtype)
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,18 @@ def fill(target: torch.Tensor, name: str, seed: int, start: int = 0) -> torch.Te
     return target
 
 
+def fill_each(target: torch.Tensor, name: str, seeds: Sequence[int]) -> torch.Tensor:
+    """Write `noise(seeds[k], name)` into row k of the float32 tensor `target`, for small rows, and return it."""
+    if target.device.type == "cpu":
+        from .kernels import cpu
+
+        cpu.fill_each(target.numpy(), np.uint64(stream(name)), np.array(seeds, dtype=np.uint64))
+    else:
+        for row, seed in zip(target, seeds, strict=True):
+            fill(row, name, seed)
+    return target
+
+
 def _add_cpu(source, target, start, stream, seeds, coefficients):
     # Numba is imported where it is used: a machine that trains on CUDA does not need it
     from .kernels import cpu

@@ -146,22 +146,15 @@ class LowRank(Gaussian):
     def combine(self, name, shape, seeds, coefficients, device):
         if len(shape) < 2:
             return Noises(name, seeds, coefficients)
-        pairs = [self._draw(name, shape, seed, device) for seed in seeds]
-        left = torch.cat([a * c for (a, _), c in zip(pairs, coefficients, strict=True)], dim=-1)
-        return Products(left, torch.cat([b.mT for _, b in pairs], dim=-2))
+        left, right = self._draw(name, shape, seeds, coefficients, device)
+        left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
+        return Products(left.contiguous(), right.contiguous())
 
     def factors(self, name, shape, seeds, coefficients, device, dtype):
         if len(shape) < 2:
             return None
-        *matrices, rows, columns = shape
-        options = {"device": device, "dtype": dtype}
-        left = torch.empty(len(seeds), math.prod(matrices), self.rank, rows, **options)
-        right = torch.empty(len(seeds), math.prod(matrices), self.rank, columns, **options)
-        for k, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
-            a, b = self._draw(name, shape, seed, device)
-            left[k].copy_((a * coefficient).mT)
-            right[k].copy_(b.mT)
-        return Factors(left, right)
+        left, right = self._draw(name, shape, seeds, coefficients, device)
+        return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
 
     def numbers(self, shape):
         if len(shape) < 2:
@@ -170,11 +163,18 @@ class LowRank(Gaussian):
         return math.prod(matrices) * (rows + columns) * self.rank
 
     def _draw(
-        self, name: str, shape: Sequence[int], seed: int, device: torch.device
+        self,
+        name: str,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        device: torch.device,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A / sqrt(rank) of shape (matrices, rows, rank) and B of shape (matrices, columns, rank)."""
+        """`coefficient * A / sqrt(rank)` and B of each seed, of shape (seeds, matrices, rows or columns, rank)."""
         *matrices, rows, columns = shape
         count = math.prod(matrices)
-        normals = noise.fill(torch.empty(self.numbers(shape), device=device), name, seed)
-        a, b = normals.split([count * rows * self.rank, count * columns * self.rank])
-        return a.view(count, rows, self.rank) / math.sqrt(self.rank), b.view(count, columns, self.rank)
+        normals = noise.fill_each(torch.empty(len(seeds), self.numbers(shape), device=device), name, seeds)
+        a, b = normals.split([count * rows * self.rank, count * columns * self.rank], dim=1)
+        a = a.view(-1, count, rows, self.rank) / math.sqrt(self.rank)
+        a *= torch.tensor(coefficients, device=device).view(-1, 1, 1, 1)
+        return a, b.view(-1, count, columns, self.rank)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from es_trainer.evolution import EvolutionStrategy, Member, noise
-from es_trainer.evolution.parameters import Weights, _add_from_host
+from es_trainer.evolution.parameters import Weights
 from es_trainer.evolution.perturbation import Gaussian, LowRank
 
 
@@ -286,51 +286,6 @@ def test_the_expected_update_is_the_gradient(noises):
 # ---- in the optimizer ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("master_weights", ["device", "host"])
-def test_weights_are_bit_identical_after_an_evaluation(dtype, master_weights):
-    parameters, optimizer = make(parameters=make_parameters(dtype), sigma=0.3, master_weights=master_weights)
-    before = snapshot(parameters)
-    for member in optimizer.ask():
-        optimizer.perturb(member)
-        for name, parameter in parameters.items():
-            assert not torch.equal(parameter.data, before[name])
-    optimizer.restore()
-    assert_same(snapshot(parameters), before)
-
-
-def test_a_member_leaves_nothing_behind_for_the_next():
-    parameters, optimizer = make(sigma=0.3)
-    optimizer.perturb(Member(1))
-    optimizer.perturb(Member(2))
-    after_another = snapshot(parameters)
-    optimizer.restore()
-    optimizer.perturb(Member(2))
-    assert_same(snapshot(parameters), after_another)
-
-
-def test_weights_written_from_host_memory_are_the_same(monkeypatch):
-    monkeypatch.setattr(noise, "CPU_PIECE", 256)
-    parameters, optimizer = make(sigma=0.3)
-    optimizer.perturb(Member(seed=5, sign=-1))
-    directly = snapshot(parameters)
-    optimizer.restore()
-    for shard in optimizer.weights.shards:
-        terms = LowRank(2).combine(shard.name, shard.shape, [5], [-0.3], CPU)
-        _add_from_host(shard, shard.working, terms)
-    assert_same(snapshot(parameters), directly)
-
-
-def test_without_master_weights_come_back_up_to_rounding():
-    parameters, optimizer = make(sigma=0.1, master_weights="none")
-    before = snapshot(parameters)
-    for member in optimizer.ask():
-        optimizer.perturb(member)
-    optimizer.restore()
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.data, before[name], rtol=0, atol=1e-5)
-
-
 @ranks
 @pytest.mark.parametrize("master_weights", ["device", "host", "none"])
 def test_step_is_the_weighted_sum_of_the_perturbations(monkeypatch, rank, master_weights):
@@ -348,56 +303,6 @@ def test_step_is_the_weighted_sum_of_the_perturbations(monkeypatch, rank, master
         squares += float(update.square().sum())
     assert optimizer.update_norm == pytest.approx(squares**0.5, rel=1e-5)
     assert optimizer.distance_from_start() == pytest.approx(squares**0.5, rel=1e-4)
-
-
-def test_antithetic_step_weighs_a_perturbation_by_the_difference_of_its_pair():
-    parameters, optimizer = make(lr=1.0, fitness_shaping="none", antithetic=True, population_size=4)
-    before = snapshot(parameters)
-    population = optimizer.ask()
-    optimizer.tell(population, [3.0, 1.0, 10.0, 30.0])
-    optimizer.step()
-    first, second = population.members[0].seed, population.members[2].seed
-    for name, parameter in parameters.items():
-        update = (2.0 * dense(2, name, SHAPES[name], first) - 20.0 * dense(2, name, SHAPES[name], second)) / 4
-        torch.testing.assert_close(parameter.data, before[name] + update, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("rule", "reference"),
-    [
-        ("momentum", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8)),
-        ("adam", lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.99), eps=1e-6)),
-    ],
-)
-def test_rules_are_those_of_torch(rule, reference):
-    parameters, optimizer = make(lr=0.1, rule=rule, betas=(0.8, 0.99), eps=1e-6)
-    theirs = {name: nn.Parameter(parameter.data.clone()) for name, parameter in parameters.items()}
-    torch_optimizer = reference(list(theirs.values()))
-    for step in range(4):
-        population = optimizer.ask()
-        utilities = optimizer.tell(population, np.random.default_rng(step).normal(size=6))
-        for name, parameter in theirs.items():
-            terms = (u * dense(2, name, SHAPES[name], m.seed) for u, m in zip(utilities, population, strict=True))
-            parameter.grad = -sum(terms) / 6
-        torch_optimizer.step()
-        optimizer.step()
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.data, theirs[name].data, rtol=1e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("master_weights", ["device", "none"])
-def test_resuming_from_a_state_dict_is_exact(tmp_path, rule, master_weights):
-    options = {"rule": rule, "anchor_decay": 0.1, "dtype": torch.bfloat16, "master_weights": master_weights, "lr": 0.1}
-    whole, uninterrupted = make(**options)
-    run_steps(uninterrupted, 5)
-    _, first = make(**options)
-    run_steps(first, 3)
-    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
-    resumed, second = make(**options)
-    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    run_steps(second, 2, first=3)
-    assert_same(snapshot(resumed), snapshot(whole))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import make_model
+from conftest import TINY, make_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -17,27 +17,12 @@ from es_trainer.rollout import PopulationBatch, TransformersEngine, decoding
 
 PROMPTS = ["Say one", "Hi", "A much longer prompt than the others", "Three", "Hello", "To be or not"]
 ENDS = [2, *range(100, 130)]
-COMMON = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 TWO_KINDS = ["sliding_attention", "full_attention"]
 CONFIGS = {
-    "mistral": MistralConfig(**COMMON, sliding_window=8),
-    "gemma3": Gemma3TextConfig(
-        **COMMON, head_dim=8, sliding_window=8, layer_types=TWO_KINDS, tie_word_embeddings=False
-    ),
+    "mistral": MistralConfig(**TINY, sliding_window=8),
+    "gemma3": Gemma3TextConfig(**TINY, head_dim=8, sliding_window=8, layer_types=TWO_KINDS, tie_word_embeddings=False),
     "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
-    "qwen3_moe": Qwen3MoeConfig(**COMMON, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "qwen3_moe": Qwen3MoeConfig(**TINY, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "mamba": MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3),
 }
 

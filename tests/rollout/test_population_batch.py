@@ -3,7 +3,7 @@ import inspect
 import psutil
 import pytest
 import torch
-from conftest import make_model
+from conftest import TINY, make_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -30,35 +30,22 @@ from es_trainer.rollout import PopulationBatch, TransformersEngine, population_b
 SIGMA = 0.05
 MEMBERS = [Member(1), Member(2, -1), Member(3)]
 PROMPTS = ["Say one", "Hi", "A much longer prompt than the others", "Three", "x"]
-COMMON = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 TWO_KINDS = ["sliding_attention", "full_attention"]
 CONFIGS = {
-    "llama": LlamaConfig(**COMMON, tie_word_embeddings=True),
-    "llama_biases": LlamaConfig(**COMMON, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
-    "mistral": MistralConfig(**COMMON, sliding_window=8),
-    "qwen2": Qwen2Config(**COMMON),
-    "qwen3": Qwen3Config(**COMMON, head_dim=8),
-    "gemma": GemmaConfig(**COMMON, head_dim=8),
-    "gemma3": Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=8, layer_types=TWO_KINDS),
-    "phi3": Phi3Config(**COMMON),
+    "llama": LlamaConfig(**TINY, tie_word_embeddings=True),
+    "llama_biases": LlamaConfig(**TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**TINY, sliding_window=8),
+    "qwen2": Qwen2Config(**TINY),
+    "qwen3": Qwen3Config(**TINY, head_dim=8),
+    "gemma": GemmaConfig(**TINY, head_dim=8),
+    "gemma3": Gemma3TextConfig(**TINY, head_dim=8, sliding_window=8, layer_types=TWO_KINDS),
+    "phi3": Phi3Config(**TINY),
     "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
-    "qwen3_moe": Qwen3MoeConfig(**COMMON, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**TINY, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "mixtral": MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2),
 }
 UNKNOWN = {
-    "gpt_oss": GptOssConfig(**COMMON, head_dim=8, num_local_experts=4),
+    "gpt_oss": GptOssConfig(**TINY, head_dim=8, num_local_experts=4),
     "mamba": MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 PERTURBATIONS = [LowRank(1), LowRank(4), Gaussian()]

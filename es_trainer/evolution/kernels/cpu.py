@@ -165,6 +165,15 @@ def add(source, target, start, stream, seeds, coefficients):
             copy(edge[low - origin : high - origin], target[low - start : high - start])
 
 
+@njit(nogil=True, cache=True)
+def fill_each(target, stream, seeds):
+    """target[k] = noise(seeds[k], stream), for a float32 array of shape (seeds, n)."""
+    nothing = np.empty(0, f32)
+    one = np.ones(1, f32)
+    for k in range(seeds.shape[0]):
+        add(nothing, target[k], 0, stream, seeds[k : k + 1], one)
+
+
 @njit(nogil=True, fastmath={"contract"}, cache=True)
 def add_product(source, target, start, left, right):
     """target = source + left @ right at flat indices from `start` on, float32.
