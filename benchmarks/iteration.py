@@ -10,6 +10,7 @@ strategy's own work differs, and low-rank noise with the whole population in one
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,9 +113,9 @@ class Papers(Iteration):
 OURS = {"gaussian": Gaussian, "low_rank": LowRank}
 
 
-def seconds(iteration: Iteration) -> float:
+def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    iteration.run()
+    function()
     return time.perf_counter() - start
 
 
@@ -134,7 +135,7 @@ if __name__ == "__main__":
             for side in sides[:-1]:
                 side.run()
             sides[-1].evaluate()
-            times = [[seconds(side) for side in sides] for _ in range(options.rounds)]
+            times = [[seconds(side.run) for side in sides] for _ in range(options.rounds)]
             *ours, papers = (statistics.median(column) for column in zip(*times, strict=True))
             print(f"{dtype}, {prompts} prompts: the paper's loop {papers:.1f} s an iteration", flush=True)
             for i, (name, mine) in enumerate(zip(options.noise, ours, strict=True)):

@@ -12,54 +12,25 @@ import random
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import torch
+from iteration import SIGMA, LowRank, seconds
 from memory import MIB, Peak
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    StoppingCriteria,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
-from es_trainer import ESConfig
-from es_trainer.evolution import EvolutionStrategy
-from es_trainer.evolution.perturbation import LowRank
-from es_trainer.rollout import Completion, PopulationBatch, Rows, TransformersEngine
-from es_trainer.smollm2 import smollm2
-from es_trainer.tasks import conciseness
+from es_trainer.rollout import Completion, Rows
 
 
 SHORTEST, LONGEST = 8, 128
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Subject:
+class Subject(LowRank):
     """A model, and the prompts that its members and plain batches complete."""
-
-    def __init__(self, dtype: torch.dtype, population: int, prompts: int, tokens: int):
-        self.population = population
-        self.model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype).eval()
-        # The same number of tokens every time, whatever the weights say
-        args = ESConfig(
-            "bench", use_cpu=True, max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}
-        )
-        self.engine = TransformersEngine(self.model, AutoTokenizer.from_pretrained(smollm2()), args)
-        self.prompt_ids = self.engine.tokenize(list(conciseness(train_size=prompts).train_dataset["prompt"]))
-        self.optimizer = EvolutionStrategy(
-            list(self.model.named_parameters()),
-            population_size=population,
-            perturbation=LowRank(),
-            master_weights="none",
-        )
-        self.batch = PopulationBatch(self.model, self.optimizer.weights)
 
     def members(self) -> list[Completion]:
         """Completions of all members in one batch."""
-        with self.batch.install(self.optimizer.ask().members, self.optimizer.sigma) as rows:
+        with self.batch.install(self.optimizer.ask().members, SIGMA) as rows:
             return self.engine.generate(self.prompt_ids, seed=0, members=rows)
 
     def plain(self) -> list[Completion]:
@@ -85,12 +56,6 @@ class Lengths(StoppingCriteria):
         return input_ids.shape[1] - self.width >= lengths
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def speed(dtype: torch.dtype, options: argparse.Namespace) -> None:
     for prompts in options.prompts:
         subject = Subject(dtype, options.population, prompts, options.tokens)
@@ -111,7 +76,7 @@ def lengths(dtype: torch.dtype, options: argparse.Namespace) -> None:
     subject.engine.generation_config.min_new_tokens = 0
     subject.engine.generation_config.suppress_tokens = subject.engine.eos_token_ids
     subject.engine.generation_config.eos_token_id = None
-    with subject.batch.install(subject.optimizer.ask().members, subject.optimizer.sigma) as rows:
+    with subject.batch.install(subject.optimizer.ask().members, SIGMA) as rows:
         criterion = Lengths(subject, rows)
         subject.engine.stopping_criteria = [criterion]
 

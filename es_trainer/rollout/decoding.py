@@ -86,14 +86,13 @@ class Decoding:
         with tqdm(
             total=total - width, desc="Tokens", leave=False, position=2, dynamic_ncols=True, disable=not self.progress
         ) as bar:
-            while rows:
+            while True:
                 scores = logits_processor(input_ids, logits.float()) if logits_processor else logits
                 input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
                 ends[~done] = input_ids.shape[1]
                 done |= stopping_criteria(input_ids, scores)
                 bar.update()
-                finished = int(done.sum())
-                if finished == len(rows) or finished >= FINISHED_SHARE * len(rows):
+                if int(done.sum()) >= FINISHED_SHARE * len(rows):
                     for i in done.nonzero().flatten().tolist():
                         completions[rows[i]] = input_ids[i, width : ends[i]].tolist()
                     keep = (~done).nonzero().flatten()

@@ -59,15 +59,15 @@ class Rows:
         counts = Counter(members)
         first, last = min(counts), max(counts)
         self.largest = max(counts.values())
-        even = len(set(counts.values())) == 1 and len(counts) == last - first + 1
-        # Rows of consecutive members, equally many of each: products need no gathering
-        self.run = slice(first, last + 1) if even and list(members) == sorted(members) else None
+        self.span = slice(first, last + 1)
+        # Equally many rows of each member, one member's after another's: products need no gathering
+        per_member = [member for member in range(first, last + 1) for _ in range(self.largest)]
+        self.even = list(members) == per_member
         seen: Counter[int] = Counter()
         slots = []
         for member in members:
             slots.append((member - first) * self.largest + seen[member])
             seen[member] += 1
-        self.span = slice(first, last + 1)
         self.slots = torch.tensor(slots, device=self.device)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,8 @@ def _addmm(rows: Rows, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 def _add_low_rank(rows: Rows, x: torch.Tensor, out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add each row's `x @ right.T @ left` to `out`; the factors have shape (members, rank, width)."""
     x, out = rows.split(x), rows.split(out)
-    if rows.run is not None:
-        left, right = left[rows.run], right[rows.run]
+    if rows.even:
+        left, right = left[rows.span], right[rows.span]
         x, out = x.reshape(len(left), -1, x.shape[-1]), out.view(len(left), -1, out.shape[-1])
     else:
         left, right = left[rows.members], right[rows.members]
@@ -171,7 +171,7 @@ def _stacked(rows: Rows, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     weights = weights[rows.span]
     split = rows.split(x)
     tokens, width = split.shape[1:]
-    if rows.run is not None:
+    if rows.even:
         out = split.reshape(len(weights), -1, width) @ weights
     else:
         padded = split.new_zeros(len(weights) * rows.largest, tokens, width)

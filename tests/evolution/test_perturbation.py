@@ -59,15 +59,6 @@ def assert_near(mine, theirs, atol=1e-5):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=atol)
 
 
-def run_steps(optimizer, steps: int, first: int = 0) -> None:
-    for step in range(first, first + steps):
-        population = optimizer.ask()
-        for member in population:
-            optimizer.perturb(member)
-        optimizer.tell(population, np.random.default_rng(step).normal(size=len(population)))
-        optimizer.step()
-
-
 # ---- one member ----
 
 
