@@ -1,13 +1,16 @@
 import difflib
+import os
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from transformers import GenerationConfig, TrainingArguments
 
+from . import zero3
 from .evolution.fitness import FitnessShaping
 from .evolution.optimizer import Rule
 from .evolution.parameters import MasterWeights
 from .evolution.perturbation import PerturbationName
+from .processes import launched_processes
 
 
 # `generation_kwargs` that would fight with how the trainer generates, and what to write instead
@@ -20,6 +23,10 @@ REFUSED_GENERATION_KWARGS = {
     "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
     "top_h": "use `top_p`, `top_k` or `min_p`",
 }
+
+
+def _environment(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 @dataclass
@@ -89,6 +96,17 @@ class ESConfig(TrainingArguments):
             `per_device_train_batch_size * gradient_accumulation_steps`. ES has no micro-batches: afterwards
             `per_device_train_batch_size` is this number and `gradient_accumulation_steps` is 1.
 
+        > Parameters that control several processes
+
+        consistency_check_steps (`int`, *optional*, defaults to `50`):
+            Every so many steps, and before each checkpoint, a checksum of the weights is compared across processes
+            that all hold them.
+        ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
+            With DeepSpeed ZeRO-3, gather the weights for generation: once a step, after which each process evaluates
+            members of its own. The weights have to fit into one device then. If `False`, all processes evaluate the
+            same member, each on its share of the prompts, and weights are gathered module by module: for models that
+            do not fit, and many times slower.
+
         > Parameters that control the model
 
         model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
@@ -154,6 +172,7 @@ class ESConfig(TrainingArguments):
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `use_cache`: Defaults to `True` instead of `False`.
+    > - `ddp_backend`: Defaults to `"gloo"` on CPU.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -221,6 +240,18 @@ class ESConfig(TrainingArguments):
         metadata={
             "help": "Prompts that every member answers in a step. If `None`, it is `per_device_train_batch_size * "
             "gradient_accumulation_steps`."
+        },
+    )
+
+    # Parameters that control several processes
+    consistency_check_steps: int = field(
+        default=50, metadata={"help": "Steps after which processes compare a checksum of their weights."}
+    )
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "With DeepSpeed ZeRO-3, gather the weights once a step for generation, so that each process "
+            "evaluates members of its own. `False` is for models that do not fit into one device."
         },
     )
 
@@ -297,7 +328,17 @@ class ESConfig(TrainingArguments):
 
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        use_deepspeed = self.deepspeed is not None or _environment("ACCELERATE_USE_DEEPSPEED")
+        if self.use_cpu or _environment("ACCELERATE_USE_CPU"):
+            # Without it, Accelerate starts DeepSpeed's processes as runs of one process each
+            self.ddp_backend = self.ddp_backend or ("gloo" if launched_processes() > 1 else None)
+            if use_deepspeed:
+                zero3.do_without_compiler()
         super().__post_init__()
+        self._validate_launch()
+        if self.deepspeed_plugin is not None:
+            zero3.check(self.deepspeed_plugin, self.bf16)
+            zero3.prepare(self.deepspeed_plugin)
 
         if self.num_prompts_per_step is None:
             self.num_prompts_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -309,6 +350,19 @@ class ESConfig(TrainingArguments):
         # One batch of the dataloader is the batch of a step
         self.per_device_train_batch_size = self.num_prompts_per_step
         self.gradient_accumulation_steps = 1
+
+    def _validate_launch(self) -> None:
+        if self.world_size != launched_processes():
+            raise ValueError(
+                f"The launcher started {launched_processes()} processes, but Accelerate takes each of them for a run "
+                f"of {self.world_size}. On CPU, launch with recipes/accelerate_configs/cpu_two_processes.yaml or with "
+                "torchrun, and set `use_cpu=True`."
+            )
+        if self.fsdp or _environment("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                "FSDP is not supported. Use recipes/accelerate_configs/zero3.yaml to partition the weights, or "
+                "recipes/accelerate_configs/multi_gpu.yaml if they fit into one device."
+            )
 
     def _validate(self) -> None:
         def require(condition: bool, name: str, demand: str) -> None:
@@ -328,6 +382,7 @@ class ESConfig(TrainingArguments):
         require(self.learning_rate >= 0, "learning_rate", "it must not be negative.")
         require(self.weight_decay >= 0, "weight_decay", "it must not be negative.")
         require(self.anchor_decay >= 0, "anchor_decay", "it must not be negative.")
+        require(self.consistency_check_steps >= 1, "consistency_check_steps", "it must be at least 1.")
         one_of("perturbation", get_args(PerturbationName))
         require(self.perturbation_rank >= 1, "perturbation_rank", "it must be at least 1.")
         require(

@@ -94,7 +94,7 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     """What a run is, apart from its base model and its updates: the first line of a history."""
     return {
         "config": run_config(args),
-        "parameters": {shard.name: list(shard.parameter.shape) for shard in optimizer.weights.shards},
+        "parameters": {shard.name: list(shard.shape) for shard in optimizer.weights.shards},
         "decayed": [
             name for group in optimizer.param_groups if group["weight_decay"] > 0 for name in group["param_names"]
         ],

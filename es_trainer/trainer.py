@@ -1,15 +1,19 @@
 import contextlib
 import functools
+import math
 import os
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -22,17 +26,21 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
+from . import fingerprint
 from .callbacks import MemberProgressCallback, print_completions
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, mean
 from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config
-from .rewards.scorer import RewardFunc, Scorer, Scores
+from .metrics import Rollout, Summary, average, completion_metrics, json_number, summarize
+from .processes import ProcessError, Processes
+from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Completion, PopulationBatch, Rows, TransformersEngine
+from .zero3 import Zero3
 
 
 if TYPE_CHECKING:
@@ -41,20 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Metrics of which a log shows the last value instead of the mean since the last log
-LAST_VALUE = ("num_tokens", "distance_from_start")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What came of one set of weights: completions of a batch of rows, and their scores."""
-
-    rows: list[dict[str, Any]]  # the dataset's row of each completion
-    completions: list[Completion]
-    messages: list[Any]  # the completions as the reward functions got them
-    scores: Scores
-    num_tokens: int
-    seconds: float  # of the generation
+MANY_BATCHES = 1 << 40  # more than an evaluation has
 
 
 class ESTrainer(Trainer):
@@ -66,6 +61,10 @@ class ESTrainer(Trainer):
     Each step draws a population of perturbations of the weights, lets every perturbed model answer the same prompts,
     and moves the weights along the perturbations, weighted by how well they were rewarded. There are no gradients,
     and nothing is differentiated: rewards may be anything that gives a number.
+
+    Several processes share out the members of a population, each with all of the weights. Nothing but a few numbers
+    for each member travels between them, and the result does not depend on how many they are. With DeepSpeed ZeRO-3,
+    each process keeps a part of the weights; see `args.ds3_gather_for_generation`.
 
     Example:
 
@@ -123,7 +122,8 @@ class ESTrainer(Trainer):
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
-        where that can be told.
+            where that can be told.
+        [`~processes.ProcessError`]: If the processes were started with different settings, data, packages or models.
     """
 
     args: ESConfig
@@ -148,9 +148,10 @@ class ESTrainer(Trainer):
             args = ESConfig(f"{Path(name).name}-ES")
         self.scorer = Scorer(reward_funcs, args.reward_weights)
         _check_arguments(args, model, train_dataset, eval_dataset, optimizers)
-
-        if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *_datasets(eval_dataset).values())):
-            args.accelerator_config.dispatch_batches = False  # dispatching needs tensors
+        self.processes = Processes()
+        datasets = {"train_dataset": train_dataset, **_datasets(eval_dataset)}
+        if self.processes.count > 1:
+            self.processes.agree(fingerprint.of_run(args, self.scorer.names, datasets))
 
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
@@ -187,17 +188,45 @@ class ESTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(MemberProgressCallback)
 
-        self.engine = TransformersEngine(self.model, processing_class, args)
-        for dataset in (train_dataset, *_datasets(eval_dataset).values()):
+        self.zero3 = self._distribute_weights()
+        self.lockstep = self.zero3 is not None and not args.ds3_gather_for_generation
+        shares = (self.processes.rank, self.processes.count) if self.lockstep else None
+        self.engine = TransformersEngine(self.model, processing_class, args, shares)
+        for dataset in datasets.values():
             self._check_prompts(dataset)
         self.create_optimizer()
         self.population_batch = self._make_population_batch()
+        self._check_drift()
         self.history = History(Path(args.output_dir) / HISTORY_NAME)
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
         self._step_metrics: dict[str, Any] = {}  # of the step under way
-        self._best: Rollout | None = None  # of the last step, for the table of completions
+        self._reported = 0  # members of the step under way of which callbacks were told
+        self._rollouts: dict[int, Rollout] = {}  # of the members that this process evaluated in the last step
+        self._best = 0  # the best of all members in the last step
         self._warned_of_equal_fitness = False
         self._warned_of_memory = False
+
+    def _distribute_weights(self) -> Zero3 | None:
+        """Give every process the weights of process 0: all of them, or its part if they are to be partitioned."""
+        if self.processes.count > 1:
+            self.processes.agree(fingerprint.of_model(self.model))
+        if self.args.deepspeed_plugin is not None:
+            # The Trainer's own DeepSpeed code is about optimizers and gradients
+            self.is_deepspeed_enabled = False
+            hooks = not self.args.ds3_gather_for_generation
+            return Zero3(self.model, self.args.deepspeed_plugin, self.args.device, hooks)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.processes.broadcast([tensor.data for tensor in tensors])
+        return None
+
+    def _check_drift(self) -> None:
+        if self.optimizer.weights.drifts and self.processes.count > 1:
+            if self.zero3 is None and self.population_batch is None:
+                raise ValueError(
+                    "`master_weights='none'` leaves rounding errors of the members that a process evaluates in its "
+                    f"weights, so those of {self.processes.count} processes would drift apart. Use 'device' or "
+                    "'host', or perturbation='low_rank', which does not write members into the weights."
+                )
 
     def _check_prompts(self, dataset: Dataset | IterableDataset | None) -> None:
         """Raise now what generation would raise about a prompt."""
@@ -219,6 +248,67 @@ class ESTrainer(Trainer):
             self.optimizer.register_step_post_hook(lambda *_: self._after_update())
         return self.optimizer
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        # No wrapper takes care of the model: there are no gradients to reduce
+        self.create_optimizer()
+        if self._created_lr_scheduler:
+            self.lr_scheduler = None
+            self._created_lr_scheduler = False
+        self.create_scheduler(num_training_steps=max_steps)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._check_consistency()
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], torch.utils.data.Sampler] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        # Every process gets all batches: members are shared out, or whole batches of an evaluation
+        collator = self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description=description)
+        options: dict[str, Any] = {}
+        if not isinstance(dataset, torch.utils.data.IterableDataset):
+            options = {"sampler": sampler_fn(dataset), "drop_last": self.args.dataloader_drop_last}
+        if is_training:
+            workers = self.args.dataloader_num_workers
+            options["worker_init_fn"] = functools.partial(seed_worker, num_workers=workers, rank=0)
+        dataloader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            in_order=self.args.dataloader_in_order,
+            **options,
+        )
+        return prepare_data_loader(
+            dataloader,
+            num_processes=1,
+            process_index=0,
+            use_seedable_sampler=self.accelerator.use_seedable_sampler,
+            data_seed=self.args.data_seed,
+        )
+
+    def get_total_train_batch_size(self, args: ESConfig) -> int:
+        """Prompts of a step, however many processes there are."""
+        return args.num_prompts_per_step
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -235,16 +325,22 @@ class ESTrainer(Trainer):
     ) -> torch.Tensor:
         """Evaluate a population on the prompts and tell the optimizer how it did. Returns minus the mean reward."""
         population = self.optimizer.ask()
-        rollouts = self._evaluate_population(population, inputs)
-        mask = self.args.mask_truncated_completions
-        rewards = np.stack([self._prompt_rewards(rollout, mask) for rollout in rollouts])
+        self._step_metrics["noise_seconds"] = 0.0
+        self._reported = 0
+        self._rollouts = {}
+        try:
+            rewards, summaries = self._evaluate_population(population, inputs)
+        finally:
+            with self._timed_noise():
+                self.optimizer.restore()
+        self._report_members(len(population))
         utilities = self.optimizer.tell(population, rewards)
         if not utilities.any():
             self._warn_of_equal_fitness()
 
         fitness = mean(rewards, axis=1)
-        self.state.num_input_tokens_seen += sum(rollout.num_tokens for rollout in rollouts)
-        self._step_metrics.update(_metrics(rollouts, self.scorer.names))
+        self.state.num_input_tokens_seen += sum(summary.num_tokens for summary in summaries)
+        self._step_metrics.update(completion_metrics(summaries, self.scorer.names, self.processes.count))
         self._step_metrics.update(
             {
                 "reward": float(mean(fitness)),
@@ -254,32 +350,111 @@ class ESTrainer(Trainer):
                 "num_tokens": self.state.num_input_tokens_seen,
             }
         )
-        self._best = rollouts[int(np.argmax(utilities))]
+        self._best = int(np.argmax(utilities))
         return torch.tensor(-self._step_metrics["reward"], device=self.args.device)
 
-    def _evaluate_population(self, population: Population, rows: list[dict[str, Any]]) -> list[Rollout]:
-        """Rollouts of all members. The weights are the unperturbed ones afterwards, whatever happens."""
+    def _evaluate_population(
+        self, population: Population, rows: list[dict[str, Any]]
+    ) -> tuple[np.ndarray, list[Summary]]:
+        """Rewards of all members, of shape (members, prompts) or (members, 1) for their means, and what to log."""
         prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
+        self._check_same_prompts(prompt_ids)
         seed = population.members[0].seed
+        if self.lockstep:
+            return self._evaluate_in_lockstep(population, rows, prompt_ids, seed)
+        with self.optimizer.weights.gathered(masters=self.population_batch is None):
+            parts = self.processes.exchange(lambda: self._evaluate_members(population, rows, prompt_ids, seed))
+        by_member = {member: summary for part in parts for member, summary in part.items()}
+        summaries = [by_member[member] for member in range(len(population))]
+        return np.array([summary.rewards for summary in summaries]), summaries
+
+    def _evaluate_members(
+        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
+    ) -> dict[int, Summary]:
+        """Evaluate members that no other process has taken, until all are. What is returned is theirs by number."""
+        summaries: dict[int, Summary] = {}
+        scoring: dict[int, Future[Rollout]] = {}
+
+        def finish() -> None:
+            for member, future in scoring.items():
+                rollout = future.result()
+                rewards = rollout.prompt_rewards(self.args.num_generations, self.args.mask_truncated_completions)
+                if self.args.fitness_shaping != "prompt_z_score":
+                    rewards = mean(rewards, axis=0)[None]
+                summaries[member] = summarize(rollout, rewards)
+                if self.args.log_completions:
+                    self._rollouts[member] = rollout
+
         size, batch_size = self._batch_sizes(prompt_ids)
-        rollouts: list[Rollout] = []
-        scoring: list[Future[Rollout]] = []
-        self._step_metrics["noise_seconds"] = 0.0
-        try:
-            with ThreadPoolExecutor(1, thread_name_prefix="es_trainer-rewards") as background:
-                for start in range(0, len(population), size):
-                    with self._installed(population.members[start : start + size]) as group:
-                        scores = self._generate(rows, prompt_ids, seed, group, batch_size)
-                    # What is scored was generated while the group before it was scored
-                    rollouts += [future.result() for future in scoring]
-                    scoring = [background.submit(score) for score in scores]
-                    for _ in scoring:
-                        self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-                rollouts += [future.result() for future in scoring]
-        finally:
+        with (
+            self.processes.queue(len(population)) as queue,
+            ThreadPoolExecutor(1, thread_name_prefix="es_trainer-rewards") as background,
+        ):
+            while group := queue.take(size):
+                with self._installed(population.members[group.start : group.stop]) as installed:
+                    scores = self._generate(rows, prompt_ids, seed, installed, batch_size)
+                # What is scored was generated while the group before it was scored
+                finish()
+                scoring = {k: background.submit(score) for k, score in zip(group, scores, strict=True)}
+                self._report_members(group.stop)
+            finish()
+        return summaries
+
+    def _evaluate_in_lockstep(
+        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
+    ) -> tuple[np.ndarray, list[Summary]]:
+        """Evaluate all members, one after another: every process has its part of the weights and of the prompts."""
+        rewards, summaries = [], []
+        for number, member in enumerate(population):
             with self._timed_noise():
-                self.optimizer.restore()
-        return rollouts
+                self.optimizer.perturb(member)
+            values, parts, rollout = self._share_prompts(
+                rows, prompt_ids, seed, self.args.generation_batch_size, self.args.mask_truncated_completions
+            )
+            rewards.append(values)
+            summaries += parts
+            if rollout is not None and self.args.log_completions:
+                self._rollouts[number] = rollout
+            self._report_members(number + 1)
+        return np.array(rewards), summaries
+
+    def _share_prompts(
+        self,
+        rows: list[dict[str, Any]],
+        prompt_ids: list[list[int]],
+        seed: int,
+        batch_size: int | None,
+        mask_truncated: bool = False,
+    ) -> tuple[np.ndarray, list[Summary], Rollout | None]:
+        """Rewards of all prompts and what to log, and the rollout of those prompts that were this process's share."""
+        with self.zero3.lockstep():
+            scores = self._generate(rows, prompt_ids, seed, batch_size=batch_size)
+        rollouts: list[Rollout] = []
+
+        def score() -> Summary | None:
+            if not scores:  # fewer prompts than processes
+                return None
+            rollouts.append(scores[0]())
+            return summarize(rollouts[0], rollouts[0].prompt_rewards(self.args.num_generations, mask_truncated))
+
+        rewards = np.empty(len(rows))
+        parts = self.processes.exchange(score)
+        for rank, part in enumerate(parts):
+            if part is not None:
+                rewards[rank :: len(parts)] = part.rewards
+        return rewards, [part for part in parts if part is not None], rollouts[0] if rollouts else None
+
+    def _report_members(self, done: int) -> None:
+        """Tell callbacks of members that are done, here or elsewhere."""
+        for _ in range(self._reported, done):
+            self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        self._reported = done
+
+    def _check_same_prompts(self, prompt_ids: list[list[int]]) -> None:
+        # Streams cannot be compared at the start
+        if self.processes.count > 1 and not isinstance(self.train_dataset, Dataset):
+            checksum = zlib.crc32(repr(prompt_ids).encode())
+            self.processes.agree({f"the checksum of the prompts of step {self.state.global_step + 1}": checksum})
 
     @contextlib.contextmanager
     def _installed(self, members: Sequence[Member]) -> Iterator[Rows | None]:
@@ -302,12 +477,15 @@ class ESTrainer(Trainer):
 
     def _make_population_batch(self) -> PopulationBatch | None:
         """What evaluates many members at once, or `None` if they are evaluated one at a time."""
+        if self.lockstep:
+            return None
         if self.args.perturbation == "gaussian":
             on_cpu = self.model.device.type == "cpu"
             if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
                 return None
         batch = PopulationBatch(self.model, self.optimizer.weights)
-        problem = batch.check()
+        with self.optimizer.weights.gathered(masters=False):
+            problem = batch.check()
         if problem is not None:
             logger.warning(
                 f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."
@@ -341,7 +519,8 @@ class ESTrainer(Trainer):
                 )
                 self._warned_of_memory = True
             batch_size = fitting
-        return members, batch_size
+        # No more than leaves something for the other processes
+        return min(members, -(-self.args.population_size // self.processes.count)), batch_size
 
     def _generate(
         self,
@@ -356,10 +535,13 @@ class ESTrainer(Trainer):
         number = self.args.num_generations
         progress = not self.args.disable_tqdm and self.is_world_process_zero()
         completions = self.engine.generate(prompt_ids, seed, number, group, batch_size, progress)
-        per_member = len(prompt_ids) * number
+        own = self.engine.own_prompts(len(prompt_ids))
+        per_member = len(own) * number
+        if per_member == 0:
+            return []
         seconds = (time.perf_counter() - start) * per_member / len(completions)
-        repeated = [row for row in rows for _ in range(number)]
-        prompt_tokens = sum(map(len, prompt_ids)) * number
+        repeated = [rows[i] for i in own for _ in range(number)]
+        prompt_tokens = sum(len(prompt_ids[i]) for i in own) * number
         conversational = is_conversational({"prompt": rows[0]["prompt"]})
 
         def score(mine: list[Completion]) -> Rollout:
@@ -372,14 +554,6 @@ class ESTrainer(Trainer):
 
         members = [completions[i : i + per_member] for i in range(0, len(completions), per_member)]
         return [functools.partial(score, mine) for mine in members]
-
-    def _prompt_rewards(self, rollout: Rollout, mask_truncated: bool = False) -> np.ndarray:
-        """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
-        rewards = rollout.scores.total
-        if mask_truncated:
-            truncated = np.array([completion.truncated for completion in rollout.completions])
-            rewards = np.where(truncated, np.nan, rewards)
-        return mean(rewards.reshape(-1, self.args.num_generations), axis=1)
 
     def _warn_of_equal_fitness(self) -> None:
         if not self._warned_of_equal_fitness:
@@ -397,9 +571,12 @@ class ESTrainer(Trainer):
     def _after_update(self) -> None:
         """Keep the metrics and write the history, now that the update is done."""
         self._step_metrics["update_seconds"] = time.perf_counter() - self._update_start
-        self._step_metrics["update_norm"] = self.optimizer.update_norm
-        self._step_metrics["distance_from_start"] = self.optimizer.distance_from_start()
-        metrics = {key: _json_number(value) for key, value in self._step_metrics.items()}
+        norms = [(self.optimizer.update_norm, self.optimizer.distance_from_start())]
+        if self.optimizer.weights.partitioned:
+            norms = self.processes.exchange(lambda: norms[0])
+        self._step_metrics["update_norm"] = math.hypot(*(norm for norm, _ in norms))
+        self._step_metrics["distance_from_start"] = math.hypot(*(distance for _, distance in norms))
+        metrics = {key: json_number(value) for key, value in self._step_metrics.items()}
         self._step_metrics = {}
         self._pending.append(metrics)
         if self.is_world_process_zero():
@@ -408,9 +585,34 @@ class ESTrainer(Trainer):
                     "step": self.optimizer.updates,
                     **asdict(self._told),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
-                    "in_place": self.population_batch is None,
+                    "in_place": self.population_batch is None and (self.zero3 is None or self.lockstep),
                     "metrics": metrics,
                 }
+            )
+        if self.optimizer.updates % self.args.consistency_check_steps == 0:
+            self._check_consistency()
+
+    def _check_consistency(self) -> None:
+        """
+        Raises:
+            [`~processes.ProcessError`]: If processes that should have the same weights do not.
+        """
+        if self.processes.count == 1 or self.optimizer.weights.partitioned:
+            return
+        checksums = self.processes.exchange(self.optimizer.weights.checksums)
+        most_have, _ = Counter(map(tuple, checksums)).most_common(1)[0]
+        found = [
+            f"`{shard.name}` on process {rank}"
+            for rank, own in enumerate(checksums)
+            for shard, number, usual in zip(self.optimizer.weights.shards, own, most_have, strict=True)
+            if number != usual
+        ]
+        if found:
+            raise ProcessError(
+                f"After update {self.optimizer.updates}, processes have different weights: {', '.join(found[:4])}"
+                f"{f' and {len(found) - 4} more' if len(found) > 4 else ''}. Something changed them there and not on "
+                "the others: a callback or reward function, or faulty memory. Nothing was saved; resume from the last "
+                "checkpoint."
             )
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
@@ -428,26 +630,55 @@ class ESTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer the dataloader's prompts with the unperturbed weights and average the rewards."""
-        rollouts = []
-        for step, rows in enumerate(dataloader):
-            prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
-            # Other random numbers for every batch, the same ones at every evaluation
-            (score,) = self._generate(rows, prompt_ids, seed=step, batch_size=self.args.generation_batch_size)
-            rollouts.append(score())
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        rewards = np.concatenate([self._prompt_rewards(rollout) for rollout in rollouts])
+        if self.lockstep:
+            parts = [self._evaluate_batches_in_lockstep(dataloader)]
+        else:
+            with self.optimizer.weights.gathered(masters=False):
+                parts = self.processes.exchange(lambda: self._evaluate_batches(dataloader))
+        by_batch = {step: batch for part in parts for step, batch in part.items()}
+        if not by_batch:
+            raise ValueError("There is nothing to evaluate: the evaluation dataset has no rows.")
+        batches = [by_batch[step] for step in range(len(by_batch))]
+        rewards = np.concatenate([values for values, _ in batches])
+        summaries = [summary for _, parts in batches for summary in parts]
         metrics = {
             "loss": -float(mean(rewards)),
             "reward": float(mean(rewards)),
             "reward_std": float(deviation(rewards)),
-            **_metrics(rollouts, self.scorer.names),
+            **completion_metrics(summaries, self.scorer.names, self.processes.count),
         }
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
-            metrics={f"{metric_key_prefix}_{key}": _json_number(value) for key, value in metrics.items()},
+            metrics={f"{metric_key_prefix}_{key}": json_number(value) for key, value in metrics.items()},
             num_samples=len(rewards),
         )
+
+    def _evaluate_batches(self, dataloader: DataLoader) -> dict[int, tuple[np.ndarray, list[Summary]]]:
+        """Evaluate batches that no other process has taken, until all are: rewards and what to log, by number."""
+        batches = {}
+        with self.processes.queue(MANY_BATCHES) as queue:
+            mine = queue.take()
+            for step, rows in enumerate(dataloader):
+                if step in mine:
+                    prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
+                    # Other random numbers for every batch, the same ones at every evaluation
+                    (score,) = self._generate(rows, prompt_ids, step, batch_size=self.args.generation_batch_size)
+                    rollout = score()
+                    rewards = rollout.prompt_rewards(self.args.num_generations)
+                    batches[step] = rewards, [summarize(rollout, rewards)]
+                    mine = queue.take()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return batches
+
+    def _evaluate_batches_in_lockstep(self, dataloader: DataLoader) -> dict[int, tuple[np.ndarray, list[Summary]]]:
+        batches = {}
+        for step, rows in enumerate(dataloader):
+            prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
+            rewards, parts, _ = self._share_prompts(rows, prompt_ids, step, self.args.generation_batch_size)
+            batches[step] = rewards, parts
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return batches
 
     # ---- logs ----
 
@@ -455,21 +686,28 @@ class ESTrainer(Trainer):
         """Log, with the metrics of the steps since the last log where `logs` are those of training steps."""
         if "loss" in logs and self._pending:
             logs.pop("grad_norm", None)  # there are no gradients
-            logs.update(_average(self._pending))
+            logs.update(average(self._pending))
             logs["loss"] = -logs["reward"] if logs["reward"] is not None else None
             self._pending = []
-            if self.args.log_completions and self.is_world_process_zero():
+            if self.args.log_completions:
                 self._print_best()
         super().log(logs, start_time)
 
     def _print_best(self) -> None:
-        rollout = self._best
-        rewards = {name: rollout.scores.by_function[:, i].tolist() for i, name in enumerate(self.scorer.names)}
+        replies = self.processes.exchange(lambda: self._rollouts.get(self._best))
+        if not self.is_world_process_zero():
+            return
+        rollouts = [rollout for rollout in replies if rollout is not None]
+        columns: dict[str, list[Any]] = {}
+        for rollout in rollouts:
+            rewards = zip(self.scorer.names, rollout.scores.by_function.T.tolist(), strict=True)
+            for name, values in (*rewards, *rollout.scores.extra.items()):
+                columns.setdefault(name, []).extend(values)
         print_completions(
             f"Step {self.state.global_step}: completions of the best member",
-            [row["prompt"] for row in rollout.rows],
-            rollout.messages,
-            {**rewards, **rollout.scores.extra},
+            [row["prompt"] for rollout in rollouts for row in rollout.rows],
+            [message for rollout in rollouts for message in rollout.messages],
+            columns,
             self.args.num_completions_to_print,
         )
 
@@ -480,15 +718,40 @@ class ESTrainer(Trainer):
         with self.optimizer.weights.as_given():
             super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and self.optimizer.weights.partitioned:
+            whole = self.optimizer.weights.collect(keep=self.args.should_save)
+            state_dict = {
+                name: whole.get(tensor, tensor) for name, tensor in self.model.state_dict(keep_vars=True).items()
+            }
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_consistency()
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            for file in folder.glob("optimizer*.pt"):  # of an earlier run on another number of processes
+                file.unlink()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            self.history.copy_to(
-                Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
+            self.history.copy_to(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.optimizer.weights.partitioned:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.processes.barrier()  # until the folder is cleared
+        os.makedirs(output_dir, exist_ok=True)
+        name = f"optimizer_{self.processes.rank}-of-{self.processes.count}.pt"
+        torch.save(self.optimizer.state_dict(), Path(output_dir) / name)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        self.processes.barrier()  # what follows says that the checkpoint is complete
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._check_resumable(Path(resume_from_checkpoint))
+        self.processes.exchange(lambda: self._check_resumable(Path(resume_from_checkpoint)))
+        if self.optimizer.weights.partitioned:
+            return  # the optimizer's state has the weights
         with self.optimizer.weights.as_given():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.optimizer.weights.adopt()
@@ -498,12 +761,16 @@ class ESTrainer(Trainer):
         Raises:
             `ValueError`: If going on from the checkpoint would not be going on with its run.
         """
-        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", HISTORY_NAME):
-            if not (checkpoint / name).is_file():
-                raise ValueError(
-                    f"The checkpoint {checkpoint} has no {name}, so training can't be resumed from it. It was saved "
-                    "by another trainer or with save_only_model=True, or saving was interrupted: resume from another."
-                )
+        missing = [
+            name for name in ("scheduler.pt", "trainer_state.json", HISTORY_NAME) if not (checkpoint / name).is_file()
+        ]
+        if not _optimizer_files(checkpoint):
+            missing.insert(0, "optimizer.pt")
+        if missing:
+            raise ValueError(
+                f"The checkpoint {checkpoint} has no {missing[0]}, so training can't be resumed from it. It was saved "
+                "by another trainer or with save_only_model=True, or saving was interrupted: resume from another."
+            )
         header, _ = History(checkpoint / HISTORY_NAME).read()
         found = differences(header, describe(self.optimizer, self.args))
         if found:
@@ -513,9 +780,10 @@ class ESTrainer(Trainer):
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.optimizer.load_parts(_optimizer_parts(Path(checkpoint)))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         saved = History(Path(checkpoint) / HISTORY_NAME)
         _, steps = saved.read()
         logged = max((log["step"] for log in self.state.log_history if "loss" in log), default=0)
@@ -525,6 +793,9 @@ class ESTrainer(Trainer):
             saved.copy_to(self.args.output_dir)
 
     def _load_best_model(self) -> None:
+        if self.optimizer.weights.partitioned:
+            self.optimizer.load_weights(_optimizer_parts(Path(self.state.best_model_checkpoint)))
+            return
         with self.optimizer.weights.as_given():
             super()._load_best_model()
             self.optimizer.weights.adopt()
@@ -539,8 +810,6 @@ class ESTrainer(Trainer):
 
 def _check_arguments(args: ESConfig, model: Any, train_dataset: Any, eval_dataset: Any, optimizers: Any) -> None:
     """What can be told before a model is loaded."""
-    if args.world_size > 1:
-        raise ValueError(f"ESTrainer runs on one process, but was launched on {args.world_size}.")
     if tuple(optimizers) != (None, None):
         raise ValueError(
             f"`optimizers={optimizers!r}` is not supported: the evolution strategy is the optimizer. Choose its "
@@ -603,49 +872,19 @@ def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftMod
     return get_peft_model(model, peft_config)
 
 
-# ---- metrics ----
+def _optimizer_files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint's optimizer state; none if one of them is missing."""
+    files = sorted(checkpoint.glob("optimizer_*-of-*.pt"))
+    if files:
+        return files if len(files) == int(files[0].stem.split("-of-")[1]) else []
+    return [file for file in [checkpoint / "optimizer.pt"] if file.is_file()]
 
 
-def _metrics(rollouts: list[Rollout], names: list[str]) -> dict[str, float]:
-    """Metrics over all completions of the rollouts, with GRPOTrainer's names."""
-    rewards = np.concatenate([rollout.scores.by_function for rollout in rollouts])
-    completions = [completion for rollout in rollouts for completion in rollout.completions]
-    lengths = [len(completion.ids) for completion in completions]
-    generation_seconds = sum(rollout.seconds for rollout in rollouts)
-    metrics = {}
-    for i, name in enumerate(names):
-        metrics[f"rewards/{name}/mean"] = float(mean(rewards[:, i]))
-        metrics[f"rewards/{name}/std"] = float(deviation(rewards[:, i]))
-    own: dict[str, list[float]] = {}
-    for rollout in rollouts:
-        for name, values in rollout.scores.metrics.items():
-            own.setdefault(name, []).extend(values)
-    metrics.update({name: float(np.mean(values)) for name, values in own.items()})
-    return metrics | {
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": float(np.mean([completion.truncated for completion in completions])),
-        "tokens_per_second": sum(lengths) / generation_seconds,
-        "generation_seconds": generation_seconds,
-        "reward_seconds": sum(rollout.scores.seconds for rollout in rollouts),
-    }
-
-
-def _json_number(value: float) -> float | None:
-    """JSON knows no NaN and no infinity."""
-    return value if np.isfinite(value) else None
-
-
-def _average(steps: list[dict[str, Any]]) -> dict[str, float | None]:
-    averages: dict[str, float | None] = {}
-    for key in dict.fromkeys(key for step in steps for key in step):
-        values = [step[key] for step in steps if step.get(key) is not None]
-        if key in LAST_VALUE:
-            averages[key] = values[-1]
-        else:
-            averages[key] = float(np.mean(values)) if values else None
-    return averages
+def _optimizer_parts(checkpoint: Path) -> list[dict[str, Any]]:
+    # Mapped into memory: a process that needs a part reads a part
+    return [
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in _optimizer_files(checkpoint)
+    ]
 
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

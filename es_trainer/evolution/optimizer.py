@@ -12,7 +12,7 @@ from torch import nn
 
 from . import noise
 from .fitness import FitnessShaping, utilities
-from .parameters import MasterWeights, Shard, Weights
+from .parameters import MasterWeights, Shard, Weights, whole_shape
 from .perturbation import Gaussian, Noises, Products
 from .population import Member, Population
 
@@ -80,10 +80,6 @@ class EvolutionStrategy(torch.optim.Optimizer):
             The model's other parameters; see [`parameters.Weights`].
     """
 
-    # Accelerate leaves a prepared optimizer alone: it would copy the masters to the device and back, to no end
-    _is_accelerate_prepared = True
-    step_was_skipped = False
-
     def __init__(
         self,
         params: Iterable[tuple[str, nn.Parameter]] | Iterable[dict[str, Any]],
@@ -123,16 +119,20 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
         self.weights = Weights(named, dtype, master_weights, perturbation, frozen)
-        self._stride = max(1, sum(parameter.numel() for _, parameter in named) // DISTANCE_SAMPLE)
+        self._stride = max(1, sum(whole_shape(parameter).numel() for _, parameter in named) // DISTANCE_SAMPLE)
         for shard in self.weights.shards:
             self.state[shard.parameter] = self._initial_state(shard)
 
     def _initial_state(self, shard: Shard) -> dict[str, torch.Tensor]:
         state = {key: torch.zeros_like(shard.trained, dtype=torch.float32) for key in RULE_STATE[self.rule]}
-        state["start"] = shard.trained[:: self._stride].clone()
+        state["start"] = self._sample(shard).clone()
         if self.anchor_decay > 0:
             state["anchor"] = shard.trained.to(shard.given, copy=True)
         return state
+
+    def _sample(self, shard: Shard) -> torch.Tensor:
+        """Every k-th weight, whatever part of the parameter the shard is."""
+        return shard.trained[-shard.start % self._stride :: self._stride]
 
     # ---- ask, tell, step ----
 
@@ -259,13 +259,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Euclidean distance between the weights and those that the optimizer was made with.
 
         Measured on every k-th weight and scaled up, with k = 1 up to 2**20 weights: noise spreads the distance evenly
-        over the weights, so the error is about 0.1 %.
+        over the weights, so the error is about 0.1 %. Of partitioned parameters, it is the distance of this process's
+        parts.
         """
         squares = []
         for shard in self.weights.shards:
             start = self.state[shard.parameter]["start"].float()
-            difference = shard.trained[:: self._stride].float() - start
-            squares.append(float(torch.linalg.vector_norm(difference)) ** 2 * shard.working.numel() / start.numel())
+            if start.numel():
+                square = float(torch.linalg.vector_norm(self._sample(shard).float() - start)) ** 2
+                squares.append(square * shard.working.numel() / start.numel())
         return math.sqrt(math.fsum(squares))
 
     # ---- state ----
@@ -274,43 +276,85 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """The trained weights and all that is kept about them, by parameter."""
         return {shard.name: {"weights": shard.trained, **self.state[shard.parameter]} for shard in self.weights.shards}
 
+    def _offsets(self) -> dict[str, dict[str, int]]:
+        """Where in the whole parameter's tensors these begin."""
+        offsets = {}
+        for shard in self.weights.shards:
+            offsets[shard.name] = dict.fromkeys(["weights", *self.state[shard.parameter]], shard.start)
+            offsets[shard.name]["start"] = -(-shard.start // self._stride)
+        return offsets
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, the trained weights included; tensors are not copied."""
+        """
+        Everything that a resumed run needs, the trained weights included; tensors are not copied. Of partitioned
+        parameters it has this process's parts.
+        """
         return {
             "updates": self.updates,
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "state": self._tensors(),
+            "offsets": self._offsets(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a state made by [`~EvolutionStrategy.state_dict`] into this optimizer and the model."""
+        self.load_parts([state_dict])
+
+    @torch.no_grad()
+    def load_parts(self, parts: Sequence[dict[str, Any]]) -> None:
         """
-        Copy a state made by [`~EvolutionStrategy.state_dict`] into this optimizer and the model.
+        Copy a state into this optimizer and the model.
+
+        Args:
+            parts (`Sequence[dict[str, Any]]`):
+                What [`~EvolutionStrategy.state_dict`] returned on each process, however many those were.
 
         Raises:
             `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
         """
-        own = self._tensors()
-        for name in own.keys() | state_dict["state"].keys():
-            kept, loaded = own.get(name, {}), state_dict["state"].get(name, {})
-            if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in loaded.items()}:
-                raise ValueError(
-                    f"The optimizer state does not fit: for parameter {name!r} it holds {_shapes(loaded)}, but this "
-                    f"run needs {_shapes(kept)}. Resume with the model and the es_optimizer it was saved with."
-                )
-        for name, tensors in own.items():
+        offsets = self._offsets()
+        for name, tensors in self._tensors().items():
             for key, tensor in tensors.items():
-                tensor.copy_(state_dict["state"][name][key])
-        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                _copy(parts, name, key, tensor, offsets[name][key])
+            extra = parts[0]["state"][name].keys() - tensors.keys()
+            if extra:
+                raise ValueError(_misfit(name, ", ".join(sorted(extra)), "this run does not keep"))
+        for group, loaded in zip(self.param_groups, parts[0]["param_groups"], strict=True):
             group.update(loaded)
-        self.updates = state_dict["updates"]
+        self.updates = parts[0]["updates"]
         self.weights.refresh()
+
+    @torch.no_grad()
+    def load_weights(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Copy the trained weights of a state, as `load_parts` does, and nothing else of it."""
+        for shard in self.weights.shards:
+            _copy(parts, shard.name, "weights", shard.trained, shard.start)
+        self.weights.refresh()
+
+
+def _copy(parts: Sequence[dict[str, Any]], name: str, key: str, own: torch.Tensor, first: int) -> None:
+    """Copy what the parts hold of one of a parameter's tensors; `own` begins at index `first` of it."""
+    missing = own.numel()
+    for part in parts:
+        saved = part["state"].get(name, {}).get(key)
+        if saved is None:
+            raise ValueError(_misfit(name, key, "it does not hold"))
+        offset = part["offsets"][name][key]
+        low, high = max(first, offset), min(first + own.numel(), offset + saved.numel())
+        if low < high:
+            own[low - first : high - first].copy_(saved[low - offset : high - offset])
+            missing -= high - low
+    if missing:
+        raise ValueError(_misfit(name, key, f"it lacks {missing} of the numbers of"))
+
+
+def _misfit(name: str, key: str, problem: str) -> str:
+    return (
+        f"The optimizer state does not fit: for parameter {name!r}, {problem} {key!r}. Resume with the model and the "
+        "es_optimizer it was saved with."
+    )
 
 
 def _write_back(place: torch.Tensor, values: torch.Tensor) -> None:
     if place.data_ptr() != values.data_ptr():
         place.copy_(values)
-
-
-def _shapes(tensors: dict[str, torch.Tensor]) -> str:
-    return ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items()) or "nothing"

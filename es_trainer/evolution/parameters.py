@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from . import noise
@@ -33,7 +35,7 @@ class Shard:
         working (`torch.Tensor`):
             Flat view of the weights that the model computes with.
         master (`torch.Tensor` or `None`):
-            Flat float32 weights, or `None` where the working weights are all there is.
+            Flat weights that perturbed ones are written from, or `None` where the working weights are all there is.
         start (`int`, *optional*, defaults to `0`):
             Flat index of the first element in the whole parameter.
     """
@@ -72,6 +74,8 @@ class Weights:
         frozen (`Iterable[nn.Parameter]`, *optional*):
             The model's other parameters. They are computed with in the working dtype, too, and never change; if that
             rounds them, the originals wait in host memory for the model to be saved.
+
+    Of parameters that DeepSpeed ZeRO-3 has partitioned, each process keeps, perturbs and updates its own part.
     """
 
     def __init__(
@@ -82,14 +86,17 @@ class Weights:
         perturbation: Gaussian | None = None,
         frozen: Iterable[nn.Parameter] = (),
     ):
+        parameters, frozen = list(parameters), list(frozen)
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
+        self.partitioned = any(is_partitioned(parameter) for _, parameter in parameters)
         self.shards = [_shard(name, parameter, dtype, master_weights) for name, parameter in parameters]
         self._frozen = [
             (parameter, _round(parameter, dtype))
             for parameter in frozen
             if dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
         ]
+        self._frozen_parts = [parameter for parameter in frozen if is_partitioned(parameter)]
         self._inside: tuple[Member, float] | None = None  # what the working weights hold
 
     def perturb(self, member: Member, sigma: float) -> None:
@@ -154,12 +161,62 @@ class Weights:
         return sum(self.perturbation.numbers(shard.shape) * shard.working.itemsize for shard in self.shards)
 
     @contextlib.contextmanager
+    def gathered(self, masters: bool) -> Iterator[None]:
+        """
+        Inside, this process has all of the partitioned parameters, and members are written into its own copy.
+
+        Args:
+            masters (`bool`):
+                Whether members will be written into the weights, for which those are needed in the best precision
+                there is. Weights that low-rank members share are needed in the working dtype only.
+        """
+        if not self.partitioned:
+            yield
+            return
+        parts, drifts = self.shards, self.drifts
+        try:
+            for parameter in self._frozen_parts:
+                parameter.data = gather(local_part(parameter)[0], parameter).view(parameter.ds_shape)
+            self.shards = [_gathered(part, masters or not self.perturbation.factored(part.shape)) for part in parts]
+            self.drifts = False
+            yield
+        finally:
+            self.shards, self.drifts, self._inside = parts, drifts, None
+            for parameter in [*self._frozen_parts, *(part.parameter for part in parts)]:
+                parameter.data = parameter.data.new_empty(0)
+
+    def collect(self, keep: bool) -> dict[nn.Parameter, torch.Tensor]:
+        """
+        The partitioned parameters whole, in the dtype in which they were given, in host memory.
+
+        Args:
+            keep (`bool`):
+                Whether this process gets them. It has to help to gather them anyhow.
+        """
+        originals = {parameter: original for parameter, original in self._frozen}
+        collected = {}
+        for part in self.shards:
+            whole = gather(part.trained.to(part.given), part.parameter)
+            if keep:
+                collected[part.parameter] = whole.view(part.shape).cpu()
+        for parameter in self._frozen_parts:
+            local, _ = local_part(parameter)
+            whole = gather(originals.get(parameter, local), parameter)
+            if keep:
+                collected[parameter] = whole.view(parameter.ds_shape).cpu()
+        return collected
+
+    def checksums(self) -> list[int]:
+        """A number for each parameter, which is another one if a bit of the trained weights is."""
+        return [torch.hash_tensor(shard.trained).view(torch.int64).item() for shard in self.shards]
+
+    @contextlib.contextmanager
     def as_given(self) -> Iterator[None]:
         """Inside, the model's parameters hold the trained weights in the dtype in which they were given."""
         for shard in self.shards:
             if shard.given != shard.working.dtype:
                 # The master itself if it has that dtype: no copy
-                shard.parameter.data = shard.trained.to(shard.given).view(shard.parameter.shape)
+                shard.parameter.data = shard.trained.to(shard.given).view(shard.shape)
         rounded = [parameter.data for parameter, _ in self._frozen]
         for parameter, original in self._frozen:
             parameter.data = original
@@ -167,7 +224,7 @@ class Weights:
             yield
         finally:
             for shard in self.shards:
-                shard.parameter.data = shard.working.view(shard.parameter.shape)
+                shard.parameter.data = shard.working.view(shard.shape)
             for (parameter, _), data in zip(self._frozen, rounded, strict=True):
                 parameter.data = data
 
@@ -187,23 +244,75 @@ def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products)
     noise.for_pieces(piece, target.numel(), target.device)
 
 
+# ---- parameters of which each process has a part ----
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed ZeRO-3 has partitioned the parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, whether it is partitioned or not."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+def local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+    """Flat view of this process's part of a parameter, and where in the whole it begins."""
+    if not is_partitioned(parameter):
+        return parameter.data.view(-1), 0
+    # Parts are of equal size: what is behind the end of the parameter is padding
+    part = parameter.ds_tensor.data
+    start = min(dist.get_rank() * part.numel(), parameter.ds_numel)
+    return part[: parameter.ds_numel - start], start
+
+
+def gather(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """All of something that lies in the processes like a partitioned parameter, flat, on the device of the model."""
+    size = parameter.ds_tensor.numel()
+    local = F.pad(local.to(parameter.device), (0, size - local.numel()))
+    whole = local.new_empty(size * dist.get_world_size())
+    dist.all_gather_into_tensor(whole, local)
+    return whole[: parameter.ds_numel]
+
+
+def _gathered(part: Shard, master: bool) -> Shard:
+    if master:
+        whole = gather(part.trained, part.parameter)
+        working = whole.to(part.working.dtype, copy=True)
+    else:
+        whole = None
+        working = gather(part.working, part.parameter)
+    part.parameter.data = working.view(part.shape)
+    return Shard(part.name, part.parameter, part.shape, part.given, working, whole)
+
+
+# ---- dtypes and masters ----
+
+
+def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    parameter.data = parameter.data.to(dtype).contiguous()
+    if is_partitioned(parameter):
+        parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+
+
 def _round(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     """Make the parameter's data one of `dtype` and return the original."""
-    original = parameter.data.cpu()
-    parameter.data = parameter.data.to(dtype)
+    original = local_part(parameter)[0].cpu() if is_partitioned(parameter) else parameter.data.cpu()
+    _cast(parameter, dtype)
     return original
 
 
 def _shard(name: str, parameter: nn.Parameter, dtype: torch.dtype | None, master_weights: MasterWeights) -> Shard:
-    given = parameter.data.contiguous().view(-1)
-    working = given.to(dtype or given.dtype)
+    parameter.data = parameter.data.contiguous()
+    given, start = local_part(parameter)
+    _cast(parameter, dtype or given.dtype)
+    working, _ = local_part(parameter)
     if master_weights == "none":
         master = None
     elif master_weights == "host":
         master = torch.empty(given.shape, dtype=torch.float32, pin_memory=given.device.type == "cuda").copy_(given)
     else:
-        master = given.to(torch.float32)
-        if master.data_ptr() == working.data_ptr():
-            working = working.clone()
-    parameter.data = working.view(parameter.shape)
-    return Shard(name, parameter, parameter.shape, given.dtype, working, master)
+        # Nothing is copied if the model computes in another dtype than float32
+        master = given.to(torch.float32, copy=given.data_ptr() == working.data_ptr())
+    return Shard(name, parameter, whole_shape(parameter), given.dtype, working, master, start)

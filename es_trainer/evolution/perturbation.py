@@ -122,6 +122,10 @@ class Gaussian:
         """The perturbations `coefficients[k] * perturbation(seeds[k])` as factors, or `None` if they have none."""
         return None
 
+    def factored(self, shape: Sequence[int]) -> bool:
+        """Whether perturbations of a parameter have factors."""
+        return False
+
     def numbers(self, shape: Sequence[int]) -> int:
         """How many numbers a member's perturbation of a parameter is made of."""
         return math.prod(shape)
@@ -144,20 +148,23 @@ class LowRank(Gaussian):
         self.rank = rank
 
     def combine(self, name, shape, seeds, coefficients, device):
-        if len(shape) < 2:
+        if not self.factored(shape):
             return Noises(name, seeds, coefficients)
         left, right = self._draw(name, shape, seeds, coefficients, device)
         left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
         return Products(left.contiguous(), right.contiguous())
 
     def factors(self, name, shape, seeds, coefficients, device, dtype):
-        if len(shape) < 2:
+        if not self.factored(shape):
             return None
         left, right = self._draw(name, shape, seeds, coefficients, device)
         return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
 
+    def factored(self, shape):
+        return len(shape) >= 2
+
     def numbers(self, shape):
-        if len(shape) < 2:
+        if not self.factored(shape):
             return math.prod(shape)
         *matrices, rows, columns = shape
         return math.prod(matrices) * (rows + columns) * self.rank

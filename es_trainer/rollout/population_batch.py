@@ -9,6 +9,7 @@ weights: the shared product plus the member's low-rank term, or a batched produc
 import contextlib
 import functools
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -312,7 +313,7 @@ def free_memory(device: torch.device) -> int:
     if limit.is_file() and limit.read_text().strip() != "max":
         # In a container, which the figures of the whole machine say nothing about
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the processes of this machine share it
 
 
 def _bytes(cache: Cache | None) -> int:

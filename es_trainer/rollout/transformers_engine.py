@@ -49,11 +49,21 @@ class TransformersEngine:
             Its tokenizer, with a padding token.
         args ([`ESConfig`]):
             Generation parameters.
+        lockstep (`tuple[int, int]`, *optional*):
+            Rank of this process and number of processes, if they go through every forward pass together, because each
+            has a part of the weights only. Then each completes its share of the prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: ESConfig,
+        lockstep: tuple[int, int] | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
+        self.lockstep = lockstep
         self.chat_template_kwargs = args.chat_template_kwargs or {}
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
 
@@ -85,7 +95,8 @@ class TransformersEngine:
         config = self.generation_config
         layers = DynamicCache(config=self.model.config).layers
         return (
-            config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+            self.lockstep is None
+            and config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
             and config.use_cache
             and config.cache_implementation in (None, "dynamic")
             and all(getattr(config, option) in (None, 1.0, 0) for option in ROW_BOUND)
@@ -136,6 +147,11 @@ class TransformersEngine:
                     "`max_completion_length`."
                 )
 
+    def own_prompts(self, count: int) -> range:
+        """Which of so many prompts this process completes."""
+        rank, processes = self.lockstep or (0, 1)
+        return range(rank, count, processes)
+
     def generate(
         self,
         prompt_ids: list[list[int]],
@@ -146,7 +162,7 @@ class TransformersEngine:
         progress: bool = False,
     ) -> list[Completion]:
         """
-        Complete the prompts.
+        Complete the prompts, or this process's share of them.
 
         Args:
             prompt_ids (`list[list[int]]`):
@@ -170,9 +186,14 @@ class TransformersEngine:
         rows = [
             Row(member, prompt, number)
             for member in range(members.group if members else 1)
-            for prompt in range(len(prompt_ids))
+            for prompt in self.own_prompts(len(prompt_ids))
             for number in range(num_generations)
         ]
+        wanted = len(rows)
+        if self.lockstep:
+            # As many rows as the others, or they would wait for this process
+            most = -(-len(prompt_ids) // self.lockstep[1]) * num_generations
+            rows += [Row(0, 0, 0)] * (most - wanted)
         size = batch_size or len(rows)
         # Prompts of like length share a batch: less padding
         by_length = sorted(range(len(rows)), key=lambda i: len(prompt_ids[rows[i].prompt]))
@@ -181,7 +202,7 @@ class TransformersEngine:
             batch = sorted(by_length[start : start + size])
             made = self._generate_batch(prompt_ids, [rows[i] for i in batch], seed, members, progress)
             completions.update(zip(batch, made, strict=True))
-        return [completions[i] for i in range(len(rows))]
+        return [completions[i] for i in range(wanted)]
 
     def _generate_batch(
         self, prompt_ids: list[list[int]], rows: list[Row], seed: int, members: Rows | None, progress: bool
@@ -206,6 +227,7 @@ class TransformersEngine:
             generation_config=self.generation_config,
             logits_processor=processors,
             stopping_criteria=self.stopping_criteria,
+            synced_gpus=self.lockstep is not None,
             custom_generate=Decoding(rows, lengths, members, progress) if self.drops_finished_rows else None,
         )
         if not self.drops_finished_rows:

@@ -1,0 +1,84 @@
+"""What has to be the same on all processes of a run, found before they work side by side on different things."""
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from .config import ESConfig
+from .evolution.parameters import whole_shape
+from .history import run_config
+
+
+PACKAGES = ("es-trainer", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "numpy")
+KERNELS = {"cpu": "numba", "cuda": "triton"}
+
+# Fields of the config by which processes would do different things at the same time
+LOOP_FIELDS = (
+    "max_steps",
+    "num_train_epochs",
+    "dataloader_drop_last",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "logging_steps",
+    "log_completions",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+    "consistency_check_steps",
+    "ds3_gather_for_generation",
+)
+
+
+def of_run(args: ESConfig, reward_names: list[str], datasets: dict[str, Any]) -> dict[str, Any]:
+    """
+    What can be told before a model is loaded.
+
+    Args:
+        args ([`ESConfig`]):
+            The config.
+        reward_names (`list[str]`):
+            Names of the reward functions.
+        datasets (`dict[str, Any]`):
+            Datasets by name.
+    """
+    facts: dict[str, Any] = {"the version of python": platform.python_version()}
+    for package in (*PACKAGES, KERNELS.get(args.device.type, "numba")):
+        facts[f"the version of {package}"] = _version(package)
+    facts |= {f"`{name}`": value for name, value in run_config(args).items()}
+    facts |= {f"`{name}`": getattr(args, name) for name in LOOP_FIELDS}
+    facts["`reward_funcs`"] = reward_names
+    return facts | {f"the content of `{name}`": _content(dataset) for name, dataset in datasets.items()}
+
+
+def of_model(model: nn.Module) -> dict[str, Any]:
+    """What has to be known of a model before weights are compared."""
+    return {
+        "the model": type(model).__name__,
+        "the parameters of the model": [
+            (name, tuple(whole_shape(parameter)), parameter.dtype, parameter.requires_grad)
+            for name, parameter in model.named_parameters()
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _content(dataset: Any) -> str | None:
+    """Number of rows and a hash of them; of a stream, only what kind it is."""
+    if not isinstance(dataset, Dataset):
+        return type(dataset).__name__
+    digest = hashlib.blake2b(repr(dataset.column_names).encode(), digest_size=8)
+    for table in dataset.with_format("arrow").iter(1000):
+        digest.update(repr(table.to_pylist()).encode())
+    return f"{len(dataset)} rows, {digest.hexdigest()}"

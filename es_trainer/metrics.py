@@ -1,0 +1,159 @@
+"""What is logged about completions, under GRPOTrainer's names, from a few numbers for each member."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .evolution.fitness import mean
+from .rewards.scorer import Scores
+from .rollout import Completion
+
+
+# Metrics of which a log shows the last value instead of the mean since the last log
+LAST_VALUE = ("num_tokens", "distance_from_start")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What came of one set of weights: completions of a batch of rows, and their scores."""
+
+    rows: list[dict[str, Any]]  # the dataset's row of each completion
+    completions: list[Completion]
+    messages: list[Any]  # the completions as the reward functions got them
+    scores: Scores
+    num_tokens: int
+    seconds: float  # of the generation
+
+    def prompt_rewards(self, num_generations: int, mask_truncated: bool = False) -> np.ndarray:
+        """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
+        rewards = self.scores.total
+        if mask_truncated:
+            truncated = np.array([completion.truncated for completion in self.completions])
+            rewards = np.where(truncated, np.nan, rewards)
+        return mean(rewards.reshape(-1, num_generations), axis=1)
+
+
+class Moments(NamedTuple):
+    """Number, mean and summed squared deviations of values."""
+
+    count: int
+    mean: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Moments":
+        """Those of the numbers that count (not NaN)."""
+        known = values[~np.isnan(values)]
+        if not known.size:
+            return cls(0, 0.0, 0.0)
+        center = float(known.mean())
+        return cls(known.size, center, float(((known - center) ** 2).sum()))
+
+    @classmethod
+    def of_all(cls, parts: Iterable["Moments"]) -> "Moments":
+        """Those of the values of all parts (Chan et al., 1979)."""
+        parts = [part for part in parts if part.count]
+        count = sum(part.count for part in parts)
+        if not count:
+            return cls(0, math.nan, math.nan)
+        center = math.fsum(part.count * part.mean for part in parts) / count
+        squares = math.fsum(part.squares + part.count * (part.mean - center) ** 2 for part in parts)
+        return cls(count, center, squares)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation; NaN of no values."""
+        return math.sqrt(self.squares / self.count) if self.count else math.nan
+
+
+class Summary(NamedTuple):
+    """The few numbers about a rollout that processes tell each other."""
+
+    rewards: list[float]  # of the prompts, or their mean
+    functions: list[Moments]  # of each reward function
+    completions: int
+    truncated: int
+    tokens: int  # of the completions
+    shortest: int
+    longest: int
+    num_tokens: int  # with the prompts
+    own: dict[str, Moments]  # what reward functions gave to `log_metric`
+    generation_seconds: float
+    reward_seconds: float
+
+
+def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
+    """
+    Args:
+        rollout ([`Rollout`]):
+            Completions and their scores.
+        rewards (`np.ndarray`):
+            What of the rewards of its prompts has to be known.
+    """
+    lengths = [len(completion.ids) for completion in rollout.completions]
+    return Summary(
+        rewards=rewards.tolist(),
+        functions=[Moments.of(column) for column in rollout.scores.by_function.T],
+        completions=len(lengths),
+        truncated=sum(completion.truncated for completion in rollout.completions),
+        tokens=sum(lengths),
+        shortest=min(lengths),
+        longest=max(lengths),
+        num_tokens=rollout.num_tokens,
+        own={name: Moments.of(np.array(values)) for name, values in rollout.scores.metrics.items()},
+        generation_seconds=rollout.seconds,
+        reward_seconds=rollout.scores.seconds,
+    )
+
+
+def completion_metrics(summaries: Sequence[Summary], names: Sequence[str], processes: int) -> dict[str, float]:
+    """
+    Metrics over all completions.
+
+    Args:
+        summaries (`Sequence[Summary]`):
+            Of the rollouts, in an order that does not depend on who made them.
+        names (`Sequence[str]`):
+            Names of the reward functions.
+        processes (`int`):
+            Number of processes that generated side by side: seconds are those of one of them.
+    """
+    metrics = {}
+    for i, name in enumerate(names):
+        moments = Moments.of_all(summary.functions[i] for summary in summaries)
+        metrics[f"rewards/{name}/mean"] = moments.mean
+        metrics[f"rewards/{name}/std"] = moments.deviation
+    for name in dict.fromkeys(name for summary in summaries for name in summary.own):
+        metrics[name] = Moments.of_all(summary.own[name] for summary in summaries if name in summary.own).mean
+    completions = sum(summary.completions for summary in summaries)
+    tokens = sum(summary.tokens for summary in summaries)
+    seconds = sum(summary.generation_seconds for summary in summaries) / processes
+    return metrics | {
+        "completions/mean_length": tokens / completions,
+        "completions/min_length": float(min(summary.shortest for summary in summaries)),
+        "completions/max_length": float(max(summary.longest for summary in summaries)),
+        "completions/clipped_ratio": sum(summary.truncated for summary in summaries) / completions,
+        "tokens_per_second": tokens / seconds,
+        "generation_seconds": seconds,
+        "reward_seconds": sum(summary.reward_seconds for summary in summaries) / processes,
+    }
+
+
+def json_number(value: float) -> float | None:
+    """JSON knows no NaN and no infinity."""
+    return value if np.isfinite(value) else None
+
+
+def average(steps: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What a log shows of several steps' metrics."""
+    averages: dict[str, float | None] = {}
+    for key in dict.fromkeys(key for step in steps for key in step):
+        values = [step[key] for step in steps if step.get(key) is not None]
+        if key in LAST_VALUE:
+            averages[key] = values[-1]
+        else:
+            averages[key] = float(np.mean(values)) if values else None
+    return averages

@@ -1,0 +1,170 @@
+"""What the processes of a run share out and tell each other. Weights are not among it."""
+
+import atexit
+import itertools
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+
+T = TypeVar("T")
+
+_queue_numbers = itertools.count()  # the same on all processes, which make the same queues in the same order
+
+
+class ProcessError(RuntimeError):
+    """Another process failed, was lost, or does not agree with this one."""
+
+
+class Queue:
+    """
+    Items `0, 1, ..., size - 1`, each of which one process takes: whoever is done takes the next ones.
+
+    To be used as a context: an error inside ends the queue for all processes, so that none begins what is in vain.
+
+    Args:
+        size (`int`):
+            Number of items.
+        store (`torch.distributed.Store`, *optional*):
+            Key-value store of the process group. `None` if there is one process.
+    """
+
+    def __init__(self, size: int, store: "dist.Store | None" = None):
+        self.size = size
+        self._store = store
+        self._taken = 0
+        number = next(_queue_numbers)
+        self._key = f"es_trainer/queue/{number}"
+        if store is not None and dist.get_rank() == 0:
+            store.delete_key(f"es_trainer/queue/{number - 1}")  # which everyone is done with
+
+    def take(self, count: int = 1) -> range:
+        """The next items, at most `count`; none if there are no more."""
+        end = self._add(count)
+        return range(min(end - count, self.size), min(end, self.size))
+
+    def __enter__(self) -> "Queue":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._add(self.size)
+
+    def _add(self, count: int) -> int:
+        if self._store is None:
+            self._taken += count
+            return self._taken
+        try:
+            return self._store.add(self._key, count)
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+
+class Processes:
+    """The processes of a run, of which this is one; all of them call the same methods in the same order."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.count = dist.get_world_size() if together else 1
+        self._store = _get_default_store() if self.count > 1 else None
+        if together:
+            # Threads of the process group that are still there at exit abort the process now and then
+            atexit.register(_leave)
+
+    def queue(self, size: int) -> Queue:
+        """A new queue of `size` items."""
+        return Queue(size, self._store)
+
+    def exchange(self, work: Callable[[], T]) -> list[T]:
+        """
+        Do something on every process and tell all of them what came of it.
+
+        Args:
+            work (`Callable`):
+                Called without arguments; what it returns is pickled.
+
+        Returns:
+            `list`: what `work` returned on each process, by rank.
+
+        Raises:
+            `Exception`: what `work` raised on this process.
+            `ProcessError`: if it raised on another one, or a process is gone.
+        """
+        if self.count == 1:
+            return [work()]
+        value = failure = None
+        try:
+            value = work()
+        except Exception as error:
+            failure = error
+        report = None if failure is None else "".join(traceback.format_exception(failure)).rstrip()
+        replies: list[Any] = [None] * self.count
+        try:
+            dist.all_gather_object(replies, (value, report))
+        except RuntimeError as error:
+            raise failure or _lost(error) from error
+        if failure is not None:
+            raise failure
+        for rank, (_, report) in enumerate(replies):
+            if report is not None:
+                raise ProcessError(f"Process {rank} failed, so all processes end here. What it raised:\n{report}")
+        return [value for value, _ in replies]
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """
+        Compare what has to be the same on all processes.
+
+        Args:
+            facts (`dict[str, Any]`):
+                Names, and values that can be compared and printed.
+
+        Raises:
+            `ProcessError`: if a process has another value than process 0; says which, and for which names.
+        """
+        first, *others = self.exchange(lambda: facts)
+        found = [
+            f"{name} is {other.get(name)!r} on process {rank}, but {first.get(name)!r} on process 0"
+            for rank, other in enumerate(others, 1)
+            for name in dict.fromkeys([*first, *other])
+            if first.get(name) != other.get(name)
+        ]
+        if found:
+            raise ProcessError(
+                f"The processes of a run must be alike, but {'; '.join(found)}. Start all of them with the same "
+                "script, arguments, data and environment."
+            )
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite the tensors with those of process 0."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.exchange(lambda: None)
+
+
+def launched_processes() -> int:
+    """How many processes the launcher says that it started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _lost(error: Exception) -> ProcessError:
+    return ProcessError(
+        "The connection to another process is lost: it was killed or crashed, or a machine cannot be reached. What "
+        "that process printed last may say why. Start the run again with `resume_from_checkpoint=True` to go on from "
+        f"the last checkpoint. ({type(error).__name__}: {error})"
+    )
