@@ -1,17 +1,15 @@
-"""Training runs in processes of a launcher: `distributed_run.py MODEL RUNS`, where RUNS is a JSON list of options.
-
-A run is an `ESConfig` for the options that it has, and a few of its own; see `Run`.
-"""
+"""Training runs in processes of a launcher: `distributed_run.py MODEL RUNS`, where RUNS is a JSON list of `Run`s."""
 
 import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from conftest import letters, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
@@ -19,43 +17,33 @@ from peft import LoraConfig
 from es_trainer import ESConfig, ESTrainer
 
 
+RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
 WORDS = "one two three four five six seven".split()
 
 
 @dataclass
 class Run:
-    """One training run."""
+    """A run, what goes wrong in it, and where. Steps count from 1; `last` is the last process."""
 
     output_dir: str
     config: dict[str, Any] = field(default_factory=dict)
-    model_object: bool = False  # make the model here, with other weights on each process
+    config_of_last: dict[str, Any] = field(default_factory=dict)
+    words: list[str] = field(default_factory=lambda: WORDS)
+    words_of_last: list[str] | None = None
+    model_of_last: dict[str, Any] = field(default_factory=dict)  # and all make the model themselves
+    model_object: bool = False  # every process makes the model itself, with other weights
     adapter: bool = False
     stream: bool = False  # an iterable dataset
     resume: str | None = None
-    rank_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # by rank: what differs there
-    spoil_at: int | None = None  # step after which the last process changes a weight
-    fail_at: int | None = None  # step in which the reward raises on the last process
-    kill_at: int | None = None  # step in which the last process is killed
     evaluate: bool = False
-
-
-def reward(run: Run, rank: int):
-    last = rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
-
-    def scored(completions, trainer_state, **kwargs):
-        step = trainer_state.global_step + 1
-        if last and step == run.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if last and step == run.fail_at:
-            raise ValueError("a reward that fails")
-        return letters(completions)
-
-    scored.__name__ = "letters"
-    return scored
+    spoil_at: int | None = None  # after this step, last changes a weight
+    fail_at: int | None = None  # in this step, the reward raises on last
+    kill_at: int | None = None  # in this step, last is killed
+    delay_of_last: float = 0.0  # seconds that last takes longer for a group of members
 
 
 def train(model: str, run: Run) -> None:
-    rank = int(os.environ.get("RANK", 0))
+    last = RANK == LAST > 0
     options = {
         "use_cpu": True,
         "bf16": False,
@@ -63,6 +51,7 @@ def train(model: str, run: Run) -> None:
         "sigma": 0.05,
         "learning_rate": 0.02,
         "num_prompts_per_step": 3,
+        "per_device_eval_batch_size": 2,
         "max_completion_length": 8,
         "max_steps": 3,
         "logging_steps": 1,
@@ -71,28 +60,55 @@ def train(model: str, run: Run) -> None:
         "disable_tqdm": True,
         "lr_scheduler_type": "constant",
         **run.config,
-        **run.rank_options.get(str(rank), {}),
+        **(run.config_of_last if last else {}),
     }
-    words = options.pop("words", WORDS)
     args = ESConfig(run.output_dir, **options)
+    words = run.words_of_last if last and run.words_of_last else run.words
     dataset = Dataset.from_list([{"prompt": f"Say {word}"} for word in words])
+    members: list[int] = []  # of which this process had completions, by step
     trainer = ESTrainer(
-        make_model(seed=rank) if run.model_object else model,
-        reward(run, rank),
+        make_model(seed=RANK, **(run.model_of_last if last else {})) if run.model_object else model,
+        reward(run, last, members),
         args,
         dataset.to_iterable_dataset() if run.stream else dataset,
         dataset,
         make_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if run.adapter else None,
     )
-    if run.spoil_at is not None and rank == args.world_size - 1:
+    if last and run.delay_of_last:
+        delay(trainer, run.delay_of_last)
+    if last and run.spoil_at is not None:
         spoil(trainer, run.spoil_at)
     trainer.train(resume_from_checkpoint=run.resume)
+    evaluated = len(members)
     metrics = trainer.evaluate() if run.evaluate else None
     trainer.save_model(f"{run.output_dir}/final")
-    if trainer.is_world_process_zero():
-        logs = {"history": trainer.state.log_history, "evaluation": metrics}
-        (Path(run.output_dir) / "logs.json").write_text(json.dumps(logs))
+    record = {"history": trainer.state.log_history, "evaluation": metrics, "evaluated": evaluated}
+    (Path(run.output_dir) / f"record-{RANK}.json").write_text(json.dumps(record))
+
+
+def reward(run: Run, last: bool, members: list[int]) -> Callable[..., list[float]]:
+    def scored(completions, trainer_state, **kwargs):
+        step = trainer_state.global_step + 1
+        members.append(step)
+        if last and step == run.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if last and step == run.fail_at:
+            raise ValueError("no reward today")
+        return letters(completions)
+
+    scored.__name__ = "letters"
+    return scored
+
+
+def delay(trainer: ESTrainer, seconds: float) -> None:
+    generate = trainer.engine.generate
+
+    def slowly(*args, **kwargs):
+        time.sleep(seconds)
+        return generate(*args, **kwargs)
+
+    trainer.engine.generate = slowly
 
 
 def spoil(trainer: ESTrainer, step: int) -> None:
@@ -101,11 +117,17 @@ def spoil(trainer: ESTrainer, step: int) -> None:
             optimizer.weights.shards[3].trained[5] += 1e-6
 
     trainer.optimizer.register_step_post_hook(change)
+    # Before the trainer looks
     hooks = trainer.optimizer._optimizer_step_post_hooks
-    hooks.move_to_end(next(reversed(hooks)), last=False)  # before the trainer looks
+    hooks.move_to_end(next(reversed(hooks)), last=False)
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)
     for options in json.loads(sys.argv[2]):
-        train(sys.argv[1], Run(**options))
+        try:
+            train(sys.argv[1], Run(**options))
+        except Exception as error:
+            # All processes get here, and go on with the next run
+            folder = Path(options["output_dir"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"error-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")

@@ -212,20 +212,24 @@ class Weights:
 
     @contextlib.contextmanager
     def as_given(self) -> Iterator[None]:
-        """Inside, the model's parameters hold the trained weights in the dtype in which they were given."""
+        """
+        Inside, the model's parameters hold the trained weights in the dtype in which they were given. Partitioned ones
+        hold nothing, but are of that dtype.
+        """
+        held = [(shard.parameter, shard.parameter.data) for shard in self.shards]
+        held += [(parameter, parameter.data) for parameter, _ in self._frozen]
         for shard in self.shards:
-            if shard.given != shard.working.dtype:
+            if is_partitioned(shard.parameter):
+                shard.parameter.data = shard.parameter.data.to(shard.given)
+            elif shard.given != shard.working.dtype:
                 # The master itself if it has that dtype: no copy
                 shard.parameter.data = shard.trained.to(shard.given).view(shard.shape)
-        rounded = [parameter.data for parameter, _ in self._frozen]
         for parameter, original in self._frozen:
-            parameter.data = original
+            parameter.data = parameter.data.to(original.dtype) if is_partitioned(parameter) else original
         try:
             yield
         finally:
-            for shard in self.shards:
-                shard.parameter.data = shard.working.view(shard.shape)
-            for (parameter, _), data in zip(self._frozen, rounded, strict=True):
+            for parameter, data in held:
                 parameter.data = data
 
     def adopt(self) -> None:
@@ -272,7 +276,7 @@ def gather(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     size = parameter.ds_tensor.numel()
     local = F.pad(local.to(parameter.device), (0, size - local.numel()))
     whole = local.new_empty(size * dist.get_world_size())
-    dist.all_gather_into_tensor(whole, local)
+    dist.all_gather_single(whole, local)
     return whole[: parameter.ds_numel]
 
 
