@@ -98,13 +98,18 @@ def prepare(plugin: "DeepSpeedPlugin") -> None:
         # Weights are loaded in their own dtype, which the masters are made of, and cast afterwards
         config.pop("bf16", None)
         config.pop("fp16", None)
-        config["zero_optimization"].update(
+        zero = config["zero_optimization"]
+        zero.update(
             # For backward passes; it takes the place of torch's linear and rounds differently
             memory_efficient_linear=False,
             # A parameter that stays gathered would keep the last member's values
             stage3_param_persistence_threshold=0,
             stage3_max_reuse_distance=0,
         )
+        for option in ("stage3_max_live_parameters", "stage3_prefetch_bucket_size"):
+            # DeepSpeed's defaults would gather all of a small model ahead
+            if zero.get(option, "auto") == "auto":
+                zero[option] = 0
 
 
 class Zero3:

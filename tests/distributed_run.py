@@ -1,5 +1,6 @@
 """Training runs in processes of a launcher: `distributed_run.py MODEL RUNS`, where RUNS is a JSON list of `Run`s."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from conftest import letters, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 
-from es_trainer import ESConfig, ESTrainer
+from es_trainer import ESConfig, ESTrainer, fingerprint
 
 
 RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -28,8 +29,7 @@ class Run:
     output_dir: str
     config: dict[str, Any] = field(default_factory=dict)
     config_of_last: dict[str, Any] = field(default_factory=dict)
-    words: list[str] = field(default_factory=lambda: WORDS)
-    words_of_last: list[str] | None = None
+    words_of_last: list[str] = field(default_factory=lambda: WORDS)
     model_of_last: dict[str, Any] = field(default_factory=dict)  # and all make the model themselves
     model_object: bool = False  # every process makes the model itself, with other weights
     adapter: bool = False
@@ -38,7 +38,9 @@ class Run:
     evaluate: bool = False
     spoil_at: int | None = None  # after this step, last changes a weight
     fail_at: int | None = None  # in this step, the reward raises on last
-    kill_at: int | None = None  # in this step, last is killed
+    kill_at: int | None = None  # in this step, the process `kill_rank` is killed
+    kill_rank: int = 1
+    version_of_last: str | None = None  # what last takes for its version of numpy
     delay_of_last: float = 0.0  # seconds that last takes longer for a group of members
 
 
@@ -63,14 +65,20 @@ def train(model: str, run: Run) -> None:
         **(run.config_of_last if last else {}),
     }
     args = ESConfig(run.output_dir, **options)
-    words = run.words_of_last if last and run.words_of_last else run.words
-    dataset = Dataset.from_list([{"prompt": f"Say {word}"} for word in words])
+    if last and run.version_of_last:
+        version = fingerprint.version
+        fingerprint.version = lambda package: run.version_of_last if package == "numpy" else version(package)
+    dataset, other = (
+        Dataset.from_dict({"prompt": [f"Say {word}" for word in words]}) for words in (WORDS, run.words_of_last)
+    )
+    if not last:
+        other = dataset
     members: list[int] = []  # of which this process had completions, by step
     trainer = ESTrainer(
         make_model(seed=RANK, **(run.model_of_last if last else {})) if run.model_object else model,
         reward(run, last, members),
         args,
-        dataset.to_iterable_dataset() if run.stream else dataset,
+        other.to_iterable_dataset() if run.stream else other,
         dataset,
         make_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if run.adapter else None,
@@ -91,7 +99,7 @@ def reward(run: Run, last: bool, members: list[int]) -> Callable[..., list[float
     def scored(completions, trainer_state, **kwargs):
         step = trainer_state.global_step + 1
         members.append(step)
-        if last and step == run.kill_at:
+        if RANK == run.kill_rank and step == run.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if last and step == run.fail_at:
             raise ValueError("no reward today")
@@ -131,3 +139,4 @@ if __name__ == "__main__":
             folder = Path(options["output_dir"])
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"error-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
+            fingerprint.version = importlib.metadata.version

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -153,6 +154,8 @@ def lockstep(folder, model_folder) -> Path:
     runs = several(folder / "lockstep")
     for run in runs:
         run["config"] = {**run.get("config", {}), **in_lockstep(run), "ds3_gather_for_generation": False}
+    failing = {"output_dir": str(folder / "lockstep" / "failing"), "fail_at": 2}
+    runs.insert(0, {**failing, "config": {"ds3_gather_for_generation": False}})
     launched(zero3_on_cpu(folder), 2, model_folder, runs)
     return folder / "lockstep"
 
@@ -182,3 +185,162 @@ def test_runs_are_the_same_in_lockstep(lockstep, one, folder, model_folder, name
     assert_same_run(lockstep / name, reference)
 
 
+# ---- going on from a checkpoint, on as many processes or others ----
+
+
+def resumed(folder: Path, checkpoint: Path, **config) -> dict:
+    config = {**RUNS["adam"]["config"], **config}
+    return {"output_dir": str(folder), "config": config, "resume": str(checkpoint / "checkpoint-2")}
+
+
+@pytest.fixture(scope="module")
+def resumed_on_three(one, gathered, folder, model_folder) -> Path:
+    runs = [
+        resumed(folder / "from two parts", gathered / "adam"),
+        resumed(folder / "from the whole", one / "adam"),
+        resumed(folder / "missing", folder / "incomplete"),
+    ]
+    shutil.copytree(gathered / "adam", folder / "incomplete")
+    (folder / "incomplete" / "checkpoint-2" / "optimizer_1-of-2.pt").unlink()
+    launched(zero3_on_cpu(folder), 3, model_folder, runs)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["from two parts", "from the whole"])
+def test_partitioned_weights_resume_on_another_number_of_processes(one, resumed_on_three, name):
+    assert_same_weights(resumed_on_three / name / "final", one / "adam" / "final")
+
+
+def test_an_incomplete_partitioned_checkpoint_is_refused(resumed_on_three):
+    found = errors(resumed_on_three / "missing")
+    assert len(found) == 3 and all("has no optimizer.pt" in error for error in found)
+
+
+def test_one_process_resumes_what_was_partitioned(one, gathered, folder, model_folder):
+    train(model_folder, Run(**resumed(folder / "alone", gathered / "adam")))
+    assert_same_weights(folder / "alone" / "final", one / "adam" / "final")
+
+
+def test_the_parts_of_a_checkpoint_are_small(one, gathered):
+    whole = (one / "adam" / "checkpoint-2" / "optimizer.pt").stat().st_size
+    parts = [file.stat().st_size for file in (gathered / "adam" / "checkpoint-2").glob("optimizer_*.pt")]
+    assert len(parts) == 2 and max(parts) < 0.6 * whole
+
+
+def test_the_history_of_several_processes_rebuilds_the_weights(two, gathered, lockstep, model_folder, tmp_path):
+    for folder in (two, gathered, lockstep):
+        replay(model_folder, folder / "adam").save_pretrained(tmp_path)
+        assert_same_weights(tmp_path, folder / "adam" / "final")
+
+
+# ---- shares ----
+
+
+@pytest.fixture(scope="module")
+def shares(folder, model_folder) -> Path:
+    runs = [
+        {"output_dir": str(folder / "slow"), "config": {"max_steps": 2}, "delay_of_last": 0.5},
+        {"output_dir": str(folder / "batched"), "config": {"max_steps": 2, "perturbation": "low_rank"}},
+        {"output_dir": str(folder / "drift"), "config": {"master_weights": "none"}},
+        {"output_dir": str(folder / "no drift"), "config": {"master_weights": "none", "perturbation": "low_rank"}},
+    ]
+    launched(RECIPES / "cpu_two_processes.yaml", 2, model_folder, runs)
+    return folder
+
+
+def test_who_is_slow_evaluates_fewer_members(shares):
+    fast, slow = (record["evaluated"] for record in records(shares / "slow"))
+    assert fast + slow == 2 * 7 and 1 <= slow < fast
+
+
+def test_no_process_takes_the_whole_population_as_its_batch(shares):
+    assert all(2 * 3 <= record["evaluated"] <= 2 * 4 for record in records(shares / "batched"))
+
+
+def test_weights_that_would_drift_apart_are_refused(shares):
+    assert all("would drift apart" in error for error in errors(shares / "drift"))
+    assert len(errors(shares / "drift")) == 2
+    assert len(records(shares / "no drift")) == 2
+
+
+# ---- what goes wrong ----
+
+FAULTS = {
+    "seed": ({"config_of_last": {"seed": 1}}, "`seed` is 1 on process 1, but 42 on process 0"),
+    "steps": ({"config_of_last": {"eval_steps": 5}}, "`eval_steps` is 5 on process 1, but None on process 0"),
+    "data": ({"words_of_last": ["one", "two"]}, "the content of `train_dataset` is '2 rows"),
+    "version": ({"version_of_last": "0.1"}, "the version of numpy is '0.1' on process 1"),
+    "model": ({"model_object": True, "model_of_last": {"num_hidden_layers": 1}}, "the parameters of the model is"),
+    "stream": (
+        {"stream": True, "words_of_last": [*"abcdefg"], "config": {"max_steps": 2}},
+        "the checksum of the prompts of step 1 is",
+    ),
+    "spoilt": (
+        {"spoil_at": 2, "config": {"consistency_check_steps": 2, "max_steps": 4}},
+        "After update 2, processes have different weights: `model.layers.0.self_attn.v_proj.weight` on process 1.",
+    ),
+    "spoilt before a checkpoint": (
+        {"spoil_at": 2, "config": {"save_strategy": "steps", "save_steps": 3}},
+        "After update 3, processes have different weights",
+    ),
+    "reward": ({"fail_at": 2}, "Reward function 'letters' raised ValueError: no reward today"),
+    "reward in evaluation": ({"fail_at": 4, "evaluate": True}, "no reward today"),
+}
+
+
+@pytest.fixture(scope="module")
+def faults(folder, model_folder) -> Path:
+    runs = [{"output_dir": str(folder / "faults" / name), **run} for name, (run, _) in FAULTS.items()]
+    runs.append({"output_dir": str(folder / "faults" / "none"), **RUNS["gaussian"]})
+    launched(RECIPES / "cpu_two_processes.yaml", 2, model_folder, runs)
+    return folder / "faults"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_goes_wrong_on_one_process_ends_all_with_its_reason(faults, name):
+    found = errors(faults / name)
+    assert len(found) == 2
+    assert all(FAULTS[name][1] in error for error in found), found
+    if name == "spoilt before a checkpoint":
+        assert not list((faults / name).glob("checkpoint-*"))
+
+
+def test_a_reward_that_raises_ends_all_processes_in_lockstep(lockstep):
+    found = errors(lockstep / "failing")
+    assert len(found) == 2 and all("raised ValueError: no reward today" in error for error in found), found
+
+
+def test_processes_are_together_again_after_an_error(faults, one):
+    assert_same_run(faults / "none", one / "gaussian")
+
+
+def start(rank: int, port: int, model: str, runs: list[dict]) -> subprocess.Popen:
+    """One of two processes without a launcher that would end it when the other is gone."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**ENVIRONMENT, **{key: str(value) for key, value in place.items()}}
+    return subprocess.Popen([sys.executable, str(SCRIPT), model, json.dumps(runs)], env=environment)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_others_end_when_a_process_is_killed(folder, model_folder, one, killed):
+    output = folder / f"killed {killed}"
+    run = {"output_dir": str(output), **RUNS["adam"], "kill_at": 4, "kill_rank": killed}
+    port = free_port()
+    processes = [start(rank, port, model_folder, [run]) for rank in range(2)]
+    assert processes[killed].wait(120) == -signal.SIGKILL
+    moment = time.monotonic()
+    processes[1 - killed].wait(60)
+    assert time.monotonic() - moment < 30
+    error = (output / f"error-{1 - killed}.txt").read_text()
+    assert error.startswith("ProcessError: The connection to another process is lost")
+    assert "resume_from_checkpoint=True" in error
+
+    train(model_folder, Run(**resumed(output, output)))
+    assert_same_weights(output / "final", one / "adam" / "final")
+
+
+def test_a_launch_fails_when_a_process_is_killed(folder, model_folder):
+    run = {"output_dir": str(folder / "launch"), "kill_at": 2, "config": {"ds3_gather_for_generation": False}}
+    result = launch(zero3_on_cpu(folder), 2, model_folder, [run])
+    assert result.returncode != 0
+    assert "SIGKILL" in result.stderr
