@@ -8,8 +8,11 @@ EXTRAS = {
     "vllm": ["vllm>=0.32"],
     "triton": ["triton>=3.4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.19"],
-    "test": ["gguf>=0.19", "pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.7"],
 }
+EXTRAS["test"] = [
+    *EXTRAS["deepspeed"],
+    *["gguf>=0.19", "pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.7"],
+]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17"]
 
 setup(

@@ -90,6 +90,7 @@ def trainer(options: argparse.Namespace, folder: str, model: str | PreTrainedMod
         use_cpu=True,
         bf16=options.dtype == "bfloat16",
         population_size=options.population,
+        seed=options.seed,
         num_prompts_per_step=options.prompts,
         save_strategy="no",
         report_to="none",
@@ -157,6 +158,7 @@ def compare_times(options: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
         for way in WAYS:
+            options.seed = number  # other lengths in each round
             seconds[way] += launch(way, options, processes=1 if way == "one" else 2)["seconds"]
             print(f"round {number + 1}, {WAYS[way]}: {seconds[way][-1]:.1f} s a step", flush=True)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps timed in each launch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is None:

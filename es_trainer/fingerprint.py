@@ -53,7 +53,12 @@ def of_run(args: ESConfig, reward_names: list[str], datasets: dict[str, Any]) ->
     facts |= {f"`{name}`": value for name, value in run_config(args).items()}
     facts |= {f"`{name}`": getattr(args, name) for name in LOOP_FIELDS}
     facts["`reward_funcs`"] = reward_names
-    return facts | {f"the content of `{name}`": _content(dataset) for name, dataset in datasets.items()}
+    return facts | of_data(datasets)
+
+
+def of_data(datasets: dict[str, Any]) -> dict[str, Any]:
+    """What is in the datasets; of a stream, only that it is one."""
+    return {f"the content of `{name}`": _content(dataset) for name, dataset in datasets.items()}
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -74,8 +79,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _content(dataset: Any) -> str | None:
-    """Number of rows and a hash of them; of a stream, only what kind it is."""
+def _content(dataset: Any) -> str:
+    """Number of rows and a hash of them."""
     if not isinstance(dataset, Dataset):
         return type(dataset).__name__
     digest = hashlib.blake2b(repr(dataset.column_names).encode(), digest_size=8)

@@ -3,6 +3,7 @@
 import atexit
 import itertools
 import os
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -75,7 +76,6 @@ class Processes:
         self.count = dist.get_world_size() if together else 1
         self._store = _get_default_store() if self.count > 1 else None
         if together:
-            # Threads of the process group that are still there at exit abort the process now and then
             atexit.register(_leave)
 
     def queue(self, size: int) -> Queue:
@@ -158,8 +158,11 @@ def launched_processes() -> int:
 
 
 def _leave() -> None:
+    # A thread of gloo that still holds tensors of the last exchange needs the interpreter to let go of them. If that
+    # is gone first, the thread aborts the process.
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(0.2)  # as others, like DeepSpeed, hold the group and keep its threads from ending
 
 
 def _lost(error: Exception) -> ProcessError:

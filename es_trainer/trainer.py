@@ -17,6 +17,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -818,6 +819,12 @@ def _check_arguments(args: ESConfig, model: Any, train_dataset: Any, eval_datase
     if isinstance(model, str) and (Path(model).expanduser().is_absolute() or model.startswith(".")):
         if not Path(model).expanduser().is_dir():
             raise FileNotFoundError(f"`model={model!r}`: there is no such folder.")
+    split = {"tp_plan", "distributed_config"} & (args.model_init_kwargs or {}).keys()
+    if split or (isinstance(model, nn.Module) and any(isinstance(p.data, DTensor) for p in model.parameters())):
+        raise ValueError(
+            f"The model is split over processes by Transformers ({', '.join(split) or 'it has DTensors'}), which is "
+            "not supported. Launch with recipes/accelerate_configs/zero3.yaml to partition the weights."
+        )
     if not isinstance(model, str) and args.model_init_kwargs is not None:
         raise ValueError(
             f"`model_init_kwargs={args.model_init_kwargs!r}` is for models given as a string, but the model is "

@@ -3,6 +3,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig, TrlParser
 
 from es_trainer import ESConfig
+from es_trainer import config as config_module
 
 
 def make(tmp_path, **options) -> ESConfig:
@@ -131,3 +132,25 @@ def test_perturbations_parse_from_the_command_line(tmp_path):
     )
     assert (config.perturbation, config.perturbation_rank, config.population_batch_size) == ("low_rank", 4, 8)
     assert make(tmp_path).population_batch_size is None
+
+
+# ---- several processes ----
+
+
+def test_processes_that_take_themselves_for_one_are_told_so(tmp_path, monkeypatch):
+    launched = iter([1, 2, 2])  # Accelerate is made to overlook them, as it did without a backend
+    monkeypatch.setattr(config_module, "launched_processes", lambda: next(launched))
+    with pytest.raises(ValueError, match="started 2 processes, but Accelerate takes each of them for a run of 1"):
+        make(tmp_path)
+
+
+def test_fsdp_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not supported.*zero3.yaml"):
+        make(tmp_path)
+
+
+def test_consistency_checks_need_a_number_of_steps(tmp_path):
+    assert make(tmp_path).consistency_check_steps == 50
+    with pytest.raises(ValueError, match="`consistency_check_steps=0` is not valid"):
+        make(tmp_path, consistency_check_steps=0)

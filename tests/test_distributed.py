@@ -22,6 +22,7 @@ from es_trainer import replay
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 RECIPES = Path(__file__).parents[1] / "recipes" / "accelerate_configs"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+OFFLOADED = {"gaussian": True, "low_rank": True, "sampled": False}  # runs on offloaded weights, and whether gathered
 
 
 def free_port() -> int:
@@ -30,10 +31,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(config: Path, processes: int, model: str, runs: list[dict]) -> subprocess.CompletedProcess:
+def launcher(config: Path, processes: int, model: str, runs: list[dict], *options: str) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
-    command += [str(SCRIPT), model, json.dumps(runs)]
+    command += ["--num_processes", str(processes), *options]
+    return [*command, str(SCRIPT), model, json.dumps(runs)]
+
+
+def launch(config: Path, processes: int, model: str, runs: list[dict]) -> subprocess.CompletedProcess:
+    command = launcher(config, processes, model, runs, "--main_process_port", str(free_port()))
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
@@ -122,10 +127,10 @@ def one(folder, model_folder) -> Path:
     return folder / "one"
 
 
-def zero3_on_cpu(folder: Path, recipe: str = "zero3.yaml") -> Path:
-    config = yaml.safe_load((RECIPES / recipe).read_text()) | {"use_cpu": True, "num_processes": 2}
+def on_cpu(recipe: str, folder: Path) -> Path:
+    """A recipe for GPUs, for processes on CPU."""
     path = folder / recipe
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(yaml.safe_load((RECIPES / recipe).read_text()) | {"use_cpu": True}))
     return path
 
 
@@ -145,7 +150,7 @@ def three(folder, model_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def gathered(folder, model_folder) -> Path:
-    launched(zero3_on_cpu(folder), 2, model_folder, several(folder / "gathered"))
+    launched(on_cpu("zero3.yaml", folder), 2, model_folder, several(folder / "gathered"))
     return folder / "gathered"
 
 
@@ -156,7 +161,7 @@ def lockstep(folder, model_folder) -> Path:
         run["config"] = {**run.get("config", {}), **in_lockstep(run), "ds3_gather_for_generation": False}
     failing = {"output_dir": str(folder / "lockstep" / "failing"), "fail_at": 2}
     runs.insert(0, {**failing, "config": {"ds3_gather_for_generation": False}})
-    launched(zero3_on_cpu(folder), 2, model_folder, runs)
+    launched(on_cpu("zero3.yaml", folder), 2, model_folder, runs)
     return folder / "lockstep"
 
 
@@ -185,6 +190,49 @@ def test_runs_are_the_same_in_lockstep(lockstep, one, folder, model_folder, name
     assert_same_run(lockstep / name, reference)
 
 
+@pytest.fixture(scope="module")
+def offloaded(folder, model_folder) -> Path:
+    runs = [{"output_dir": str(folder / "offloaded" / name), **RUNS[name]} for name in OFFLOADED]
+    for run in runs:
+        run["config"] = {**run["config"], "ds3_gather_for_generation": OFFLOADED[Path(run["output_dir"]).name]}
+    launched(on_cpu("zero3_cpu_offload.yaml", folder), 2, model_folder, runs)
+    return folder / "offloaded"
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_runs_are_the_same_with_offloaded_weights(offloaded, one, name):
+    assert_same_run(offloaded / name, one / name)
+
+
+def test_runs_are_the_same_on_several_machines(folder, model_folder, one):
+    """The recipe for several machines, twice on this one."""
+    config, output = on_cpu("multi_node.yaml", folder), folder / "machines"
+    runs, port = [{"output_dir": str(output), **RUNS["gaussian"]}], str(free_port())
+    machines = [
+        subprocess.Popen(
+            launcher(config, 2, model_folder, runs, "--machine_rank", str(rank), "--main_process_port", port),
+            env=ENVIRONMENT,
+        )
+        for rank in range(2)
+    ]
+    assert [machine.wait(120) for machine in machines] == [0, 0]
+    assert_same_run(output, one / "gaussian")
+
+
+@pytest.mark.parametrize(("recipe", "processes"), [("single_gpu.yaml", 1), ("multi_gpu.yaml", 2)])
+def test_recipes_for_gpus_run_on_cpu(folder, model_folder, one, recipe, processes):
+    output = folder / recipe.removesuffix(".yaml")
+    launched(on_cpu(recipe, folder), processes, model_folder, [{"output_dir": str(output), **RUNS["gaussian"]}])
+    assert len(records(output)) == processes
+    assert_same_run(output, one / "gaussian")
+
+
+def test_every_recipe_is_tried():
+    tried = Path(__file__).read_text()
+    recipes = [path.name for path in RECIPES.iterdir()]
+    assert len(recipes) == 6 and all(f'"{recipe}"' in tried for recipe in recipes)
+
+
 # ---- going on from a checkpoint, on as many processes or others ----
 
 
@@ -202,7 +250,7 @@ def resumed_on_three(one, gathered, folder, model_folder) -> Path:
     ]
     shutil.copytree(gathered / "adam", folder / "incomplete")
     (folder / "incomplete" / "checkpoint-2" / "optimizer_1-of-2.pt").unlink()
-    launched(zero3_on_cpu(folder), 3, model_folder, runs)
+    launched(on_cpu("zero3.yaml", folder), 3, model_folder, runs)
     return folder
 
 
@@ -341,6 +389,6 @@ def test_the_others_end_when_a_process_is_killed(folder, model_folder, one, kill
 
 def test_a_launch_fails_when_a_process_is_killed(folder, model_folder):
     run = {"output_dir": str(folder / "launch"), "kill_at": 2, "config": {"ds3_gather_for_generation": False}}
-    result = launch(zero3_on_cpu(folder), 2, model_folder, [run])
+    result = launch(on_cpu("zero3.yaml", folder), 2, model_folder, [run])
     assert result.returncode != 0
     assert "SIGKILL" in result.stderr

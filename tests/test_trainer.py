@@ -629,6 +629,8 @@ def test_bad_settings_are_found_before_the_model_is_loaded(dataset, reward, conf
         ESTrainer("org/does-not-exist", reward, config(reward_weights=[1.0, 2.0]), dataset)
     with pytest.raises(ValueError, match="no column 'prompt'"):
         ESTrainer("org/does-not-exist", reward, config(), Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match=r"split over processes by Transformers \(tp_plan\).*zero3.yaml"):
+        ESTrainer("org/does-not-exist", reward, config(model_init_kwargs={"tp_plan": "auto"}), dataset)
 
 
 def test_pad_token_defaults_to_the_end_of_sequence(trainer):

@@ -350,3 +350,93 @@ def test_it_climbs():
         optimizer.tell(population, rewards)
         optimizer.step()
     assert float((parameters["weight"].data - target).norm()) < 0.2 * float(target.norm())
+
+
+# ---- partitioned parameters ----
+
+
+def partition(rank: int, processes: int) -> dict[str, nn.Parameter]:
+    """What a process has of parameters that are laid out as ZeRO-3 lays them out, with something in the padding."""
+    parameters = make_parameters()
+    for parameter in parameters.values():
+        whole, parameter.ds_shape, parameter.ds_numel = parameter.data.view(-1), parameter.shape, parameter.numel()
+        size = -(-whole.numel() // processes)
+        part = whole[rank * size : (rank + 1) * size]
+        parameter.ds_tensor = torch.cat([part, torch.full((size - len(part),), 1e9)])
+        parameter.data = torch.empty(0)
+    return parameters
+
+
+@pytest.fixture
+def make_part(monkeypatch):
+    """Make the optimizer of a process."""
+    monkeypatch.setattr(optimizer_module, "DISTANCE_SAMPLE", 2000)  # so that not every weight is looked at
+
+    def make_part(rank: int, processes: int, **options) -> EvolutionStrategy:
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+        _, part = make(partition(rank, processes), **options)
+        return part
+
+    return make_part
+
+
+def assert_parts(parts: list[EvolutionStrategy], whole: EvolutionStrategy) -> None:
+    """Put together, the parts are the whole, and padding is left alone."""
+    for i, shard in enumerate(whole.weights.shards):
+        pieces = [part.weights.shards[i] for part in parts]
+        assert torch.equal(torch.cat([piece.trained for piece in pieces]), shard.trained), shard.name
+        assert torch.equal(torch.cat([piece.working for piece in pieces]), shard.working), shard.name
+        for piece in pieces:
+            padding = piece.parameter.ds_tensor[piece.working.numel() :]
+            assert torch.equal(padding, torch.full_like(padding, 1e9))
+
+
+@both
+@pytest.mark.parametrize("processes", [1, 2, 7, 50])
+@pytest.mark.parametrize("master_weights", ["device", "host", "none"])
+def test_parts_are_perturbed_and_updated_like_the_whole(make_part, perturbation, processes, master_weights):
+    options = {"perturbation": perturbation, "master_weights": master_weights, "rule": "adam", "anchor_decay": 0.1}
+    options |= {"dtype": torch.bfloat16, "lr": 0.02}
+    parts = [make_part(rank, processes, **options) for rank in range(processes)]
+    _, whole = make(**options)
+    for optimizer in [*parts, whole]:
+        run_steps(optimizer, 2)
+        optimizer.perturb(optimizer.ask().members[0])
+    assert_parts(parts, whole)
+    assert np.hypot.reduce([part.update_norm for part in parts]) == pytest.approx(whole.update_norm)
+    distance = np.hypot.reduce([part.distance_from_start() for part in parts])
+    assert distance == pytest.approx(whole.distance_from_start(), rel=0.05)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3), (50, 2)])
+def test_a_state_goes_on_in_another_number_of_parts(make_part, before, after):
+    options = {"rule": "adam", "anchor_decay": 0.1, "dtype": torch.bfloat16, "lr": 0.02}
+    _, whole = make(**options)
+    saved = [make_part(rank, before, **options) for rank in range(before)]
+    for optimizer in [*saved, whole]:
+        run_steps(optimizer, 1)
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in saved]
+    loaded = [make_part(rank, after, **options) for rank in range(after)]
+    for optimizer in loaded:
+        optimizer.load_parts(states)
+        assert optimizer.updates == 1
+    for optimizer in [*loaded, whole]:
+        run_steps(optimizer, 1)
+    assert_parts(loaded, whole)
+    for name in ("exp_avg", "exp_avg_sq", "start", "anchor"):
+        for i, shard in enumerate(whole.weights.shards):
+            pieces = [optimizer.state[optimizer.weights.shards[i].parameter][name] for optimizer in loaded]
+            assert torch.equal(torch.cat(pieces), whole.state[shard.parameter][name]), (name, shard.name)
+
+
+def test_a_state_of_which_a_part_is_missing_is_refused(make_part):
+    states = [make_part(rank, 3).state_dict() for rank in range(3)]
+    _, whole = make()
+    with pytest.raises(ValueError, match="it lacks 934 of the numbers of 'weights'"):
+        whole.load_parts(states[:1] + states[2:])
+    weights = [make_part(rank, 2) for rank in range(2)]
+    for optimizer in weights:
+        run_steps(optimizer, 1)
+    whole.load_weights([optimizer.state_dict() for optimizer in weights])
+    assert_parts(weights, whole)
+    assert whole.updates == 0
