@@ -92,6 +92,7 @@ def trainer(options: argparse.Namespace, folder: str, model: str | PreTrainedMod
         population_size=options.population,
         seed=options.seed,
         num_prompts_per_step=options.prompts,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -121,7 +122,8 @@ def measure_time(options: argparse.Namespace, folder: str) -> dict:
     times = StepTimes(idle_seconds=10 if options.worker == "traffic" else 0)
     run.add_callback(times)
     run.train()
-    return {"seconds": times.seconds, "sent": times.sent}
+    updates = [log["update_seconds"] for log in run.state.log_history if "update_seconds" in log]
+    return {"seconds": times.seconds, "sent": times.sent, "updates": updates}
 
 
 def measure_memory(options: argparse.Namespace, folder: str) -> dict:
@@ -156,14 +158,20 @@ def launch(worker: str, options: argparse.Namespace, processes: int = 2) -> dict
 
 def compare_times(options: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    updates: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
         for way in WAYS:
             options.seed = number  # other lengths in each round
-            seconds[way] += launch(way, options, processes=1 if way == "one" else 2)["seconds"]
+            measured = launch(way, options, processes=1 if way == "one" else 2)
+            seconds[way] += measured["seconds"]
+            updates[way] += measured["updates"]
             print(f"round {number + 1}, {WAYS[way]}: {seconds[way][-1]:.1f} s a step", flush=True)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     for way, name in WAYS.items():
-        print(f"{name}: {medians[way]:.1f} s a step, {medians['one'] / medians[way]:.2f} times as fast as one")
+        print(
+            f"{name}: {medians[way]:.1f} s a step, {medians['one'] / medians[way]:.2f} times as fast as one; "
+            f"the update takes {statistics.median(updates[way]):.2f} s of it"
+        )
     print(f"ZeRO-3 gathered takes {medians['gathered'] / medians['two']:.2f} times as long as two processes")
 
 

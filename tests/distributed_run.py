@@ -80,7 +80,7 @@ def train(model: str, run: Run) -> None:
         args,
         other.to_iterable_dataset() if run.stream else other,
         dataset,
-        make_tokenizer(),
+        make_tokenizer() if run.model_object else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if run.adapter else None,
     )
     if last and run.delay_of_last:

@@ -17,6 +17,7 @@ from distributed_run import Run, train
 from safetensors.torch import load_file
 
 from es_trainer import replay
+from es_trainer.smollm2 import smollm2
 
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -392,3 +393,62 @@ def test_a_launch_fails_when_a_process_is_killed(folder, model_folder):
     result = launch(on_cpu("zero3.yaml", folder), 2, model_folder, [run])
     assert result.returncode != 0
     assert "SIGKILL" in result.stderr
+
+
+# ---- a real model ----
+
+REAL = {
+    "gaussian": {"sigma": 0.01},
+    "low_rank": {"sigma": 0.01, "perturbation": "low_rank", "population_batch_size": 2},
+}
+WAYS = {"two": "cpu_two_processes.yaml", "gathered": "zero3.yaml", "lockstep": "zero3.yaml"}
+
+
+@pytest.fixture(scope="module")
+def real_runs(folder) -> Path:
+    model = smollm2()
+    for way in ("one", *WAYS):
+        runs = [
+            {
+                "output_dir": str(folder / "real" / way / name),
+                "evaluate": True,
+                "config": {
+                    **config,
+                    **{"population_size": 4, "num_prompts_per_step": 2, "max_completion_length": 16, "max_steps": 2},
+                    "ds3_gather_for_generation": way != "lockstep",
+                },
+            }
+            for name, config in REAL.items()
+        ]
+        if way == "one":
+            for run in runs:
+                train(model, Run(**run))
+        else:
+            launched(on_cpu(WAYS[way], folder), 2, model, runs)
+    return folder / "real"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_real_model_is_trained_the_same_on_two_processes(real_runs, way, name):
+    assert_same_run(real_runs / way / name, real_runs / "one" / name)
+
+
+# ---- what DeepSpeed and gloo do on their own ----
+
+
+@pytest.mark.slow
+def test_processes_end_cleanly(folder, model_folder):
+    """They aborted in one of eight launches, after all was done."""
+    for number in range(16):
+        launched(on_cpu("zero3.yaml", folder), 2, model_folder, [{"output_dir": str(folder / f"end {number}")}])
+
+
+def test_no_compiler_is_needed(folder, model_folder, tmp_path):
+    """What DeepSpeed builds goes into the folder that is named here."""
+    environment = {**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere", "CC": "/nowhere"}
+    output = folder / "no compiler"
+    command = launcher(on_cpu("zero3.yaml", folder), 2, model_folder, [{"output_dir": str(output)}])
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    assert len(records(output)) == 2 and not list(tmp_path.iterdir())
