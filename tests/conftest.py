@@ -82,28 +82,29 @@ def dataset() -> Dataset:
     )
 
 
+TINY_RUN = {
+    "use_cpu": True,
+    "bf16": False,
+    "population_size": 4,
+    "sigma": 0.05,
+    "learning_rate": 0.02,
+    "per_device_train_batch_size": 2,
+    "max_completion_length": 8,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+}
+
+
 @pytest.fixture
 def config(tmp_path):
     """Make an ESConfig for a tiny run."""
 
     def make(**options) -> ESConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "population_size": 4,
-            "sigma": 0.05,
-            "learning_rate": 0.02,
-            "per_device_train_batch_size": 2,
-            "max_completion_length": 8,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "lr_scheduler_type": "constant",
-        }
-        return ESConfig(**{**defaults, **options})
+        return ESConfig(**{"output_dir": str(tmp_path / "run"), **TINY_RUN, **options})
 
     return make
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import letters, make_model, make_tokenizer
+from conftest import TINY_RUN, letters, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -47,20 +47,10 @@ class Run:
 def train(model: str, run: Run) -> None:
     last = RANK == LAST > 0
     options = {
-        "use_cpu": True,
-        "bf16": False,
+        **TINY_RUN,
         "population_size": 7,
-        "sigma": 0.05,
-        "learning_rate": 0.02,
         "num_prompts_per_step": 3,
         "per_device_eval_batch_size": 2,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "lr_scheduler_type": "constant",
         **run.config,
         **(run.config_of_last if last else {}),
     }
