@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import yaml
 from memory import MIB, Peak
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.evolution import Member
+from es_trainer.metrics import summarize
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
 
@@ -37,7 +39,8 @@ WAYS = {
     "one": "one process",
     "two": "two processes",
     "static": "two, fixed shares of the population",
-    "gathered": "two, ZeRO-3, gathered for generation",
+    "gathered": "two, ZeRO-3, gathered once a step",
+    "split": "two, ZeRO-3, gathered for each member, prompts split",
 }
 
 
@@ -56,6 +59,26 @@ class StaticShare:
 
     def __exit__(self, *error) -> None:
         pass
+
+
+class SplitPrompts(ESTrainer):
+    """The other way to generate with gathered weights: all processes evaluate the same member, on half the prompts."""
+
+    def _evaluate_population(self, population, rows):
+        rank, count = self.processes.rank, self.processes.count
+        rows = rows[rank::count]
+        prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
+        rewards, summaries = [], []
+        for member in population:
+            with self._timed_noise():
+                self.optimizer.perturb(member)
+            with self.optimizer.weights.gathered(masters=False):
+                (score,) = self._generate(rows, prompt_ids, seed=0)
+            rollout = score()
+            parts = self.processes.exchange(lambda rollout=rollout: summarize(rollout, rollout.prompt_rewards(1)))
+            rewards.append([reward for part in parts for reward in part.rewards])
+            summaries += parts
+        return np.array(rewards), summaries
 
 
 class StepTimes(TrainerCallback):
@@ -99,7 +122,8 @@ def trainer(options: argparse.Namespace, folder: str, model: str | PreTrainedMod
         **config,
     )
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    return ESTrainer(model or smollm2(), task.reward_funcs, args, task.train_dataset, processing_class=tokenizer)
+    kind = SplitPrompts if options.worker == "split" else ESTrainer
+    return kind(model or smollm2(), task.reward_funcs, args, task.train_dataset, processing_class=tokenizer)
 
 
 def draw_lengths(run: ESTrainer, longest: int) -> None:
@@ -149,7 +173,9 @@ def launch(worker: str, options: argparse.Namespace, processes: int = 2) -> dict
             config = yaml.safe_load((RECIPES / recipe).read_text()) | {"use_cpu": True, "num_processes": processes}
             (Path(folder) / recipe).write_text(yaml.safe_dump(config))
             command += ["-m", "accelerate.commands.launch", "--config_file", f"{folder}/{recipe}"]
-        given = [f"--{name}={value}" for name, value in vars(options).items() if name not in ("worker", "parts")]
+        given = [
+            f"--{name}={value}" for name, value in vars(options).items() if name not in ("worker", "parts", "ways")
+        ]
         command += [__file__, f"--worker={worker}", *given]
         result = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     (line,) = (line for line in result.stdout.splitlines() if line.startswith(RESULT))
@@ -157,22 +183,22 @@ def launch(worker: str, options: argparse.Namespace, processes: int = 2) -> dict
 
 
 def compare_times(options: argparse.Namespace) -> None:
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    updates: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
+    updates: dict[str, list[float]] = {way: [] for way in options.ways}
     for number in range(options.rounds):
-        for way in WAYS:
+        for way in options.ways:
             options.seed = number  # other lengths in each round
             measured = launch(way, options, processes=1 if way == "one" else 2)
             seconds[way] += measured["seconds"]
             updates[way] += measured["updates"]
             print(f"round {number + 1}, {WAYS[way]}: {seconds[way][-1]:.1f} s a step", flush=True)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
-    for way, name in WAYS.items():
+    first = options.ways[0]
+    for way, median in medians.items():
         print(
-            f"{name}: {medians[way]:.1f} s a step, {medians['one'] / medians[way]:.2f} times as fast as one; "
+            f"{WAYS[way]}: {median:.1f} s a step, {medians[first] / median:.2f} times as fast as {WAYS[first]}; "
             f"the update takes {statistics.median(updates[way]):.2f} s of it"
         )
-    print(f"ZeRO-3 gathered takes {medians['gathered'] / medians['two']:.2f} times as long as two processes")
 
 
 def compare_memory(options: argparse.Namespace) -> None:
@@ -202,6 +228,7 @@ PARTS = {"time": compare_times, "memory": compare_memory, "traffic": compare_tra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--population", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--longest", type=int, default=64, help="tokens of the longest completion")

@@ -1,8 +1,8 @@
 import difflib
-import os
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from accelerate.utils import parse_flag_from_env
 from transformers import GenerationConfig, TrainingArguments
 
 from . import zero3
@@ -23,10 +23,6 @@ REFUSED_GENERATION_KWARGS = {
     "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
     "top_h": "use `top_p`, `top_k` or `min_p`",
 }
-
-
-def _environment(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
 @dataclass
@@ -328,8 +324,8 @@ class ESConfig(TrainingArguments):
 
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        use_deepspeed = self.deepspeed is not None or _environment("ACCELERATE_USE_DEEPSPEED")
-        if self.use_cpu or _environment("ACCELERATE_USE_CPU"):
+        use_deepspeed = self.deepspeed is not None or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
             # Without it, Accelerate starts DeepSpeed's processes as runs of one process each
             self.ddp_backend = self.ddp_backend or ("gloo" if launched_processes() > 1 else None)
             if use_deepspeed:
@@ -358,7 +354,7 @@ class ESConfig(TrainingArguments):
                 f"of {self.world_size}. On CPU, launch with recipes/accelerate_configs/cpu_two_processes.yaml or with "
                 "torchrun, and set `use_cpu=True`."
             )
-        if self.fsdp or _environment("ACCELERATE_USE_FSDP"):
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
             raise ValueError(
                 "FSDP is not supported. Use recipes/accelerate_configs/zero3.yaml to partition the weights, or "
                 "recipes/accelerate_configs/multi_gpu.yaml if they fit into one device."

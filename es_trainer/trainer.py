@@ -386,11 +386,11 @@ class ESTrainer(Trainer):
                 if self.args.log_completions:
                     self._rollouts[member] = rollout
 
-        size, batch_size = self._batch_sizes(prompt_ids)
         with (
             self.processes.queue(len(population)) as queue,
             ThreadPoolExecutor(1, thread_name_prefix="es_trainer-rewards") as background,
         ):
+            size, batch_size = self._batch_sizes(prompt_ids)
             while group := queue.take(size):
                 with self._installed(population.members[group.start : group.stop]) as installed:
                     scores = self._generate(rows, prompt_ids, seed, installed, batch_size)

@@ -43,9 +43,11 @@ def launch(config: Path, processes: int, model: str, runs: list[dict]) -> subpro
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-def launched(config: Path, processes: int, model: str, runs: list[dict]) -> None:
+def launched(config: Path, processes: int, model: str, runs: list[dict]) -> str:
+    """What was printed."""
     result = launch(config, processes, model, runs)
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def records(folder: Path) -> list[dict]:
@@ -290,11 +292,18 @@ def shares(folder, model_folder) -> Path:
     runs = [
         {"output_dir": str(folder / "slow"), "config": {"max_steps": 2}, "delay_of_last": 0.5},
         {"output_dir": str(folder / "batched"), "config": {"max_steps": 2, "perturbation": "low_rank"}},
+        {"output_dir": str(folder / "table"), "config": {"log_completions": True, "num_completions_to_print": 1}},
         {"output_dir": str(folder / "drift"), "config": {"master_weights": "none"}},
         {"output_dir": str(folder / "no drift"), "config": {"master_weights": "none", "perturbation": "low_rank"}},
     ]
-    launched(RECIPES / "cpu_two_processes.yaml", 2, model_folder, runs)
+    printed = launched(RECIPES / "cpu_two_processes.yaml", 2, model_folder, runs)
+    (folder / "printed").write_text(printed)
     return folder
+
+
+def test_completions_of_the_best_member_are_printed_once_whoever_has_them(shares):
+    printed = (shares / "printed").read_text()
+    assert [printed.count(f"Step {step}: completions of the best member") for step in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_who_is_slow_evaluates_fewer_members(shares):
