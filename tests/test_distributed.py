@@ -66,8 +66,11 @@ def without_clock(log: dict) -> dict:
     clock = ("seconds", "per_second", "runtime")
     log = {key: value for key, value in log.items() if not key.endswith(clock)}
     # The Trainer averages the loss over processes in float32, and sums of parts depend on the parts
-    inexact = ("train_loss", "update_norm", "distance_from_start", "mean", "std", "reward", "eval_loss")
-    return {key: pytest.approx(value, rel=1e-6) if key.endswith(inexact) else value for key, value in log.items()}
+    inexact = ("train_loss", "update_norm", "mean", "std", "reward", "eval_loss")
+    log = {key: pytest.approx(value, rel=1e-6) if key.endswith(inexact) else value for key, value in log.items()}
+    if "distance_from_start" in log:  # a large model's is measured on a sample of each part
+        log["distance_from_start"] = pytest.approx(log["distance_from_start"], rel=1e-3)
+    return log
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -420,10 +423,9 @@ def real_runs(folder) -> Path:
         runs = [
             {
                 "output_dir": str(folder / "real" / way / name),
-                "evaluate": True,
                 "config": {
                     **config,
-                    **{"population_size": 4, "num_prompts_per_step": 2, "max_completion_length": 16, "max_steps": 2},
+                    **{"population_size": 4, "num_prompts_per_step": 2, "max_completion_length": 6, "max_steps": 1},
                     "ds3_gather_for_generation": way != "lockstep",
                 },
             }
