@@ -32,6 +32,19 @@ def do_without_compiler() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole models also where the weights to train are partitioned."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
 def check(plugin: "DeepSpeedPlugin", bf16: bool) -> None:
     """
     Look through a DeepSpeed config before anything is loaded.

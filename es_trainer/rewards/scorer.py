@@ -1,24 +1,37 @@
 """Calls reward functions by GRPOTrainer's protocol and checks what they return."""
 
+import asyncio
 import functools
 import inspect
 import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers.utils import logging
 
 from ..evolution.fitness import total_reward
 
 
-RewardFunc = Callable[..., Sequence[float | None]]
+if TYPE_CHECKING:
+    from ..config import ESConfig
+
+
+logger = logging.get_logger(__name__)
+
+Rewards = Sequence[float | None]
+# The name of a reward model, a reward model, or a function that returns a number for each completion
+RewardFunc = str | PreTrainedModel | Callable[..., Rewards] | Callable[..., Awaitable[Rewards]]
 
 
 @dataclass(frozen=True)
@@ -48,43 +61,64 @@ class Scores:
 
 class Scorer:
     """
-    Scores completions with one or several reward functions.
+    Scores completions with one or several reward functions and models.
 
     Args:
-        reward_funcs (`Callable` or `list[Callable]`):
-            Called with `prompts`, `completions`, `completion_ids`, every other column of the dataset,
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            Functions are called with `prompts`, `completions`, `completion_ids`, every other column of the dataset,
             `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)` as keyword arguments. Each
-            returns a number for every completion, or `None` where it does not apply.
+            returns a number for every completion, or `None` where it does not apply. Those that are `async` run
+            together. Models, and names of models, are of sequence classification: see [`RewardModel`].
         weights (`list[float]`, *optional*):
             Weight of each function; 1.0 if not given.
+        processing_classes ([`~transformers.PreTrainedTokenizerBase`] or `list`, *optional*):
+            Tokenizer of each reward model; where it is `None`, it is loaded by the model's name. Entries of functions
+            are ignored.
 
     Raises:
-        `TypeError`: If a reward function cannot be called, or is a model.
-        `ValueError`: If the number of weights is not that of the functions.
+        `TypeError`: If a reward function cannot be called.
+        `ValueError`: If the number of weights or tokenizers is not that of the functions.
     """
 
-    def __init__(self, reward_funcs: RewardFunc | list[RewardFunc], weights: list[float] | None = None):
-        self.functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    def __init__(
+        self,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        weights: list[float] | None = None,
+        processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+    ):
+        self.functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         if not self.functions:
             raise ValueError("`reward_funcs` is empty: give at least one reward function.")
         for function in self.functions:
-            if isinstance(function, (str, nn.Module)):
+            other_module = isinstance(function, nn.Module) and not _is_model(function)
+            if other_module or not (isinstance(function, str) or callable(function)):
                 raise TypeError(
-                    f"`reward_funcs` has {function if isinstance(function, str) else type(function).__name__!r}: "
-                    "reward models are not supported; wrap the model in a function that returns a list of numbers."
-                )
-            if not callable(function):
-                raise TypeError(
-                    f"`reward_funcs` has {function!r}, which cannot be called. Give a function "
-                    "`reward(completions, **kwargs)` that returns a number for each completion."
+                    f"`reward_funcs` has {function!r}. Give a function `reward(completions, **kwargs)` that returns a "
+                    "number for each completion, or a model of Transformers for sequence classification, or its name."
                 )
         self.names = _distinct([_name(function) for function in self.functions])
-        if weights is not None and len(weights) != len(self.functions):
-            raise ValueError(
-                f"`reward_weights` has {len(weights)} weights for {len(self.functions)} reward functions "
-                f"({', '.join(self.names)}): give one for each."
-            )
+        if processing_classes is None:
+            processing_classes = [None] * len(self.functions)
+        self.processing_classes = (
+            list(processing_classes) if isinstance(processing_classes, list) else [processing_classes]
+        )
+        for field, values in (("reward_weights", weights), ("reward_processing_classes", self.processing_classes)):
+            if values is not None and len(values) != len(self.functions):
+                raise ValueError(
+                    f"`{field}` has {len(values)} entries for {len(self.functions)} reward functions "
+                    f"({', '.join(self.names)}): give one for each."
+                )
         self.weights = np.ones(len(self.functions)) if weights is None else np.array(weights, dtype=np.float64)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._warned_of_unscored = False
+
+    def load_models(self, args: "ESConfig") -> None:
+        """Load the reward models that are given by name, and put all of them on the device."""
+        from .model import RewardModel
+
+        for i, function in enumerate(self.functions):
+            if isinstance(function, str) or _is_model(function):
+                self.functions[i] = RewardModel(function, self.processing_classes[i], args)
 
     def __call__(
         self,
@@ -122,16 +156,44 @@ class Scorer:
             "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
         }
         start = time.perf_counter()
-        columns = []
-        for name, function in zip(self.names, self.functions, strict=True):
-            try:
-                rewards = function(**keywords)
-            except Exception as error:
-                raise RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}") from error
-            columns.append(_numbers(name, rewards, len(rows)))
+        results = self._call_functions(keywords)
+        columns = [_numbers(name, result, len(rows)) for name, result in zip(self.names, results, strict=True)]
         by_function = np.array(columns, dtype=np.float64).T
         seconds = time.perf_counter() - start
+        unscored = np.flatnonzero(np.isnan(by_function).all(axis=1))
+        if unscored.size and not self._warned_of_unscored:
+            self._warned_of_unscored = True
+            logger.warning(
+                f"No reward function applies to some completions, for instance to {completions[unscored[0]]!r} of the "
+                f"prompt {rows[unscored[0]]['prompt']!r}: they do not count. (Shown once.)"
+            )
         return Scores(by_function, total_reward(by_function, self.weights), extra, metrics, seconds)
+
+    def _call_functions(self, keywords: dict[str, Any]) -> list[Any]:
+        """What the functions return; those that are async run together, while the others run one after another."""
+        running: dict[int, Future] = {
+            i: asyncio.run_coroutine_threadsafe(function(**keywords), self._event_loop())
+            for i, function in enumerate(self.functions)
+            if _is_async(function)
+        }
+        results = []
+        try:
+            for i, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
+                try:
+                    results.append(running[i].result() if i in running else function(**keywords))
+                except Exception as error:
+                    raise RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}") from error
+        finally:
+            for future in running.values():
+                future.cancel()
+        return results
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        # One for good, as connections that a function keeps open belong to the loop they were opened in
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="es_trainer-async-rewards", daemon=True).start()
+        return self._loop
 
 
 def _numbers(name: str, rewards: Any, count: int) -> list[float]:
@@ -163,9 +225,24 @@ def _number(name: str, row: int, reward: Any) -> float:
 
 
 def _name(function: RewardFunc) -> str:
-    if isinstance(function, functools.partial):
-        return _name(function.func)
+    if isinstance(function, str) or _is_model(function):
+        name = function if isinstance(function, str) else function.config._name_or_path
+        return name.rstrip("/").split("/")[-1] or type(function).__name__
+    function = _unwrapped(function)
     return function.__name__ if inspect.isroutine(function) else type(function).__name__
+
+
+def _is_model(function: Any) -> bool:
+    return isinstance(function, nn.Module) and (isinstance(function, PreTrainedModel) or is_peft_model(function))
+
+
+def _is_async(function: Callable) -> bool:
+    function = _unwrapped(function)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _unwrapped(function: Callable) -> Callable:
+    return _unwrapped(function.func) if isinstance(function, functools.partial) else function
 
 
 def _distinct(names: list[str]) -> list[str]:
