@@ -1,9 +1,10 @@
 import difflib
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, get_args
 
 from accelerate.utils import parse_flag_from_env
 from transformers import GenerationConfig, TrainingArguments
+from transformers.utils import logging
 
 from . import zero3
 from .evolution.fitness import FitnessShaping
@@ -12,6 +13,12 @@ from .evolution.parameters import MasterWeights
 from .evolution.perturbation import PerturbationName
 from .processes import launched_processes
 
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+
+logger = logging.get_logger(__name__)
 
 # `generation_kwargs` that would fight with how the trainer generates, and what to write instead
 REFUSED_GENERATION_KWARGS = {
@@ -23,6 +30,47 @@ REFUSED_GENERATION_KWARGS = {
     "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
     "top_h": "use `top_p`, `top_k` or `min_p`",
 }
+
+# Fields that GRPOConfig also has, but whose values there say nothing about evolution strategies: how gradients are
+# computed and followed, and sizes that count something else
+NOT_FROM_GRPO = {
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "num_generations",
+    "num_generations_eval",
+    "auto_find_batch_size",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "use_liger_kernel",
+    "liger_kernel_config",
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+}
+# Together they say how many prompts GRPO takes in a step
+GRPO_BATCH = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "generation_batch_size",
+    "steps_per_generation",
+}
+GRPO_FILLED_IN = {"activation_checkpointing", "pad_to_multiple_of"}  # by GRPOConfig itself, from other fields
 
 
 @dataclass
@@ -108,6 +156,8 @@ class ESConfig(TrainingArguments):
         model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
             argument of the [`ESTrainer`] is provided as a string.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow models and tokenizers that are defined by code in their own repository.
 
         > Parameters that control the data preprocessing
 
@@ -123,6 +173,8 @@ class ESConfig(TrainingArguments):
             Maximum length of the generated completion, in tokens.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt and member. More than one needs `temperature > 0`.
+        num_generations_eval (`int`, *optional*):
+            Completions per prompt in evaluations. If `None`, it is `num_generations`.
         generation_batch_size (`int`, *optional*):
             Most sequences generated at once. If `None`, all of the members evaluated together.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -156,9 +208,16 @@ class ESConfig(TrainingArguments):
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to print a table of prompts, completions and rewards every `logging_steps` steps.
+            Whether to log prompts, completions and rewards of the step's best member every `logging_steps` steps:
+            printed as a table, as Parquet files in `completions/` in the output folder, and to wandb, trackio and
+            TensorBoard where `report_to` names them.
         num_completions_to_print (`int`, *optional*):
             Number of completions to print. If `None`, all of the step's best member are printed.
+        log_unique_prompts (`bool`, *optional*, defaults to `False`):
+            Whether to log one completion of each prompt to the trackers instead of all.
+        log_completions_hub_repo (`str`, *optional*):
+            Dataset repository on the Hub to which the Parquet files are uploaded every two minutes. Needs
+            `log_completions=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -259,6 +318,10 @@ class ESConfig(TrainingArguments):
             "argument of the `ESTrainer` is provided as a string."
         },
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow models and tokenizers defined by code in their own repository."},
+    )
 
     # Parameters that control the data preprocessing
     shuffle_dataset: bool | None = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
@@ -270,6 +333,10 @@ class ESConfig(TrainingArguments):
     num_generations: int | None = field(
         default=1,
         metadata={"help": "Completions per prompt and member. More than one needs `temperature > 0`."},
+    )
+    num_generations_eval: int | None = field(
+        default=None,
+        metadata={"help": "Completions per prompt in evaluations. If `None`, it is `num_generations`."},
     )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Most sequences generated at once. If `None`, all of a population batch."}
@@ -321,6 +388,51 @@ class ESConfig(TrainingArguments):
         default=None,
         metadata={"help": "Number of completions to print. If `None`, all of the step's best member are printed."},
     )
+    log_unique_prompts: bool = field(
+        default=False,
+        metadata={"help": "Whether to log one completion of each prompt to the trackers instead of all."},
+    )
+    log_completions_hub_repo: str | None = field(
+        default=None,
+        metadata={"help": "Dataset repository on the Hub to which logged completions are uploaded."},
+    )
+
+    @classmethod
+    def from_grpo_config(cls, config: "GRPOConfig", **overrides: Any) -> "ESConfig":
+        """
+        The configuration of a run like that of a [`~trl.GRPOConfig`].
+
+        What was changed from GRPO's default and means the same here is carried over, and a step takes as many prompts
+        as a generation batch has there. Everything else gets the default value of this class: GRPO's learning rate,
+        for one, says nothing about evolution strategies. One warning lists what was changed there and has no meaning
+        here.
+
+        Args:
+            config ([`~trl.GRPOConfig`]):
+                The configuration to start from.
+            **overrides:
+                Fields of this class.
+
+        Example:
+
+        ```python
+        >>> from trl import GRPOConfig
+
+        >>> grpo = GRPOConfig("out", max_completion_length=64, beta=0.04)
+        >>> ESConfig.from_grpo_config(grpo, population_size=16)  # warns that beta has no meaning
+        ```
+        """
+        names = {name.name for name in fields(cls)} - NOT_FROM_GRPO
+        changed = _changed_fields(config)
+        carried = {name: value for name, value in changed.items() if name in names - GRPO_BATCH}
+        dropped = {name: value for name, value in changed.items() if name not in names | GRPO_BATCH | GRPO_FILLED_IN}
+        if dropped:
+            logger.warning(
+                "These fields of the GRPOConfig have no meaning for evolution strategies, or none yet, and are left "
+                f"out: {', '.join(f'{name}={value!r}' for name, value in dropped.items())}."
+            )
+        prompts = config.generation_batch_size // config.num_generations
+        return cls(**{"num_prompts_per_step": prompts, **carried, **overrides})
 
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
@@ -399,10 +511,20 @@ class ESConfig(TrainingArguments):
         require(
             self.num_generations is not None and self.num_generations >= 1, "num_generations", "it must be at least 1."
         )
+        require(
+            self.num_generations_eval is None or self.num_generations_eval >= 1,
+            "num_generations_eval",
+            "it must be at least 1, or None for num_generations.",
+        )
         require(self.temperature >= 0, "temperature", "use 0.0 for greedy decoding or a positive number for sampling.")
         require(
             self.num_generations == 1 or self.temperature > 0,
             "num_generations",
+            "greedy decoding (temperature=0.0) gives the same completion every time; set temperature > 0.",
+        )
+        require(
+            self.num_generations_eval in (None, 1) or self.temperature > 0,
+            "num_generations_eval",
             "greedy decoding (temperature=0.0) gives the same completion every time; set temperature > 0.",
         )
         require(
@@ -419,6 +541,11 @@ class ESConfig(TrainingArguments):
             self.num_completions_to_print is None or self.num_completions_to_print >= 1,
             "num_completions_to_print",
             "it must be at least 1, or None for all; log_completions=False prints none.",
+        )
+        require(
+            self.log_completions_hub_repo is None or self.log_completions,
+            "log_completions_hub_repo",
+            "completions are not logged; set log_completions=True.",
         )
         require(
             not self.auto_find_batch_size,
@@ -445,3 +572,13 @@ class ESConfig(TrainingArguments):
                     "`generation_kwargs` has 'num_beams': beam search evaluates one member at a time; set "
                     "perturbation='gaussian' and population_batch_size=1."
                 )
+
+
+def _changed_fields(config: TrainingArguments) -> dict[str, Any]:
+    """Fields that do not have their default value."""
+    changed = {}
+    for item in fields(config):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if item.init and getattr(config, item.name) != default:
+            changed[item.name] = getattr(config, item.name)
+    return changed
