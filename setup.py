@@ -8,9 +8,15 @@ EXTRAS = {
     "vllm": ["vllm>=0.32"],
     "triton": ["triton>=3.4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.19"],
+    "math": ["math-verify>=0.9"],
+    "quantization": ["bitsandbytes>=0.50"],
+    "trackers": ["trackio>=0.43", "wandb>=0.31"],
 }
 EXTRAS["test"] = [
     *EXTRAS["deepspeed"],
+    *EXTRAS["math"],
+    *EXTRAS["quantization"],
+    *EXTRAS["trackers"],
     *["gguf>=0.19", "pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.7"],
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17"]
@@ -24,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
-    package_data={"es_trainer": ["py.typed"]},
+    package_data={"es_trainer": ["py.typed", "model_card.md"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.19",

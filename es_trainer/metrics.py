@@ -79,6 +79,7 @@ class Summary(NamedTuple):
     tokens: int  # of the completions
     shortest: int
     longest: int
+    ended: list[int] | None  # tokens, shortest and longest of the completions that were not truncated
     num_tokens: int  # with the prompts
     own: dict[str, Moments]  # what reward functions gave to `log_metric`
     generation_seconds: float
@@ -93,7 +94,8 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
         rewards (`np.ndarray`):
             What of the rewards of its prompts has to be known.
     """
-    lengths = [len(completion.ids) for completion in rollout.completions]
+    lengths = [completion.length for completion in rollout.completions]
+    ended = [completion.length for completion in rollout.completions if not completion.truncated]
     return Summary(
         rewards=rewards.tolist(),
         functions=[Moments.of(column) for column in rollout.scores.by_function.T],
@@ -102,6 +104,7 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
         tokens=sum(lengths),
         shortest=min(lengths),
         longest=max(lengths),
+        ended=[sum(ended), min(ended), max(ended)] if ended else None,
         num_tokens=rollout.num_tokens,
         own={name: Moments.of(np.array(values)) for name, values in rollout.scores.metrics.items()},
         generation_seconds=rollout.seconds,
@@ -130,12 +133,19 @@ def completion_metrics(summaries: Sequence[Summary], names: Sequence[str], proce
         metrics[name] = Moments.of_all(summary.own[name] for summary in summaries if name in summary.own).mean
     completions = sum(summary.completions for summary in summaries)
     tokens = sum(summary.tokens for summary in summaries)
+    truncated = sum(summary.truncated for summary in summaries)
+    # Zeros if none has ended, as with GRPOTrainer
+    ended = [summary.ended for summary in summaries if summary.ended is not None] or [[0, 0, 0]]
+    ended_tokens, shortest, longest = zip(*ended, strict=True)
     seconds = sum(summary.generation_seconds for summary in summaries) / processes
     return metrics | {
         "completions/mean_length": tokens / completions,
         "completions/min_length": float(min(summary.shortest for summary in summaries)),
         "completions/max_length": float(max(summary.longest for summary in summaries)),
-        "completions/clipped_ratio": sum(summary.truncated for summary in summaries) / completions,
+        "completions/clipped_ratio": truncated / completions,
+        "completions/mean_terminated_length": sum(ended_tokens) / max(completions - truncated, 1),
+        "completions/min_terminated_length": float(min(shortest)),
+        "completions/max_terminated_length": float(max(longest)),
         "tokens_per_second": tokens / seconds,
         "generation_seconds": seconds,
         "reward_seconds": sum(summary.reward_seconds for summary in summaries) / processes,

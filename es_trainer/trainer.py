@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import itertools
 import math
 import os
 import time
@@ -15,9 +16,8 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, set_seed
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -29,28 +29,35 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
 from transformers.utils import logging
+from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
 from . import fingerprint
-from .callbacks import MemberProgressCallback, print_completions
+from .callbacks import CompletionsLog, MemberProgressCallback
+from .checks import by_name, check_arguments, check_datasets, require_pad_token
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, mean
 from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config
 from .metrics import Rollout, Summary, average, completion_metrics, json_number, summarize
+from .model_card import REWARD_PLOT, model_card
+from .plots import plot_rewards
 from .processes import ProcessError, Processes
 from .rewards.scorer import RewardFunc, Scorer
-from .rollout import Completion, PopulationBatch, Rows, TransformersEngine
+from .rollout import Completion, PopulationBatch, RolloutFunc, Rows, TransformersEngine, call_rollout_func
 from .zero3 import Zero3
 
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 
 logger = logging.get_logger(__name__)
 
 MANY_BATCHES = 1 << 40  # more than an evaluation has
+SAMPLES = 3  # of the model card
 
 
 class ESTrainer(Trainer):
@@ -94,32 +101,56 @@ class ESTrainer(Trainer):
               supported. Parameters with `requires_grad=False` are left alone. The object is trained in place; its
               parameters become those of the working dtype (`args.bf16`, `args.fp16`), and `save_model` writes them in
               the dtype they had.
-        reward_funcs (`Callable` or `list[Callable]`):
-            Reward functions, whose weighted sum is maximised. A function is called with the keyword arguments
-            `prompts`, `completions`, `completion_ids`, every other column of the dataset, `trainer_state`,
-            `log_extra(column, values)` and `log_metric(name, value)`; it returns a list with one number for each
-            completion, or `None` where it does not apply. It should accept `**kwargs`. Rewards are computed in a
-            background thread while the next members generate.
-        args ([`ESConfig`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`):
+            Reward functions, whose weighted sum is maximised. Each can be:
+
+            - A function, which is called with the keyword arguments `prompts`, `completions`, `completion_ids`, every
+              other column of the dataset, `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`.
+              It returns a list with one number for each completion, or `None` where it does not apply, and should
+              accept `**kwargs`. Functions that are `async` run together.
+            - A string, being the name or folder of a reward model: it is loaded with
+              [`~transformers.AutoModelForSequenceClassification.from_pretrained`], `num_labels=1` and
+              `args.model_init_kwargs`.
+            - A [`~transformers.PreTrainedModel`] for sequence classification.
+
+            Rewards are computed in a background thread while the next members generate.
+        args ([`ESConfig`] or [`~trl.GRPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used. A [`~trl.GRPOConfig`] goes
+            through [`ESConfig.from_grpo_config`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Dataset to use for training. It must include a column `"prompt"` with
             [standard](https://huggingface.co/docs/trl/dataset_formats#standard) (text) or
             [conversational](https://huggingface.co/docs/trl/dataset_formats#conversational) (messages) prompts. Its
             other columns are passed to the reward functions.
-        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-            Dataset to use for evaluation, like `train_dataset`. It is answered with the unperturbed weights.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a `dict` of them, *optional*):
+            Dataset to use for evaluation, like `train_dataset`. It is answered with the unperturbed weights. Metrics
+            of several datasets are named after them: `eval_<name>_reward`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer. If `None`, it is loaded from the model's name with
             [`~transformers.AutoTokenizer.from_pretrained`]. If it has no padding token, its end-of-sequence token is
             used.
+        reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a `list` of them, *optional*):
+            Tokenizers of the reward functions that are models: one if there is one reward function, or a list as long
+            as `reward_funcs`, of which the entries of other functions are ignored. Where it is `None`, the tokenizer
+            is loaded by the model's name.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks to add to the default ones. `on_substep_end` is called for every member that is done.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Must be `(None, None)`: the evolution strategy is the optimizer. Use `args.es_optimizer` for its update
-            rule and `args.lr_scheduler_type` for its schedule.
+        optimizers (`tuple[None, LRScheduler | None]`, *optional*, defaults to `(None, None)`):
+            `None`, because the evolution strategy is the optimizer (`args.es_optimizer` is its update rule), and the
+            scheduler to use instead of that of `args.lr_scheduler_type`. The learning rate that it gives to the first
+            parameter group of the optimizer that it was made with is the evolution strategy's.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization used when the model is loaded by its name. Quantized weights cannot be perturbed: give a
+            `peft_config`, too, to train an adapter (QLoRA).
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. Then only the adapter is perturbed, updated and saved.
+        rollout_func (`Callable`, *optional*):
+            Function `rollout_func(prompts, trainer)` that generates the completions, with `trainer.model` and
+            `trainer.processing_class`, while the model has the weights of one member. It gets the prompts of a step
+            once each, and returns a `dict` with `"prompt_ids"` and `"completion_ids"`, each with
+            `trainer.num_generations` lists of tokens for the first prompt, then for the second, and so on. Other
+            entries are passed to the reward functions, apart from `"logprobs"`, which has no use here, and
+            `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`.
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
@@ -136,34 +167,50 @@ class ESTrainer(Trainer):
         self,
         model: "str | PreTrainedModel | PeftModel",
         reward_funcs: RewardFunc | list[RewardFunc],
-        args: ESConfig | None = None,
+        args: ESConfig | GRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: tuple[None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
+        rollout_func: RolloutFunc | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = ESConfig(f"{Path(name).name}-ES")
-        self.scorer = Scorer(reward_funcs, args.reward_weights)
-        _check_arguments(args, model, train_dataset, eval_dataset, optimizers)
+        elif isinstance(args, GRPOConfig):
+            args = ESConfig.from_grpo_config(args)
+        self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes)
+        check_arguments(args, model, optimizers, quantization_config, peft_config, rollout_func)
+        check_datasets(args, train_dataset, eval_dataset)
         self.processes = Processes()
-        datasets = {"train_dataset": train_dataset, **_datasets(eval_dataset)}
+        datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
         if self.processes.count > 1:
             self.processes.agree(fingerprint.of_run(args, self.scorer.names, datasets))
 
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
-        options = args.model_init_kwargs or {}
+        options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         if isinstance(model, str):
+            if quantization_config is not None:
+                options["quantization_config"] = quantization_config
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **options})
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path, revision=options.get("revision", "main"), padding_side="left"
+                model.config._name_or_path,
+                revision=options.get("revision", "main"),
+                trust_remote_code=options["trust_remote_code"],
+                padding_side="left",
             )
-        _require_pad_token(processing_class)
+        require_pad_token(processing_class)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
         if peft_config is not None:
@@ -173,6 +220,10 @@ class ESTrainer(Trainer):
                 "All parameters of the model are frozen (requires_grad=False), so there is nothing to train. Set "
                 "requires_grad=True on those to train."
             )
+        self.scorer.load_models(args)
+        self.rollout_func = rollout_func
+        self.num_generations = args.num_generations
+        self.num_generations_eval = args.num_generations_eval or args.num_generations
 
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process uses one GPU: torch's DataParallel has no use here
@@ -185,6 +236,7 @@ class ESTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        _, self.lr_scheduler = optimizers
         self.model.add_model_tags(self._tag_names)
         if not args.disable_tqdm:
             self.add_callback(MemberProgressCallback)
@@ -193,17 +245,22 @@ class ESTrainer(Trainer):
         self.lockstep = self.zero3 is not None and not args.ds3_gather_for_generation
         shares = (self.processes.rank, self.processes.count) if self.lockstep else None
         self.engine = TransformersEngine(self.model, processing_class, args, shares)
-        for dataset in datasets.values():
-            self._check_prompts(dataset)
+        if rollout_func is None:
+            for dataset in datasets.values():
+                self._check_prompts(dataset)
         self.create_optimizer()
         self.population_batch = self._make_population_batch()
         self._check_drift()
         self.history = History(Path(args.output_dir) / HISTORY_NAME)
+        self.completions_log = CompletionsLog(args) if args.log_completions and args.process_index == 0 else None
+        self._before: list[str] = []  # what the model answered to the prompts of its card before training
+        self._after: list[str] = []
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
         self._step_metrics: dict[str, Any] = {}  # of the step under way
         self._reported = 0  # members of the step under way of which callbacks were told
         self._rollouts: dict[int, Rollout] = {}  # of the members that this process evaluated in the last step
         self._best = 0  # the best of all members in the last step
+        self._best_utility = 0.0
         self._warned_of_equal_fitness = False
         self._warned_of_memory = False
 
@@ -317,6 +374,8 @@ class ESTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have."""
+        if self.args.push_to_hub and self.optimizer.updates == 0:
+            self._before = self._answer_samples()
         if not resume_from_checkpoint and self.optimizer.updates == 0 and self.is_world_process_zero():
             self.history.create(describe(self.optimizer, self.args))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -325,6 +384,7 @@ class ESTrainer(Trainer):
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Evaluate a population on the prompts and tell the optimizer how it did. Returns minus the mean reward."""
+        self._step_start = time.perf_counter()
         population = self.optimizer.ask()
         self._step_metrics["noise_seconds"] = 0.0
         self._reported = 0
@@ -352,14 +412,15 @@ class ESTrainer(Trainer):
             }
         )
         self._best = int(np.argmax(utilities))
+        self._best_utility = float(utilities[self._best])
         return torch.tensor(-self._step_metrics["reward"], device=self.args.device)
 
     def _evaluate_population(
         self, population: Population, rows: list[dict[str, Any]]
     ) -> tuple[np.ndarray, list[Summary]]:
         """Rewards of all members, of shape (members, prompts) or (members, 1) for their means, and what to log."""
-        prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
-        self._check_same_prompts(prompt_ids)
+        prompt_ids = self._tokenize(rows)
+        self._check_same_prompts(rows)
         seed = population.members[0].seed
         if self.lockstep:
             return self._evaluate_in_lockstep(population, rows, prompt_ids, seed)
@@ -379,7 +440,7 @@ class ESTrainer(Trainer):
         def finish() -> None:
             for member, future in scoring.items():
                 rollout = future.result()
-                rewards = rollout.prompt_rewards(self.args.num_generations, self.args.mask_truncated_completions)
+                rewards = rollout.prompt_rewards(self.num_generations, self.args.mask_truncated_completions)
                 if self.args.fitness_shaping != "prompt_z_score":
                     rewards = mean(rewards, axis=0)[None]
                 summaries[member] = summarize(rollout, rewards)
@@ -393,7 +454,7 @@ class ESTrainer(Trainer):
             size, batch_size = self._batch_sizes(prompt_ids)
             while group := queue.take(size):
                 with self._installed(population.members[group.start : group.stop]) as installed:
-                    scores = self._generate(rows, prompt_ids, seed, installed, batch_size)
+                    scores = self._generate(rows, prompt_ids, seed, self.num_generations, installed, batch_size)
                 # What is scored was generated while the group before it was scored
                 finish()
                 scoring = {k: background.submit(score) for k, score in zip(group, scores, strict=True)}
@@ -410,7 +471,7 @@ class ESTrainer(Trainer):
             with self._timed_noise():
                 self.optimizer.perturb(member)
             values, parts, rollout = self._share_prompts(
-                rows, prompt_ids, seed, self.args.generation_batch_size, self.args.mask_truncated_completions
+                rows, prompt_ids, seed, self.num_generations, self.args.mask_truncated_completions
             )
             rewards.append(values)
             summaries += parts
@@ -424,19 +485,19 @@ class ESTrainer(Trainer):
         rows: list[dict[str, Any]],
         prompt_ids: list[list[int]],
         seed: int,
-        batch_size: int | None,
+        number: int,
         mask_truncated: bool = False,
     ) -> tuple[np.ndarray, list[Summary], Rollout | None]:
         """Rewards of all prompts and what to log, and the rollout of those prompts that were this process's share."""
         with self.zero3.lockstep():
-            scores = self._generate(rows, prompt_ids, seed, batch_size=batch_size)
+            scores = self._generate(rows, prompt_ids, seed, number, batch_size=self.args.generation_batch_size)
         rollouts: list[Rollout] = []
 
         def score() -> Summary | None:
             if not scores:  # fewer prompts than processes
                 return None
             rollouts.append(scores[0]())
-            return summarize(rollouts[0], rollouts[0].prompt_rewards(self.args.num_generations, mask_truncated))
+            return summarize(rollouts[0], rollouts[0].prompt_rewards(number, mask_truncated))
 
         rewards = np.empty(len(rows))
         parts = self.processes.exchange(score)
@@ -451,10 +512,16 @@ class ESTrainer(Trainer):
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self._reported = done
 
-    def _check_same_prompts(self, prompt_ids: list[list[int]]) -> None:
+    def _tokenize(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Tokens of the rows' prompts, which a `rollout_func` makes by itself."""
+        if self.rollout_func is not None:
+            return [[] for _ in rows]
+        return self.engine.tokenize([row["prompt"] for row in rows])
+
+    def _check_same_prompts(self, rows: list[dict[str, Any]]) -> None:
         # Streams cannot be compared at the start
         if self.processes.count > 1 and not isinstance(self.train_dataset, Dataset):
-            checksum = zlib.crc32(repr(prompt_ids).encode())
+            checksum = zlib.crc32(repr([row["prompt"] for row in rows]).encode())
             self.processes.agree({f"the checksum of the prompts of step {self.state.global_step + 1}": checksum})
 
     @contextlib.contextmanager
@@ -478,7 +545,7 @@ class ESTrainer(Trainer):
 
     def _make_population_batch(self) -> PopulationBatch | None:
         """What evaluates many members at once, or `None` if they are evaluated one at a time."""
-        if self.lockstep:
+        if self.lockstep or self.rollout_func is not None:
             return None
         if self.args.perturbation == "gaussian":
             on_cpu = self.model.device.type == "cpu"
@@ -502,7 +569,7 @@ class ESTrainer(Trainer):
             return 1, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
-        rows = len(prompt_ids) * self.args.num_generations
+        rows = len(prompt_ids) * self.num_generations
         tokens = max(map(len, prompt_ids)) + self.engine.max_new_tokens
         members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
         wanted = min(rows, batch_size or rows)
@@ -528,21 +595,26 @@ class ESTrainer(Trainer):
         rows: list[dict[str, Any]],
         prompt_ids: list[list[int]],
         seed: int,
+        number: int,
         group: Rows | None = None,
         batch_size: int | None = None,
     ) -> list[Callable[[], Rollout]]:
         """Generate with the weights as they are. For each member, what is returned scores its completions."""
         start = time.perf_counter()
-        number = self.args.num_generations
-        progress = not self.args.disable_tqdm and self.is_world_process_zero()
-        completions = self.engine.generate(prompt_ids, seed, number, group, batch_size, progress)
         own = self.engine.own_prompts(len(prompt_ids))
-        per_member = len(own) * number
-        if per_member == 0:
+        if not own:
             return []
-        seconds = (time.perf_counter() - start) * per_member / len(completions)
         repeated = [rows[i] for i in own for _ in range(number)]
-        prompt_tokens = sum(len(prompt_ids[i]) for i in own) * number
+        if self.rollout_func is None:
+            progress = not self.args.disable_tqdm and self.is_world_process_zero()
+            completions = self.engine.generate(prompt_ids, seed, number, group, batch_size, progress)
+            prompt_tokens = sum(len(prompt_ids[i]) for i in own) * number
+        else:
+            completions, prompt_tokens, fields = call_rollout_func(
+                self.rollout_func, [rows[i]["prompt"] for i in own], self, number
+            )
+            repeated = [{**row, **extra} for row, extra in zip(repeated, fields, strict=True)]
+        seconds = (time.perf_counter() - start) * len(repeated) / len(completions)
         conversational = is_conversational({"prompt": rows[0]["prompt"]})
 
         def score(mine: list[Completion]) -> Rollout:
@@ -550,10 +622,10 @@ class ESTrainer(Trainer):
             if conversational:
                 messages = [[{"role": "assistant", "content": text}] for text in messages]
             scores = self.scorer(repeated, messages, [completion.ids for completion in mine], self.state)
-            num_tokens = prompt_tokens + sum(len(completion.ids) for completion in mine)
+            num_tokens = prompt_tokens + sum(completion.length for completion in mine)
             return Rollout(repeated, mine, messages, scores, num_tokens, seconds)
 
-        members = [completions[i : i + per_member] for i in range(0, len(completions), per_member)]
+        members = [completions[i : i + len(repeated)] for i in range(0, len(completions), len(repeated))]
         return [functools.partial(score, mine) for mine in members]
 
     def _warn_of_equal_fitness(self) -> None:
@@ -566,6 +638,10 @@ class ESTrainer(Trainer):
             self._warned_of_equal_fitness = True
 
     def _before_update(self) -> None:
+        if self.lr_scheduler.optimizer is not self.optimizer:  # it was given, and made with another optimizer
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr_scheduler.get_last_lr()[0]
+            self.lr_scheduler.optimizer.step()  # moves nothing, without gradients, and is what the scheduler waits for
         self._told = self.optimizer.told
         self._update_start = time.perf_counter()
 
@@ -577,6 +653,7 @@ class ESTrainer(Trainer):
             norms = self.processes.exchange(lambda: norms[0])
         self._step_metrics["update_norm"] = math.hypot(*(norm for norm, _ in norms))
         self._step_metrics["distance_from_start"] = math.hypot(*(distance for _, distance in norms))
+        self._step_metrics["step_time"] = time.perf_counter() - self._step_start
         metrics = {key: json_number(value) for key, value in self._step_metrics.items()}
         self._step_metrics = {}
         self._pending.append(metrics)
@@ -647,6 +724,7 @@ class ESTrainer(Trainer):
             "reward": float(mean(rewards)),
             "reward_std": float(deviation(rewards)),
             **completion_metrics(summaries, self.scorer.names, self.processes.count),
+            "num_tokens": self.state.num_input_tokens_seen,
         }
         return EvalLoopOutput(
             predictions=None,
@@ -662,11 +740,11 @@ class ESTrainer(Trainer):
             mine = queue.take()
             for step, rows in enumerate(dataloader):
                 if step in mine:
-                    prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
+                    number, size = self.num_generations_eval, self.args.generation_batch_size
                     # Other random numbers for every batch, the same ones at every evaluation
-                    (score,) = self._generate(rows, prompt_ids, step, batch_size=self.args.generation_batch_size)
+                    (score,) = self._generate(rows, self._tokenize(rows), step, number, batch_size=size)
                     rollout = score()
-                    rewards = rollout.prompt_rewards(self.args.num_generations)
+                    rewards = rollout.prompt_rewards(number)
                     batches[step] = rewards, [summarize(rollout, rewards)]
                     mine = queue.take()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -675,8 +753,7 @@ class ESTrainer(Trainer):
     def _evaluate_batches_in_lockstep(self, dataloader: DataLoader) -> dict[int, tuple[np.ndarray, list[Summary]]]:
         batches = {}
         for step, rows in enumerate(dataloader):
-            prompt_ids = self.engine.tokenize([row["prompt"] for row in rows])
-            rewards, parts, _ = self._share_prompts(rows, prompt_ids, step, self.args.generation_batch_size)
+            rewards, parts, _ = self._share_prompts(rows, self._tokenize(rows), step, self.num_generations_eval)
             batches[step] = rewards, parts
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return batches
@@ -685,37 +762,47 @@ class ESTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics of the steps since the last log where `logs` are those of training steps."""
-        if "loss" in logs and self._pending:
+        of_steps = "loss" in logs and bool(self._pending)
+        if of_steps:
             logs.pop("grad_norm", None)  # there are no gradients
             logs.update(average(self._pending))
             logs["loss"] = -logs["reward"] if logs["reward"] is not None else None
             self._pending = []
-            if self.args.log_completions:
-                self._print_best()
         super().log(logs, start_time)
+        if of_steps and self.args.log_completions:
+            self._log_completions()
 
-    def _print_best(self) -> None:
+    def _log_completions(self) -> None:
+        """Log those of the best member of the last step."""
         replies = self.processes.exchange(lambda: self._rollouts.get(self._best))
         if not self.is_world_process_zero():
             return
         rollouts = [rollout for rollout in replies if rollout is not None]
-        columns: dict[str, list[Any]] = {}
+        prompts = [row["prompt"] for rollout in rollouts for row in rollout.rows]
+        rewards: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
         for rollout in rollouts:
-            rewards = zip(self.scorer.names, rollout.scores.by_function.T.tolist(), strict=True)
-            for name, values in (*rewards, *rollout.scores.extra.items()):
-                columns.setdefault(name, []).extend(values)
-        print_completions(
-            f"Step {self.state.global_step}: completions of the best member",
-            [row["prompt"] for rollout in rollouts for row in rollout.rows],
-            [message for rollout in rollouts for message in rollout.messages],
-            columns,
-            self.args.num_completions_to_print,
+            for name, values in zip(self.scorer.names, rollout.scores.by_function.T.tolist(), strict=True):
+                rewards.setdefault(name, []).extend(values)
+            for name, values in rollout.scores.extra.items():
+                extra.setdefault(name, []).extend(values)
+        self.completions_log.write(
+            self.state.global_step,
+            {
+                "prompt": prompts,
+                "completion": [message for rollout in rollouts for message in rollout.messages],
+                **rewards,
+                **extra,
+                "advantage": [self._best_utility] * len(prompts),
+            },
+            self.callback_handler.callbacks,
         )
 
     # ---- saving and resuming ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained weights in the dtype that the model was given in."""
+        self._plot_rewards()
         with self.optimizer.weights.as_given():
             super().save_model(output_dir, _internal_call)
 
@@ -733,9 +820,12 @@ class ESTrainer(Trainer):
         if self.args.should_save:
             for file in folder.glob("optimizer*.pt"):  # of an earlier run on another number of processes
                 file.unlink()
+            os.makedirs(folder, exist_ok=True)
+            self.history.copy_to(folder)  # before the checkpoint is pushed to the Hub
+        if self.args.push_to_hub:
+            self._after = self._answer_samples()
+        self.create_model_card((self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            self.history.copy_to(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.optimizer.weights.partitioned:
@@ -785,6 +875,11 @@ class ESTrainer(Trainer):
             return
         self.optimizer.load_parts(_optimizer_parts(Path(checkpoint)))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
+        for group, learning_rate in zip(
+            self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = learning_rate
         saved = History(Path(checkpoint) / HISTORY_NAME)
         _, steps = saved.read()
         logged = max((log["step"] for log in self.state.log_history if "loss" in log), default=0)
@@ -801,68 +896,79 @@ class ESTrainer(Trainer):
             super()._load_best_model()
             self.optimizer.weights.adopt()
 
+    # ---- the Hub ----
+
+    def _plot_rewards(self) -> None:
+        if self.is_world_process_zero() and any("reward" in log for log in self.state.log_history):
+            plot_rewards({"run": self.state.log_history}, Path(self.args.output_dir) / REWARD_PLOT)
+
+    def _answer_samples(self) -> list[str]:
+        """What the model answers to the prompts of its card."""
+        rows = self._sample_rows()
+        if not rows:
+            return []
+        prompt_ids = self._tokenize(rows)
+        if self.lockstep:
+            with self.zero3.lockstep():
+                completions = self.engine.generate(prompt_ids, seed=0)
+            parts = self.processes.exchange(lambda: [completion.text for completion in completions])
+            return [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
+        with self.optimizer.weights.gathered(masters=False):
+            replies = self.processes.exchange(
+                lambda: self.engine.generate(prompt_ids, seed=0) if self.is_world_process_zero() else []
+            )
+        return [completion.text for completion in replies[0]]
+
+    def _sample_rows(self) -> list[dict[str, Any]]:
+        dataset = next(iter(by_name(self.eval_dataset).values()), self.train_dataset)
+        if self.rollout_func is not None or dataset is None:
+            return []
+        return list(itertools.islice(dataset, SAMPLES))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card, `README.md` in the output folder.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the dataset that it was trained on.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else tags or []
+        prompts = [row["prompt"] for row in self._sample_rows()] if self._before else []
+        card = model_card(
+            self.args,
+            self.model,
+            self.state.log_history,
+            name=model_name,
+            repository=self.hub_model_id,
+            dataset=dataset_name,
+            tags=list(dict.fromkeys([*tags, *self._tag_names])),
+            reward_names=self.scorer.names,
+            samples=list(zip(prompts, self._before, self._after, strict=bool(self._after))),
+        )
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        card.save(Path(self.args.output_dir) / "README.md")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> "CommitInfo":
+        """Upload the model, its card and the history; see [`~transformers.Trainer.push_to_hub`]."""
+        if self._before:
+            self._after = self._answer_samples()
+        return super().push_to_hub(*args, **kwargs)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The weights themselves are bf16 or fp16: no autocast, no gradient scaler
         return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}
-
-
-# ---- checks ----
-
-
-def _check_arguments(args: ESConfig, model: Any, train_dataset: Any, eval_dataset: Any, optimizers: Any) -> None:
-    """What can be told before a model is loaded."""
-    if tuple(optimizers) != (None, None):
-        raise ValueError(
-            f"`optimizers={optimizers!r}` is not supported: the evolution strategy is the optimizer. Choose its "
-            "update rule with `es_optimizer` and its schedule with `lr_scheduler_type` and `lr_scheduler_kwargs`."
-        )
-    if isinstance(model, str) and (Path(model).expanduser().is_absolute() or model.startswith(".")):
-        if not Path(model).expanduser().is_dir():
-            raise FileNotFoundError(f"`model={model!r}`: there is no such folder.")
-    split = {"tp_plan", "distributed_config"} & (args.model_init_kwargs or {}).keys()
-    if split or (isinstance(model, nn.Module) and any(isinstance(p.data, DTensor) for p in model.parameters())):
-        raise ValueError(
-            f"The model is split over processes by Transformers ({', '.join(split) or 'it has DTensors'}), which is "
-            "not supported. Launch with recipes/accelerate_configs/zero3.yaml to partition the weights."
-        )
-    if not isinstance(model, str) and args.model_init_kwargs is not None:
-        raise ValueError(
-            f"`model_init_kwargs={args.model_init_kwargs!r}` is for models given as a string, but the model is "
-            "already loaded. Remove it, or give the model's name."
-        )
-    _check_dataset("train_dataset", train_dataset)
-    for name, dataset in _datasets(eval_dataset).items():
-        _check_dataset(name, dataset)
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    if not isinstance(dataset, Dataset):
-        return
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: give at least one row.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Rename the one with the "
-            "prompts: dataset.rename_column(..., 'prompt')."
-        )
-
-
-def _datasets(eval_dataset: Any) -> dict[str, Any]:
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
-def _require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"`processing_class` must be a tokenizer, but is a {type(tokenizer).__name__}.")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "The tokenizer has neither a padding nor an end-of-sequence token. Set `tokenizer.pad_token` and "
-                "`tokenizer.eos_token` to tokens of its vocabulary."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftModel":

@@ -12,7 +12,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es_trainer import ESConfig, ESTrainer
-from es_trainer.callbacks import RewardPlotCallback
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import Task, conciseness
 
@@ -49,7 +48,6 @@ def main() -> None:
         args=args,
         train_dataset=task.train_dataset,
         eval_dataset=task.eval_dataset,
-        callbacks=[RewardPlotCallback()],
     )
 
     before = answers(trainer, task)

@@ -1,9 +1,12 @@
 """Tiny models and tokenizers, built in a second."""
 
 import os
+import tempfile
+from inspect import signature
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' models are made here; nothing is asked of the Hub
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio-"))
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from es_trainer import ESConfig
+from es_trainer import ESConfig, ESTrainer
 
 
 CHAT_TEMPLATE = (
@@ -118,3 +121,31 @@ def letters(completions, **kwargs) -> list[float]:
 @pytest.fixture
 def reward():
     return letters
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.fixture
+def trainer(model_folder, dataset, reward, config):
+    """Make an ESTrainer for a tiny run."""
+
+    def make(model=None, reward_funcs=reward, **options) -> ESTrainer:
+        given = {"train_dataset": dataset, "eval_dataset": dataset, "processing_class": make_tokenizer()}
+        for name in list(signature(ESTrainer.__init__).parameters)[4:]:
+            if name in options:
+                given[name] = options.pop(name)
+        return ESTrainer(model_folder if model is None else model, reward_funcs, config(**options), **given)
+
+    return make
+
+
+def logs(trainer: ESTrainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import assert_same, logs, make_model, make_tokenizer, weights
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -20,35 +20,7 @@ from transformers import (
 )
 
 from es_trainer import ESConfig, ESTrainer, replay
-from es_trainer.callbacks import RewardPlotCallback
 from es_trainer.rollout import population_batch
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    for name in theirs:
-        assert torch.equal(mine[name], theirs[name]), name
-
-
-@pytest.fixture
-def trainer(model_folder, dataset, reward, config):
-    """Make an ESTrainer for a tiny run."""
-
-    def make(model=None, reward_funcs=reward, callbacks=None, peft_config=None, **options) -> ESTrainer:
-        given = {"train_dataset": dataset, "eval_dataset": dataset, "processing_class": make_tokenizer()}
-        given |= {key: options.pop(key) for key in list(given) if key in options}
-        model = model_folder if model is None else model
-        return ESTrainer(model, reward_funcs, config(**options), callbacks=callbacks, peft_config=peft_config, **given)
-
-    return make
-
-
-def logs(trainer: ESTrainer) -> list[dict]:
-    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 # ---- training ----
@@ -359,11 +331,6 @@ def test_trackers_get_the_metrics(trainer, tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert {"train/reward", "train/reward_std", "train/rewards/letters/mean"} <= set(events.Tags()["scalars"])
-
-
-def test_plot(trainer, tmp_path):
-    trainer(callbacks=[RewardPlotCallback()], eval_strategy="steps", eval_steps=1).train()
-    assert (tmp_path / "run" / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- evaluation, best model ----

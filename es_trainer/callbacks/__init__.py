@@ -1,8 +1,7 @@
-"""Progress inside a step, tables of completions, plots."""
+"""Progress inside a step, logs of completions."""
 
-from .completions import print_completions
-from .plot import RewardPlotCallback
+from .completions import CompletionsLog, print_completions
 from .progress import MemberProgressCallback
 
 
-__all__ = ["MemberProgressCallback", "RewardPlotCallback", "print_completions"]
+__all__ = ["CompletionsLog", "MemberProgressCallback", "print_completions"]

@@ -1,50 +1,137 @@
+import contextlib
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+from huggingface_hub import CommitScheduler, DatasetCard, DatasetCardData, create_repo
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from ..config import ESConfig
 
 
-def print_completions(
-    title: str,
-    prompts: list[str] | list[list[dict[str, Any]]],
-    completions: list[str] | list[list[dict[str, Any]]],
-    columns: dict[str, list[Any]],
-    limit: int | None = None,
-) -> None:
+FOLDER = "completions"
+CARD = """---
+{{ card_data }}
+---
+
+# Completions
+
+What {% if hub_model_id %}[{{ hub_model_id }}](https://huggingface.co/{{ hub_model_id }}){% else %}a model{% endif %} \
+answered while it was trained with evolution strategies, a file for each logged step: the completions of the step's
+best member, their rewards, and how much this member weighs in the update (`advantage`).
+"""
+
+
+class CompletionsLog:
+    """
+    Where logged completions go: the terminal, Parquet files in the output folder, trackers, a repository on the Hub.
+
+    Args:
+        args ([`ESConfig`]):
+            Says where.
+    """
+
+    def __init__(self, args: ESConfig):
+        self.args = args
+        self.folder = Path(args.output_dir) / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.scheduler: CommitScheduler | None = None
+        if args.log_completions_hub_repo is not None:
+            self.scheduler = self._schedule_uploads(args.log_completions_hub_repo)
+
+    def _schedule_uploads(self, name: str) -> CommitScheduler:
+        token, private = self.args.hub_token, self.args.hub_private_repo
+        repository = create_repo(name, repo_type="dataset", private=private, token=token, exist_ok=True).repo_id
+        data = DatasetCardData(pretty_name="Completion logs", tags=["es-trainer", "completions"])
+        card = DatasetCard.from_template(data, template_str=CARD, hub_model_id=self.args.hub_model_id)
+        card.push_to_hub(repository, token=token)
+        return CommitScheduler(
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=self.folder,
+            every=2,  # minutes
+            allow_patterns=["*.parquet"],
+            token=token,
+        )
+
+    def write(self, step: int, table: dict[str, list[Any]], callbacks: list[TrainerCallback]) -> None:
+        """
+        Log the completions of a step.
+
+        Args:
+            step (`int`):
+                Number of the step.
+            table (`dict[str, list]`):
+                Columns `prompt` and `completion` (texts or lists of messages) and any others.
+            callbacks (`list[TrainerCallback]`):
+                Those of the trainer, of which some belong to trackers.
+        """
+        print_completions(f"Step {step}: completions of the best member", table, self.args.num_completions_to_print)
+        logged = pyarrow.table({"step": [step] * len(table["prompt"]), **table})
+        path = self.folder / f"completions_{step:05d}.parquet"
+        with self.scheduler.lock if self.scheduler is not None else contextlib.nullcontext():
+            pyarrow.parquet.write_table(logged, path)
+        self._write_to_trackers(step, logged, callbacks)
+
+    def _write_to_trackers(self, step: int, logged: pyarrow.Table, callbacks: list[TrainerCallback]) -> None:
+        frame = logged.to_pandas()
+        for column in ("prompt", "completion"):
+            frame[column] = [_text(entry) for entry in frame[column]]
+        if self.args.log_unique_prompts:
+            frame = frame[~frame["prompt"].duplicated()]
+        # Imported where they are used: neither has to be installed
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            wandb.log({"completions": wandb.Table(dataframe=frame)})
+        if "trackio" in self.args.report_to:
+            import trackio
+
+            trackio.log({"completions": trackio.Table(dataframe=frame)})
+        for callback in callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.tb_writer.add_text("completions", _markdown(frame.columns, frame.values.tolist()), step)
+
+
+def print_completions(title: str, table: dict[str, list[Any]], limit: int | None = None) -> None:
     """
     Print a table of prompts and completions.
 
     Args:
         title (`str`):
             Title of the table.
-        prompts (`list`):
-            Texts or lists of messages.
-        completions (`list`):
-            Texts or lists of messages.
-        columns (`dict[str, list]`):
-            Further columns; numbers are rounded.
+        table (`dict[str, list]`):
+            Columns `prompt` and `completion` (texts or lists of messages) and any others; numbers are rounded.
         limit (`int`, *optional*):
             Number of rows to print. `None` prints all.
     """
-    table = Table(show_lines=True, expand=True)
-    table.add_column("Prompt", style="bright_yellow")
-    table.add_column("Completion", style="bright_green")
-    for name in columns:
-        table.add_column(name, style="bold cyan", justify="right")
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if limit is not None and row == limit:
-            break
-        table.add_row(_text(prompt), _text(completion), *(_cell(values[row]) for values in columns.values()))
-    Console().print(Panel(table, title=title, border_style="bold white"))
+    printed = Table(show_lines=True, expand=True)
+    printed.add_column("Prompt", style="bright_yellow")
+    printed.add_column("Completion", style="bright_green")
+    for name in list(table)[2:]:
+        printed.add_column(name, style="bold cyan", justify="right")
+    for prompt, completion, *others in list(zip(*table.values(), strict=True))[:limit]:
+        printed.add_row(Text(_text(prompt)), Text(_text(completion)), *map(_cell, others))
+    Console().print(Panel(printed, title=title, border_style="bold white"))
 
 
-def _text(entry: str | list[dict[str, Any]]) -> Text:
+def _text(entry: str | list[dict[str, Any]]) -> str:
     if isinstance(entry, str):
-        return Text(entry)
-    return Text("\n".join(f"{message['role']}: {message['content']}" for message in entry))
+        return entry
+    return "\n".join(f"{message['role']}: {message['content']}" for message in entry)
 
 
 def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _markdown(names: Any, rows: list[list[Any]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    cells = ([_cell(value).replace("|", "\\|").replace("\n", "<br>") for value in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

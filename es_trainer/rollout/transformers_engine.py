@@ -31,11 +31,19 @@ class Completion:
             The decoded tokens without special ones.
         truncated (`bool`):
             Whether it was cut at the maximum length.
+        others (`int`, *optional*, defaults to `0`):
+            How many of the tokens are not the model's own, but an environment's.
     """
 
     ids: list[int]
     text: str
     truncated: bool
+    others: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model wrote."""
+        return len(self.ids) - self.others
 
 
 class TransformersEngine:

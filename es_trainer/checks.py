@@ -1,0 +1,112 @@
+"""What is refused before training begins, and why."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from .config import ESConfig
+
+
+def check_arguments(
+    args: ESConfig, model: Any, optimizers: Any, quantization_config: Any, peft_config: Any, rollout_func: Any
+) -> None:
+    """What can be told before a model is loaded."""
+    optimizer, scheduler = optimizers
+    if optimizer is not None:
+        raise ValueError(
+            f"`optimizers=({type(optimizer).__name__}, ...)` is not supported: the evolution strategy is the "
+            "optimizer. Choose its update rule with `es_optimizer`, and give `(None, scheduler)` for a scheduler of "
+            "your own."
+        )
+    if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise TypeError(f"`optimizers` has a {type(scheduler).__name__} for a scheduler: give an `LRScheduler`.")
+    if isinstance(model, str) and (Path(model).expanduser().is_absolute() or model.startswith(".")):
+        if not Path(model).expanduser().is_dir():
+            raise FileNotFoundError(f"`model={model!r}`: there is no such folder.")
+    options = args.model_init_kwargs or {}
+    split = {"tp_plan", "distributed_config"} & options.keys()
+    if split or (isinstance(model, nn.Module) and any(isinstance(p.data, DTensor) for p in model.parameters())):
+        raise ValueError(
+            f"The model is split over processes by Transformers ({', '.join(split) or 'it has DTensors'}), which is "
+            "not supported. Launch with recipes/accelerate_configs/zero3.yaml to partition the weights."
+        )
+    for name, value in (("model_init_kwargs", args.model_init_kwargs), ("quantization_config", quantization_config)):
+        if not isinstance(model, str) and value is not None:
+            raise ValueError(
+                f"`{name}={value!r}` is for models given as a string, but the model is already loaded. Remove it, or "
+                "give the model's name."
+            )
+    if quantization_config is not None and "quantization_config" in options:
+        raise ValueError(
+            "`quantization_config` is given to the trainer and in `model_init_kwargs`. Leave it out of the latter."
+        )
+    if (quantization_config or options.get("quantization_config")) and peft_config is None:
+        raise ValueError(
+            "`quantization_config` without `peft_config`: quantized weights cannot be perturbed. Give a `peft_config` "
+            "to train an adapter."
+        )
+    if rollout_func is not None and args.num_generations_eval not in (None, args.num_generations):
+        raise ValueError(
+            f"`rollout_func` with `num_generations_eval={args.num_generations_eval}`: it could not tell evaluations "
+            "from training. Leave `num_generations_eval` out."
+        )
+    if rollout_func is not None and args.deepspeed_plugin is not None and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
+            "often. Set `ds3_gather_for_generation=True`."
+        )
+
+
+def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """What can be told about datasets without reading them."""
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__} with the splits {list(train_dataset)}: give one of "
+            "them, for instance train_dataset=dataset['train']."
+        )
+    for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
+        _check_dataset(name, dataset)
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"`max_steps={args.max_steps}`: the length of an `IterableDataset` is not known. Set `max_steps` to the "
+            "number of updates."
+        )
+
+
+def _check_dataset(name: str, dataset: Any) -> None:
+    if dataset is None:
+        return
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, but is a {type(dataset).__name__}.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty: give at least one row.")
+    if dataset.column_names is not None and "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Rename the one with the "
+            "prompts: dataset.rename_column(..., 'prompt')."
+        )
+
+
+def by_name(eval_dataset: Any) -> dict[str, Any]:
+    """Evaluation datasets by the names that errors call them."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the end-of-sequence token the padding token of a tokenizer that has none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"`processing_class` must be a tokenizer, but is a {type(tokenizer).__name__}.")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "The tokenizer has neither a padding nor an end-of-sequence token. Set `tokenizer.pad_token` and "
+                "`tokenizer.eos_token` to tokens of its vocabulary."
+            )
+        tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,148 @@
+"""What is logged, under GRPOTrainer's names, and to whom."""
+
+import pyarrow.parquet
+import pytest
+from conftest import TINY_RUN, letters, logs, make_model, make_tokenizer
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+
+# Of policy gradients, groups of completions and gradients
+ONLY_GRPO = {
+    "grad_norm",
+    "entropy",
+    "frac_reward_zero_std",
+    *(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")),
+}
+
+
+def test_what_grpo_logs_and_es_has_bears_the_same_key(trainer, dataset, tmp_path):
+    def second(completions, log_metric, **kwargs):
+        log_metric("own/metric", 3.0)
+        return [float(len(completion)) for completion in completions]
+
+    shared = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    mine = trainer(reward_funcs=[letters, second], **shared)
+    mine.train()
+    options = {key: TINY_RUN[key] for key in ("use_cpu", "bf16", "max_completion_length", "report_to", "disable_tqdm")}
+    args = GRPOConfig(str(tmp_path / "grpo"), logging_steps=1, save_strategy="no", **options, **shared)
+    theirs = GRPOTrainer(make_model(), [letters, second], args, dataset, dataset, make_tokenizer())
+    theirs.train()
+    train_keys, eval_keys = (
+        [set().union(*(log for log in run.state.log_history if key in log)) for run in (mine, theirs)]
+        for key in ("reward", "eval_reward")
+    )
+    assert train_keys[1] - train_keys[0] == ONLY_GRPO
+    assert eval_keys[1] - eval_keys[0] == {f"eval_{key}" for key in ONLY_GRPO - {"grad_norm"}}
+    assert "own/metric" in train_keys[0]
+
+
+def test_lengths_of_completions_that_ended(trainer):
+    def rollout_func(prompts, trainer):
+        return {"prompt_ids": [[5]] * 2, "completion_ids": [[10, 11, 2], [10, 11, 12, 13]]}
+
+    run = trainer(rollout_func=rollout_func, max_steps=1)
+    run.train()
+    (log,) = logs(run)
+    lengths = {name: log[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")}
+    assert lengths == {"mean": 3, "min": 3, "max": 3}
+    assert log["completions/mean_length"] == 3.5 and log["completions/clipped_ratio"] == 0.5
+
+
+def with_extra(prompts, completions, log_extra, **kwargs):
+    log_extra("length", [len(completion) for completion in completions])
+    return letters(completions)
+
+
+def test_completions_are_kept_as_parquet(trainer, tmp_path, capsys):
+    run = trainer(reward_funcs=with_extra, log_completions=True, num_completions_to_print=1)
+    run.train()
+    files = sorted((tmp_path / "run" / "completions").iterdir())
+    assert [file.name for file in files] == [f"completions_0000{step}.parquet" for step in (1, 2, 3)]
+    table = pyarrow.parquet.read_table(files[0]).to_pydict()
+    assert list(table) == ["step", "prompt", "completion", "with_extra", "length", "advantage"]
+    assert table["step"] == [1, 1] and table["prompt"][0].startswith("Say ")
+    assert table["length"] == [len(text) for text in table["completion"]]
+    assert table["with_extra"] == pytest.approx(letters(table["completion"]))
+    assert sum(table["with_extra"]) / 2 == pytest.approx(logs(run)[0]["reward_max"])
+    assert table["advantage"][0] == table["advantage"][1] > 0
+    printed = capsys.readouterr().out
+    assert printed.count("Say ") == 3  # one a step
+
+
+def conversations() -> Dataset:
+    words = ("one", "one", "two|three")
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": f"Say {word}"}]} for word in words])
+
+
+OPTIONS = {"log_completions": True, "num_prompts_per_step": 3, "max_steps": 2, "reward_funcs": with_extra}
+
+
+def test_tensorboard_gets_scalars_and_completions(trainer, tmp_path, monkeypatch):
+    def reward(completions, **kwargs):
+        return letters(completions)
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    options = {**OPTIONS, "reward_funcs": reward}
+    trainer(train_dataset=conversations(), eval_dataset=None, report_to="tensorboard", **options).train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert {"train/reward", "train/reward_std", "train/rewards/reward/mean"} <= set(events.Tags()["scalars"])
+    texts = events.Tensors("completions/text_summary")
+    assert [event.step for event in texts] == [1, 2]
+    lines = texts[0].tensor_proto.string_val[0].decode().splitlines()
+    assert lines[0] == "| step | prompt | completion | reward | advantage |"
+    assert len(lines) == 2 + 3 and any("user: Say two\\|three" in line for line in lines)
+
+
+def test_wandb_gets_scalars_and_completions(trainer, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer(
+        train_dataset=conversations(), eval_dataset=None, report_to="wandb", log_unique_prompts=True, **OPTIONS
+    ).train()
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert "train/reward" in summary
+    table = summary["completions"]
+    assert table["_type"] == "table-file" and table["nrows"] == 2  # of 3 prompts, two are the same
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_trackio_gets_scalars_and_completions(trainer, tmp_path, monkeypatch):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    options = {"report_to": "trackio", "project": "tests", "run_name": "completions", **OPTIONS}
+    trainer(train_dataset=conversations(), eval_dataset=None, **options).train()
+    entries = SQLiteStorage.get_logs("tests", "completions")
+    assert [entry["train/global_step"] for entry in entries if "train/reward" in entry] == [1, 2]
+    tables = [entry["completions"]["_value"] for entry in entries if "completions" in entry]
+    assert [[row["step"] for row in table] for table in tables] == [[1] * 3, [2] * 3]
+    assert tables[0][0]["prompt"].startswith("user: Say ")
+
+
+def test_uploading_completions_needs_completions(trainer):
+    with pytest.raises(ValueError, match="`log_completions_hub_repo='org/logs'` is not valid.*log_completions=True"):
+        trainer(log_completions_hub_repo="org/logs")
+
+
+def test_rewards_are_drawn_at_each_save(trainer, tmp_path):
+    picture = tmp_path / "run" / "reward.png"
+    pictures = []
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            pictures.append(picture.read_bytes())
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    run = trainer(callbacks=[Keep()], **options)
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    pictures.append(picture.read_bytes())
+    assert all(data.startswith(b"\x89PNG") for data in pictures)
+    assert len(set(pictures)) == 2 and len(pictures) == 3  # the last one again
