@@ -434,6 +434,10 @@ class ESConfig(TrainingArguments):
         prompts = config.generation_batch_size // config.num_generations
         return cls(**{"num_prompts_per_step": prompts, **carried, **overrides})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer saves its arguments beside the model, which may be pushed to a public repository
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         use_deepspeed = self.deepspeed is not None or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")

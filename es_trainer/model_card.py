@@ -104,6 +104,6 @@ def model_card(
 def _cell(entry: str | list[dict[str, Any]]) -> str:
     """Text for a cell of a Markdown table; of a conversation, its last message."""
     text = entry if isinstance(entry, str) else entry[-1]["content"]
-    for mark, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", "<br>")):
+    for mark, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
         text = text.replace(mark, escaped)
-    return text
+    return "<br>".join(text.splitlines())

@@ -899,6 +899,9 @@ class ESTrainer(Trainer):
     # ---- the Hub ----
 
     def _plot_rewards(self) -> None:
+        pushing = self.hub_model_id is not None and self.push_in_progress is not None
+        if pushing and not self.push_in_progress.is_done():
+            return  # a file that changes while it is uploaded spoils the push
         if self.is_world_process_zero() and any("reward" in log for log in self.state.log_history):
             plot_rewards({"run": self.state.log_history}, Path(self.args.output_dir) / REWARD_PLOT)
 
@@ -962,9 +965,30 @@ class ESTrainer(Trainer):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> "CommitInfo":
         """Upload the model, its card and the history; see [`~transformers.Trainer.push_to_hub`]."""
+        self._finish_current_push()  # before the files that it uploads are written anew
         if self._before:
             self._after = self._answer_samples()
         return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._warn_of_failed_pushes()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        # The Trainer leaves the errors of its background pushes in their futures
+        if self.hub_model_id is None or self.push_in_progress is None:
+            return
+        for job in [job for job in self.push_in_progress.jobs if job.done()]:
+            self.push_in_progress.jobs.remove(job)
+            if job.exception() is not None:
+                logger.warning(
+                    f"A push to the Hub failed: {' '.join(str(job.exception()).split())}. Training goes on and "
+                    f"everything is in {self.args.output_dir}; the next push, or `push_to_hub()`, brings it to the Hub."
+                )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The weights themselves are bf16 or fp16: no autocast, no gradient scaler
