@@ -76,6 +76,7 @@ class Processes:
         self.count = dist.get_world_size() if together else 1
         self._store = _get_default_store() if self.count > 1 else None
         if together:
+            atexit.unregister(_leave)  # of a trainer before this one
             atexit.register(_leave)
 
     def queue(self, size: int) -> Queue:
