@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from es_trainer import ESConfig, ESTrainer
 
@@ -60,6 +60,12 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, tie: bool = Tr
     return LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": tie, **config})).to(dtype)
 
 
+def make_judge() -> LlamaForSequenceClassification:
+    """A reward model."""
+    torch.manual_seed(7)
+    return LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
@@ -75,6 +81,8 @@ def model_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    make_judge().save_pretrained(folder / "judge")
+    make_tokenizer().save_pretrained(folder / "judge")
     return str(folder)
 
 

@@ -33,6 +33,7 @@ class Run:
     model_of_last: dict[str, Any] = field(default_factory=dict)  # and all make the model themselves
     model_object: bool = False  # every process makes the model itself, with other weights
     adapter: bool = False
+    judge: bool = False  # a reward model, too
     stream: bool = False  # an iterable dataset
     resume: str | None = None
     evaluate: bool = False
@@ -66,7 +67,7 @@ def train(model: str, run: Run) -> None:
     members: list[int] = []  # of which this process had completions, by step
     trainer = ESTrainer(
         make_model(seed=RANK, **(run.model_of_last if last else {})) if run.model_object else model,
-        reward(run, last, members),
+        [reward(run, last, members), *([f"{model}/judge"] if run.judge else [])],
         args,
         other.to_iterable_dataset() if run.stream else other,
         dataset,

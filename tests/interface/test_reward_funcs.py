@@ -7,24 +7,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, letters, logs, make_tokenizer
+from conftest import letters, logs, make_judge, make_tokenizer
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from es_trainer import ESTrainer
 
 
-def make_judge() -> LlamaForSequenceClassification:
-    torch.manual_seed(7)
-    return LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1))
-
-
 @pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "judge"
-    make_judge().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+def judge_folder(model_folder) -> str:
+    return f"{model_folder}/judge"
 
 
 def answers(trainer: ESTrainer) -> list[str]:
