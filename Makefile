@@ -21,6 +21,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/iteration.py
 	$(BIN)/python benchmarks/population.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/vs_grpo.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/drift.py
 

@@ -4,6 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ PACKAGES = ("transformers", "torch", "trl", "datasets", "tokenizers")
 def model_card(
     args: ESConfig,
     model: PreTrainedModel,
+    dtype: torch.dtype,
     log_history: list[dict[str, Any]],
     name: str | None,
     repository: str | None,
@@ -53,6 +55,8 @@ def model_card(
             How the model was trained.
         model ([`~transformers.PreTrainedModel`]):
             The model.
+        dtype (`torch.dtype`):
+            Dtype that its trained weights had while it was trained.
         log_history (`list[dict]`):
             What was logged, as in [`~transformers.TrainerState`].
         name (`str`, *optional*):
@@ -92,7 +96,7 @@ def model_card(
         is_peft=is_peft,
         steps=max((log["step"] for log in log_history), default=0),
         settings={name: value for name, value in args.to_dict().items() if name in SETTINGS},
-        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         reward_names=reward_names,
         rewards=rewards,
         picture=REWARD_PLOT if (Path(args.output_dir) / REWARD_PLOT).is_file() else None,

@@ -952,13 +952,14 @@ class ESTrainer(Trainer):
         card = model_card(
             self.args,
             self.model,
+            self.optimizer.weights.shards[0].working.dtype,  # to ask the model would gather weights, here alone
             self.state.log_history,
             name=model_name,
             repository=self.hub_model_id,
             dataset=dataset_name,
             tags=list(dict.fromkeys([*tags, *self._tag_names])),
             reward_names=self.scorer.names,
-            samples=list(zip(prompts, self._before, self._after, strict=bool(self._after))),
+            samples=list(zip(prompts, self._before, self._after, strict=False)),
         )
         os.makedirs(self.args.output_dir, exist_ok=True)
         card.save(Path(self.args.output_dir) / "README.md")
@@ -986,8 +987,8 @@ class ESTrainer(Trainer):
             self.push_in_progress.jobs.remove(job)
             if job.exception() is not None:
                 logger.warning(
-                    f"A push to the Hub failed: {' '.join(str(job.exception()).split())}. Training goes on and "
-                    f"everything is in {self.args.output_dir}; the next push, or `push_to_hub()`, brings it to the Hub."
+                    f"A push to the Hub failed: {' '.join(str(job.exception()).split())}. Everything is in "
+                    f"{self.args.output_dir}, and the next push, or `push_to_hub()`, brings it to the Hub."
                 )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import TINY_RUN, letters, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
@@ -46,6 +47,7 @@ class Run:
 
 
 def train(model: str, run: Run) -> None:
+    torch.set_num_threads(1)  # as in all processes: a reward model's last digits hang on the number of threads
     last = RANK == LAST > 0
     options = {
         **TINY_RUN,

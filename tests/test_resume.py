@@ -25,7 +25,7 @@ def run(*arguments) -> int:
 def logs(folder: Path) -> list[dict]:
     """What was logged, without what the clock says."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    clock = ("seconds", "per_second", "runtime")
+    clock = ("seconds", "per_second", "runtime", "step_time")
     return [{key: value for key, value in log.items() if not key.endswith(clock)} for log in history]
 
 

@@ -142,7 +142,8 @@ class Scorer:
 
         Raises:
             `RuntimeError`: If a function raises.
-            `ValueError`: If a function does not return one finite number or `None` for each completion.
+            `ValueError`: If a function does not return one finite number or `None` for each completion, or logs
+                another number of extra values.
         """
         extra: dict[str, list[Any]] = {}
         metrics: dict[str, list[float]] = {}
@@ -157,6 +158,12 @@ class Scorer:
         }
         start = time.perf_counter()
         results = self._call_functions(keywords)
+        for column, values in extra.items():
+            if len(values) != len(rows):
+                raise ValueError(
+                    f"Reward functions gave `log_extra({column!r}, ...)` {len(values)} values for {len(rows)} "
+                    "completions: give one for each."
+                )
         columns = [_numbers(name, result, len(rows)) for name, result in zip(self.names, results, strict=True)]
         by_function = np.array(columns, dtype=np.float64).T
         seconds = time.perf_counter() - start

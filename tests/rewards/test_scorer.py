@@ -119,3 +119,12 @@ def test_wrong_number_of_weights():
         Scorer(reward, [1.0, 2.0])
     with pytest.raises(ValueError, match="empty"):
         Scorer([])
+
+
+def test_extra_columns_have_a_value_for_each_completion():
+    def reward(completions, log_extra, **kwargs):
+        log_extra("note", ["a"])
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"`log_extra\('note', ...\)` 1 values for 2 completions"):
+        score(reward)
