@@ -30,7 +30,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
-    package_data={"es_trainer": ["py.typed", "model_card.md"]},
+    package_data={"es_trainer": ["py.typed", "model_card.md", "accelerate_configs/*.yaml"]},
+    entry_points={"console_scripts": ["es-trainer=es_trainer.cli:main"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.19",

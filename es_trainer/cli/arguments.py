@@ -1,0 +1,197 @@
+"""Options on the command line and in YAML files."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from trl import TrlParser
+
+
+if TYPE_CHECKING:
+    from ..config import ESConfig
+
+
+class Parser(TrlParser):
+    """
+    A [`~trl.TrlParser`] that refuses unknown names, before anything is made of the known ones, and suggests the
+    nearest.
+
+    Args:
+        dataclass_types (`type` or `Iterable[type]`):
+            Dataclasses whose fields are the options.
+        prog (`str`, *optional*):
+            Name of the program in messages.
+        launched (`bool`, *optional*, defaults to `False`):
+            Whether options of `accelerate launch` may stand among the others. They are left over.
+        **kwargs:
+            Passed on to [`~trl.TrlParser`].
+    """
+
+    def __init__(
+        self, dataclass_types: type | Iterable[type], prog: str | None = None, launched: bool = False, **kwargs: Any
+    ):
+        epilog = "Options can also stand in a YAML file, given by --config FILE. The command line overrides it."
+        super().__init__(dataclass_types, prog=prog, allow_abbrev=False, epilog=epilog, **kwargs)
+        self.left_over: set[str] = set()
+        if launched:
+            from .launch import accelerate_configs, launch_options
+
+            self.left_over = launch_options()
+            self.epilog += (
+                " Options of `accelerate launch` are passed on to it, such as --num_processes; --accelerate_config "
+                f"gives it a file or one of these: {', '.join(accelerate_configs())}."
+            )
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        """See [`~trl.TrlParser.parse_args_and_config`]. `--config=FILE` is the same as `--config FILE`."""
+        args = sys.argv[1:] if args is None else args
+        split = (arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args)
+        return super().parse_args_and_config([part for parts in split for part in parts], **kwargs)
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """See [`~trl.TrlParser.set_defaults_with_config`]."""
+        remaining = super().set_defaults_with_config(**kwargs)
+        self._refuse_unknown([option.removeprefix("--") for option in remaining[::2]], "YAML key")
+        return remaining
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        namespace, remaining = super().parse_known_args(args, namespace)
+        # With `accelerate launch` in between, what does not start with a dash may be the value of an option of it
+        self._refuse_unknown([arg for arg in remaining if arg.startswith("--") or not self.left_over], "option")
+        return namespace, remaining
+
+    def _refuse_unknown(self, names: list[str], kind: str) -> None:
+        known = {option.lstrip("-") for option in (*self._option_string_actions, *self.left_over)} | {"config"}
+        for name in names:
+            name = name.split("=")[0]
+            bare = name.lstrip("-")
+            if f"--{bare}" not in self.left_over:
+                self.error(f"unknown {kind} {name!r}{suggestion(bare, known, name.removesuffix(bare))}")
+
+    def error(self, message: str) -> None:
+        """End with the message alone: the usage of some hundred options would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error about an unknown name."""
+    nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1)
+    return f": did you mean {prefix + nearest[0]!r}?" if nearest else "."
+
+
+@dataclass
+class GenerationArguments:
+    """
+    Arguments about models and how they generate.
+
+    Args:
+        model_name_or_path (`str`):
+            Model: a name, or the folder of a model, checkpoint or PEFT adapter.
+        compare_to (`str`, *optional*):
+            Model to compare with, such as the one that training started from.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Version of models on the Hub: a branch, tag or commit.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype of the weights: `"auto"` (as they were saved), `"bfloat16"`, `"float16"` or `"float32"`.
+        attn_implementation (`str`, *optional*):
+            Which attention implementation to use.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow models and tokenizers that are defined by code in their own repository.
+        use_cpu (`bool`, *optional*, defaults to `False`):
+            Whether to use the CPU where there is a GPU.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Most completions generated at once.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Maximum length of a completion, in tokens.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature for sampling; `0.0` is greedy decoding.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Cumulative probability of the top tokens to consider when sampling.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of highest probability tokens to keep when sampling. `0` keeps all.
+        min_p (`float`, *optional*):
+            Minimum token probability when sampling, scaled by the probability of the most likely token.
+        generation_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Additional keyword arguments of [`~transformers.GenerationConfig`], as JSON on the command line.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the samples. Models that are compared share their random numbers, and the batch size has no part
+            in them.
+        system_prompt (`str`, *optional*):
+            System message for every prompt, in place of the one it may have. It is put before prompts that are text.
+        chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Additional keyword arguments of `apply_chat_template`, as JSON on the command line.
+    """
+
+    model_name_or_path: str = field(
+        metadata={"help": "Model: a name, or the folder of a model, checkpoint or PEFT adapter."}
+    )
+    compare_to: str | None = field(
+        default=None, metadata={"help": "Model to compare with, such as the one that training started from."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Version of models on the Hub."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Which attention implementation to use."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to allow models and tokenizers defined by code in their repository."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Whether to use the CPU where there is a GPU."})
+    batch_size: int = field(default=32, metadata={"help": "Most completions generated at once."})
+    max_completion_length: int = field(default=512, metadata={"help": "Maximum length of a completion, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature for sampling; 0.0 is greedy decoding."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Cumulative probability of the top tokens to consider when sampling."}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Number of highest probability tokens to keep when sampling. `0` keeps all."}
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Minimum token probability when sampling, scaled by the probability of the most likely token."
+        },
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Additional keyword arguments of `GenerationConfig`, as JSON."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the samples, which models share."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for every prompt, in place of the one it may have."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Additional keyword arguments of `apply_chat_template`, as JSON."}
+    )
+
+    @property
+    def models(self) -> list[str]:
+        """The model to compare with, if there is one, and the model."""
+        return [name for name in (self.compare_to, self.model_name_or_path) if name is not None]
+
+    def to_config(self) -> "ESConfig":
+        """
+        The configuration of a trainer that generates like this.
+
+        Raises:
+            `ValueError`: If a value is not valid.
+        """
+        from ..config import ESConfig
+
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size={self.batch_size}` is not valid: it must be at least 1.")
+        same = "trust_remote_code use_cpu max_completion_length temperature top_p top_k min_p generation_kwargs seed"
+        return ESConfig(
+            report_to="none",
+            bf16=False,
+            model_init_kwargs={
+                "dtype": self.dtype,
+                "revision": self.model_revision,
+                "attn_implementation": self.attn_implementation,
+            },
+            chat_template_kwargs=self.chat_template_kwargs,
+            generation_batch_size=self.batch_size,
+            **{name: getattr(self, name) for name in same.split()},
+        )

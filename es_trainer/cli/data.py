@@ -1,0 +1,267 @@
+"""Datasets and reward functions by name."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import DatasetMixtureConfig, ScriptArguments
+
+from .arguments import suggestion
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from ..rewards.scorer import RewardFunc
+    from ..tasks import Task
+    from .eval import EvalArguments
+
+
+@dataclass
+class ESScriptArguments(ScriptArguments):
+    """
+    Script arguments for training with evolution strategies.
+
+    Args:
+        task (`str`, *optional*):
+            A task of `es_trainer.tasks`, which brings datasets and reward functions along. If the task's rows come
+            from a dataset, `dataset_name` and `dataset_config` choose another.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions. If `None`, those of the task. Supported values are:
+
+            - names of `es_trainer.rewards`, such as `"countdown_reward"`
+            - of `trl.rewards`, if `es_trainer.rewards` does not have them: `"accuracy_reward"`,
+              `"reasoning_accuracy_reward"`, `"think_format_reward"` and `"get_soft_overlong_punishment"` (used values
+              are `max_completion_len=1280`, `soft_punish_cache=256`)
+            - `"evaluate:exact_match"`: a metric of the `evaluate` library, by name or path, against the column
+              `answer`; `"evaluate:rouge:rougeL"` picks one of several scores
+            - any dotted import path, such as `"my_lib.rewards.custom_reward"`
+        reward_model_name_or_path (`str`, *optional*):
+            Reward model: name, or folder, of a model for sequence classification.
+        system_prompt (`str`, *optional*):
+            System message for every prompt, in place of the one it may have. It is put before prompts that are text.
+    """
+
+    task: str | None = field(
+        default=None,
+        metadata={"help": "A task of es_trainer.tasks, which brings datasets and reward functions along."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names of es_trainer.rewards and trl.rewards, `evaluate:metric` or "
+            "`evaluate:metric:score`, or dotted import paths. If `None`, those of the task."
+        },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model: name, or folder, of a model for sequence classification."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for every prompt, in place of the one it may have."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # YAML without brackets
+            self.reward_funcs = [self.reward_funcs]
+
+
+def check_data(arguments: "ESScriptArguments | EvalArguments", mixture: DatasetMixtureConfig) -> None:
+    """
+    Look through what `load_data` will be given, before anything is loaded.
+
+    Raises:
+        `ValueError`: If no data or no reward is named, data is named twice, or a name is unknown.
+    """
+    if mixture.datasets and (arguments.task or arguments.dataset_name):
+        raise ValueError("`datasets` is given together with `task` or `dataset_name`: leave out one of them.")
+    if arguments.task is not None:
+        _task_function(arguments.task, arguments.dataset_name, arguments.dataset_config)
+    elif not mixture.datasets and arguments.dataset_name is None:
+        raise ValueError(f"Nothing says which data to take: set `task` ({', '.join(_tasks())}) or `dataset_name`.")
+    elif not arguments.reward_funcs and not arguments.reward_model_name_or_path:
+        raise ValueError(
+            "Nothing says how completions are rewarded: set `reward_funcs` (ready-made: "
+            f"{', '.join(_ready_made())}) or `reward_model_name_or_path`."
+        )
+    for name in arguments.reward_funcs or []:
+        if ":" not in name and "." not in name and name not in _ready_made():
+            raise ValueError(
+                f"`reward_funcs` has {name!r}, which is neither one of {', '.join(_ready_made())}, nor "
+                f"'evaluate:metric', nor the dotted path of a function{suggestion(name, _ready_made())}"
+            )
+
+
+def load_data(
+    arguments: "ESScriptArguments | EvalArguments", mixture: DatasetMixtureConfig
+) -> tuple[Mapping[str, "Dataset | IterableDataset"], list["RewardFunc"]]:
+    """
+    Load datasets and reward functions.
+
+    Args:
+        arguments ([`ESScriptArguments`]):
+            What to load; `check_data` has nothing against it.
+        mixture ([`~trl.DatasetMixtureConfig`]):
+            Datasets to mix, in place of `task` and `dataset_name`.
+
+    Returns:
+        `tuple`: The dataset of each split (those of a task are called `"train"` and `"test"`), and the reward
+        functions.
+
+    Raises:
+        `ValueError`: If a reward function does not exist.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    reward_funcs: list[RewardFunc] = []
+    if arguments.task is not None:
+        task = load_task(arguments.task, arguments.dataset_name, arguments.dataset_config)
+        splits = {"train": task.train_dataset, "test": task.eval_dataset}
+        reward_funcs = task.reward_funcs
+    elif mixture.datasets:
+        splits = get_dataset(mixture)
+    else:
+        path, options = Path(arguments.dataset_name), {}
+        if path.is_file():  # `load_dataset` takes folders
+            path, options = path.resolve().parent, {"data_files": path.name}
+        splits = load_dataset(
+            str(path), name=arguments.dataset_config, streaming=arguments.dataset_streaming, **options
+        )
+    if arguments.reward_funcs or arguments.reward_model_name_or_path:
+        reward_funcs = load_reward_funcs(arguments.reward_funcs or [])
+        if arguments.reward_model_name_or_path:
+            reward_funcs.insert(0, arguments.reward_model_name_or_path)
+    if arguments.system_prompt is not None:
+        splits = {
+            name: split.map(lambda row: {"prompt": with_system_prompt(row["prompt"], arguments.system_prompt)})
+            for name, split in splits.items()
+        }
+    return splits, reward_funcs
+
+
+def pick_split(
+    splits: Mapping[str, "Dataset | IterableDataset"], option: str, name: str
+) -> "Dataset | IterableDataset":
+    """
+    The split that an option names.
+
+    Raises:
+        `ValueError`: If there is no such split.
+    """
+    if name not in splits:
+        raise ValueError(f"`{option}={name!r}`: the dataset has the splits {', '.join(map(repr, splits))}.")
+    return splits[name]
+
+
+def with_system_prompt(prompt: str | list[dict[str, Any]], system_prompt: str) -> str | list[dict[str, Any]]:
+    """The prompt with a system message of its own, or after the text."""
+    if isinstance(prompt, str):
+        return f"{system_prompt}\n\n{prompt}"
+    return [
+        {"role": "system", "content": system_prompt},
+        *(message for message in prompt if message["role"] != "system"),
+    ]
+
+
+def load_task(name: str, dataset_name: str | None = None, dataset_config: str | None = None) -> "Task":
+    """
+    Load a task.
+
+    Args:
+        name (`str`):
+            A task of `es_trainer.tasks`.
+        dataset_name (`str`, *optional*):
+            Dataset that the task's rows come from. If `None`, the task's own choice.
+        dataset_config (`str`, *optional*):
+            Its configuration.
+
+    Raises:
+        `ValueError`: If there is no such task, or its rows do not come from a dataset.
+    """
+    options = {"dataset_name": dataset_name, "dataset_config": dataset_config}
+    function = _task_function(name, dataset_name, dataset_config)
+    return function(**{option: value for option, value in options.items() if value is not None})
+
+
+def _tasks() -> dict[str, Callable[..., "Task"]]:
+    from .. import tasks
+
+    return {name: getattr(tasks, name) for name in tasks.__all__ if inspect.isfunction(getattr(tasks, name))}
+
+
+def _task_function(name: str, dataset_name: str | None, dataset_config: str | None) -> Callable[..., "Task"]:
+    tasks = _tasks()
+    if name not in tasks:
+        raise ValueError(f"`task={name!r}` is not one of {', '.join(tasks)}{suggestion(name, tasks)}")
+    for option, value in (("dataset_name", dataset_name), ("dataset_config", dataset_config)):
+        if value is not None and option not in inspect.signature(tasks[name]).parameters:
+            raise ValueError(
+                f"`{option}={value!r}` has no meaning for `task={name!r}`. Leave out `{option}`, or leave out `task` "
+                "and set `reward_funcs`."
+            )
+    return tasks[name]
+
+
+def load_reward_funcs(names: list[str]) -> list[Callable]:
+    """
+    Load reward functions.
+
+    Args:
+        names (`list[str]`):
+            As in `ESScriptArguments.reward_funcs`.
+
+    Raises:
+        `ValueError`: If there is no such function.
+    """
+    return [_load_reward_func(name) for name in names]
+
+
+def _ready_made() -> dict[str, Callable]:
+    """Modules of the ready-made reward functions."""
+    import trl.rewards
+
+    from .. import rewards
+
+    own = [name for name in rewards.__all__ if name.endswith("_reward") and name != "evaluate_reward"]
+    theirs = ["accuracy_reward", "get_soft_overlong_punishment", "reasoning_accuracy_reward", "think_format_reward"]
+    return {**dict.fromkeys(theirs, trl.rewards), **dict.fromkeys(own, rewards)}
+
+
+def _load_reward_func(name: str) -> Callable:
+    from ..rewards import evaluate_reward
+
+    if name.startswith("evaluate:"):
+        metric, _, score = name.removeprefix("evaluate:").partition(":")
+        return evaluate_reward(metric, score=score or None)
+    ready_made = _ready_made()
+    if name in ready_made:
+        function = getattr(ready_made[name], name)
+        if name == "get_soft_overlong_punishment":
+            return function(max_completion_len=1280, soft_punish_cache=256)
+        return function
+    return _import(name)
+
+
+def _import(path: str) -> Callable:
+    module_name, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # something that the module imports
+            raise
+        raise ValueError(
+            f"`reward_funcs` has {path!r}, but there is no module {error.name!r}, neither in {os.getcwd()} nor among "
+            "the installed packages."
+        ) from error
+    if not hasattr(module, name):
+        raise ValueError(
+            f"`reward_funcs` has {path!r}, but {module.__file__} has no {name!r}{suggestion(name, dir(module))}"
+        )
+    return getattr(module, name)

@@ -1,0 +1,300 @@
+"""`es-trainer eval`"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from math import comb, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import DatasetMixtureConfig
+
+from .arguments import GenerationArguments, Parser
+
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..config import ESConfig
+    from ..rewards.scorer import Scorer
+
+
+@dataclass
+class EvalArguments(GenerationArguments):
+    """
+    Arguments of `es-trainer eval`, beside those of [`GenerationArguments`].
+
+    Args:
+        task (`str`, *optional*):
+            A task of `es_trainer.tasks`, which brings a dataset and reward functions along. If the task's rows come
+            from a dataset, `dataset_name` and `dataset_config` choose another.
+        dataset_name (`str`, *optional*):
+            Dataset: a name, a folder, or a JSON, CSV or Parquet file.
+        dataset_config (`str`, *optional*):
+            Its configuration.
+        dataset_split (`str`, *optional*):
+            Split to score. If `None`, `"test"`, or the only one there is.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Whether to load no more rows than are scored.
+        limit (`int`, *optional*):
+            Number of rows to score, from the first one on. If `None`, all.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions, as in [`ESScriptArguments`]. If `None`, those of the task.
+        reward_model_name_or_path (`str`, *optional*):
+            Reward model: name, or folder, of a model for sequence classification.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward in their sum; 1.0 if not given.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Completions of each prompt. More than one needs `temperature > 0`.
+        pass_threshold (`float`, *optional*, defaults to `1.0`):
+            A completion passes if its (weighted) reward is at least this.
+        output (`str`, *optional*):
+            JSON file for settings, versions, metrics, completions and rewards.
+    """
+
+    task: str | None = field(
+        default=None, metadata={"help": "A task of es_trainer.tasks, which brings a dataset and rewards along."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset: a name, a folder, or a JSON, CSV or Parquet file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split to score. If `None`, 'test', or the only one there is."}
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Whether to load no more rows than are scored."})
+    limit: int | None = field(default=None, metadata={"help": "Number of rows to score. If `None`, all."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names of es_trainer.rewards and trl.rewards, `evaluate:metric` or "
+            "`evaluate:metric:score`, or dotted import paths. If `None`, those of the task."
+        },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model: name, or folder, of a model for sequence classification."}
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward in their sum."})
+    num_samples: int = field(
+        default=1, metadata={"help": "Completions of each prompt. More than one needs `temperature > 0`."}
+    )
+    pass_threshold: float = field(
+        default=1.0, metadata={"help": "A completion passes if its (weighted) reward is at least this."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file for settings, versions, metrics, completions and rewards."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # YAML without brackets
+            self.reward_funcs = [self.reward_funcs]
+        if self.num_samples < 1:
+            raise ValueError(f"`num_samples={self.num_samples}` is not valid: it must be at least 1.")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"`num_samples={self.num_samples}`: greedy decoding (temperature=0.0) gives the same completion every "
+                "time; set temperature > 0."
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit={self.limit}` is not valid: it must be at least 1.")
+
+
+@dataclass
+class Results:
+    """
+    What a model got.
+
+    Args:
+        model (`str`):
+            Its name.
+        rows (`list[dict[str, Any]]`):
+            Prompts with their completions and rewards.
+        by_prompt (`dict[str, np.ndarray]`):
+            Every metric of each prompt; NaN where it does not apply.
+    """
+
+    model: str
+    rows: list[dict[str, Any]]
+    by_prompt: dict[str, "np.ndarray"]
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate, print a table and write a JSON file."""
+    (arguments,) = Parser(EvalArguments, prog="es-trainer eval").parse_args_and_config(argv)
+    results = evaluate(arguments)
+    _print_table(results, arguments.pass_threshold)
+    if arguments.output is not None:
+        path = Path(arguments.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_report(arguments, results), indent=2, ensure_ascii=False))
+
+
+def evaluate(arguments: EvalArguments) -> list[Results]:
+    """
+    Let models complete the prompts of a dataset and score what they wrote.
+
+    Args:
+        arguments ([`EvalArguments`]):
+            Models, data, rewards and how to generate.
+
+    Returns:
+        `list[Results]`: Those of the model to compare with, if there is one, and of the model.
+
+    Raises:
+        `ValueError`: If something given cannot work.
+    """
+    from ..rewards.scorer import Scorer
+    from .data import check_data, load_data
+
+    mixture = DatasetMixtureConfig()
+    check_data(arguments, mixture)
+    config = arguments.to_config()
+    splits, reward_funcs = load_data(arguments, mixture)
+    rows = _rows(splits, arguments)
+    scorer = Scorer(reward_funcs, arguments.reward_weights)
+    scorer.load_models(config)
+    return [_evaluate_model(name, rows, scorer, config, arguments) for name in arguments.models]
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """
+    Probability that of `k` completions at least one passes, unbiased, from more samples than that ([Chen et al.,
+    2021](https://huggingface.co/papers/2107.03374), equation 1).
+
+    Args:
+        samples (`int`):
+            Number of completions that were sampled.
+        passed (`int`):
+            Number of those that passed.
+        k (`int`):
+            At most `samples`.
+    """
+    return 1 - comb(samples - passed, k) / comb(samples, k)
+
+
+def mean_and_error(values: "np.ndarray") -> tuple[float, float]:
+    """Mean of the values that are not NaN, and its standard error; NaN where there are too few."""
+    import numpy as np
+
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if known.size else np.nan
+    return mean, float(known.std(ddof=1)) / sqrt(known.size) if known.size > 1 else np.nan
+
+
+def _rows(splits: Any, arguments: EvalArguments) -> list[dict[str, Any]]:
+    from .data import pick_split
+
+    name = arguments.dataset_split or (next(iter(splits)) if len(splits) == 1 else "test")
+    rows = list(islice(pick_split(splits, "dataset_split", name), arguments.limit))
+    if not rows:
+        raise ValueError(f"There is nothing to evaluate: the split {name!r} has no rows.")
+    if "prompt" not in rows[0]:
+        raise ValueError(f"The dataset has no column 'prompt'; its columns are {list(rows[0])}. Rename one of them.")
+    return rows
+
+
+def _evaluate_model(
+    name: str, rows: list[dict[str, Any]], scorer: "Scorer", config: "ESConfig", arguments: EvalArguments
+) -> Results:
+    import numpy as np
+    from transformers import TrainerState
+    from trl.data_utils import is_conversational
+
+    from .generation import Generator
+
+    number = arguments.num_samples
+    completions = Generator(name, config).complete([row["prompt"] for row in rows], number)
+    messages: list[Any] = [completion.text for completion in completions]
+    if is_conversational({"prompt": rows[0]["prompt"]}):
+        messages = [[{"role": "assistant", "content": text}] for text in messages]
+    repeated = [row for row in rows for _ in range(number)]
+    parts = []
+    for start in range(0, len(repeated), arguments.batch_size):
+        part = slice(start, start + arguments.batch_size)
+        ids = [completion.ids for completion in completions[part]]
+        parts.append(scorer(repeated[part], messages[part], ids, TrainerState()))
+    shape = len(rows), number
+    rewards = {
+        reward: np.concatenate([part.by_function[:, i] for part in parts]).reshape(shape)
+        for i, reward in enumerate(scorer.names)
+    }
+    total = np.concatenate([part.total for part in parts]).reshape(shape)
+    passed = (total >= arguments.pass_threshold).sum(axis=1)  # NaN does not pass
+
+    by_prompt = {"reward": _mean(total), **{f"rewards/{key}": _mean(values) for key, values in rewards.items()}}
+    for k in _powers_of_two(number):
+        by_prompt[f"pass@{k}"] = np.array([pass_at_k(number, count, k) for count in passed])
+    lengths = np.array([len(completion.ids) for completion in completions], dtype=np.float64)
+    clipped = np.array([completion.truncated for completion in completions], dtype=np.float64)
+    by_prompt["completions/mean_length"] = _mean(lengths.reshape(shape))
+    by_prompt["completions/clipped_ratio"] = _mean(clipped.reshape(shape))
+    recorded = [
+        {
+            "prompt": row["prompt"],
+            "completions": [completion.text for completion in completions[i * number : (i + 1) * number]],
+            "reward": _json(total[i]),
+            "rewards": {key: _json(values[i]) for key, values in rewards.items()},
+        }
+        for i, row in enumerate(rows)
+    ]
+    return Results(name, recorded, by_prompt)
+
+
+def _mean(values: "np.ndarray") -> "np.ndarray":
+    """Of each prompt's completions; NaN where no value applies."""
+    from ..evolution.fitness import mean
+
+    return mean(values, axis=1)
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... and the largest itself."""
+    return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest]
+
+
+def _differences(results: list[Results]) -> dict[str, "np.ndarray"]:
+    before, after = results
+    return {name: after.by_prompt[name] - before.by_prompt[name] for name in after.by_prompt}
+
+
+def _report(arguments: EvalArguments, results: list[Results]) -> dict[str, Any]:
+    from .env import versions
+
+    def summary(by_prompt: dict[str, "np.ndarray"]) -> dict[str, Any]:
+        numbers = {name: _json(mean_and_error(values)) for name, values in by_prompt.items()}
+        return {name: {"mean": mean, "standard_error": error} for name, (mean, error) in numbers.items()}
+
+    return {
+        "settings": asdict(arguments),
+        "versions": versions(),
+        "models": [
+            {"model": result.model, "metrics": summary(result.by_prompt), "rows": result.rows} for result in results
+        ],
+        **({"difference": summary(_differences(results))} if len(results) == 2 else {}),
+    }
+
+
+def _json(values: Any) -> list[float | None]:
+    from ..metrics import json_number
+
+    return [json_number(float(value)) for value in values]
+
+
+def _print_table(results: list[Results], pass_threshold: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {result.model: result.by_prompt for result in results}
+    if len(results) == 2:
+        columns["difference"] = _differences(results)
+    table = Table(
+        title=f"{len(results[0].rows)} prompts: mean ± standard error",
+        caption=f"A completion passes with a reward of {pass_threshold:g} or more.",
+    )
+    table.add_column("", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for metric in results[0].by_prompt:
+        cells = (mean_and_error(by_prompt[metric]) for by_prompt in columns.values())
+        table.add_row(metric, *(f"{mean:.4g} ± {error:.2g}" for mean, error in cells))
+    Console().print(table)

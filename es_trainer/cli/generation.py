@@ -1,0 +1,45 @@
+"""Completions of saved models."""
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..config import ESConfig
+from ..rollout import Completion, TransformersEngine
+
+
+class Generator(TransformersEngine):
+    """
+    A saved model that answers prompts.
+
+    Args:
+        name (`str`):
+            Name, or folder, of a model or PEFT adapter.
+        config ([`ESConfig`]):
+            How to load it and how it generates.
+    """
+
+    def __init__(self, name: str, config: ESConfig):
+        options = {"trust_remote_code": config.trust_remote_code, **config.model_init_kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=options["revision"], trust_remote_code=config.trust_remote_code, padding_side="left"
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # It loads adapters, too, with the model that they name
+        model = AutoModelForCausalLM.from_pretrained(name, **options).to(config.device)
+        super().__init__(model, tokenizer, config)
+        self.name = name
+        self.config = config
+
+    def complete(self, prompts: list[Any], num_samples: int = 1) -> list[Completion]:
+        """`num_samples` completions of the first prompt, then of the second, and so on."""
+        ids = self.tokenize(prompts)
+        with tqdm(total=len(ids) * num_samples, desc=f"Completions of {self.name}") as self.bar:
+            return self.generate(ids, self.config.seed, num_samples, batch_size=self.config.generation_batch_size)
+
+    def _generate_batch(self, prompt_ids: Any, rows: Any, *args: Any) -> list[Completion]:
+        completions = super()._generate_batch(prompt_ids, rows, *args)
+        self.bar.update(len(rows))
+        return completions

@@ -1,0 +1,58 @@
+"""`es-trainer replay`"""
+
+from dataclasses import dataclass, field
+
+from .arguments import Parser
+
+
+@dataclass
+class ReplayArguments:
+    """
+    Arguments of `es-trainer replay`.
+
+    Args:
+        model_name_or_path (`str`):
+            The model that the run started with.
+        history (`str`):
+            The run's `history.jsonl`, or the folder it is in.
+        output_dir (`str`):
+            Folder for the trained model and its tokenizer.
+        steps (`int`, *optional*):
+            Number of updates to replay. If `None`, all.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Version of the model on the Hub: a branch, tag or commit.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype that the run loaded the model in.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow models and tokenizers that are defined by code in their own repository.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The model that the run started with."})
+    history: str = field(metadata={"help": "The run's history.jsonl, or the folder it is in."})
+    output_dir: str = field(metadata={"help": "Folder for the trained model and its tokenizer."})
+    steps: int | None = field(default=None, metadata={"help": "Number of updates to replay. If `None`, all."})
+    model_revision: str = field(default="main", metadata={"help": "Version of the model on the Hub."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype that the run loaded the model in.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to allow models and tokenizers defined by code in their repository."}
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Replay a run and save the model."""
+    (arguments,) = Parser(ReplayArguments, prog="es-trainer replay").parse_args_and_config(argv)
+    from transformers import AutoTokenizer
+
+    from .. import replay
+
+    origin = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    model = replay(arguments.model_name_or_path, arguments.history, arguments.steps, dtype=arguments.dtype, **origin)
+    model.save_pretrained(arguments.output_dir)
+    AutoTokenizer.from_pretrained(arguments.model_name_or_path, **origin).save_pretrained(arguments.output_dir)
+    print(f"💾 Model saved to {arguments.output_dir}.")

@@ -1,0 +1,28 @@
+"""`es-trainer train`"""
+
+from ..scripts import es
+from .launch import from_yaml, launch
+
+
+def main(argv: list[str]) -> None:
+    """Look through the options, then launch `scripts/es.py` with them."""
+    parser = es.make_parser(prog="es-trainer train")
+    # Errors are found here, before anything is started. On CPU: a GPU's memory is for what is started
+    *arguments, in_yaml, in_argv = parser.parse_args_and_config(
+        [*argv, "--use_cpu", "true"], return_remaining_strings=True, separate_remaining_strings=True
+    )
+    es.check(*arguments)
+    launch(es.__file__, _without(argv, in_argv), [*from_yaml(in_yaml), *in_argv])
+
+
+def _without(argv: list[str], left_over: list[str]) -> list[str]:
+    """What is left of `argv` without `left_over`, which is a part of it in its order."""
+    waiting = iter(left_over)
+    following = next(waiting, None)
+    kept = []
+    for arg in argv:
+        if arg == following:
+            following = next(waiting, None)
+        else:
+            kept.append(arg)
+    return kept

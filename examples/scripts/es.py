@@ -1,0 +1,1 @@
+../../es_trainer/scripts/es.py

@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from es_trainer.cli import COMMANDS, main
+from es_trainer.cli.arguments import GenerationArguments, Parser
+
+
+@dataclass
+class Size:
+    width: int = 1
+    height: float = 2.0
+
+
+def parse(*argv: str):
+    return Parser(Size, prog="measure").parse_args_and_config(argv)
+
+
+def refused(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        parse(*argv)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_command_line_overrides_the_yaml_file(yaml_file):
+    path = yaml_file("width: 5\nheight: 1e-3\n")
+    assert parse("--config", path) == (Size(5, 1e-3),)
+    assert parse(f"--config={path}", "--width", "7") == (Size(7, 1e-3),)
+
+
+def test_an_unknown_option_is_an_error_that_names_the_nearest(capsys):
+    message = refused(capsys, "--widht", "3")
+    assert message == "measure: error: unknown option '--widht': did you mean '--width'?\n"
+    assert refused(capsys, "--widht=3") == message
+    assert "did you mean" not in refused(capsys, "--colour", "red")
+
+
+def test_an_unknown_key_is_an_error_that_names_the_nearest(capsys, yaml_file):
+    message = refused(capsys, "--config", yaml_file("hieght: 3\n"))
+    assert message == "measure: error: unknown YAML key 'hieght': did you mean 'height'?\n"
+
+
+def test_unknown_names_are_found_before_anything_is_made(capsys):
+    @dataclass
+    class Never:
+        width: int = 1
+
+        def __post_init__(self):
+            raise AssertionError
+
+    with pytest.raises(SystemExit):
+        Parser(Never).parse_args_and_config(["--widht", "3"])
+
+
+def test_what_belongs_to_no_option_is_an_error(capsys):
+    assert refused(capsys, "nine") == "measure: error: unknown option 'nine'.\n"
+
+
+def test_abbreviations_are_unknown(capsys):
+    assert "did you mean '--width'" in refused(capsys, "--widt", "3")
+
+
+def test_a_value_of_the_wrong_type_is_an_error_that_names_the_option(capsys):
+    assert refused(capsys, "--width", "wide").endswith("argument --width: invalid int value: 'wide'\n")
+
+
+def test_options_of_accelerate_launch_are_left_over(yaml_file):
+    parser = Parser(Size, launched=True)
+    arguments, in_yaml, in_argv = parser.parse_args_and_config(
+        ["--config", yaml_file("width: 5\nnum_machines: 2\n"), "--num_processes", "2", "--accelerate_config=zero3"],
+        return_remaining_strings=True,
+        separate_remaining_strings=True,
+    )
+    assert arguments == Size(5)
+    assert in_yaml == ["--num_machines", "2"]
+    assert in_argv == ["--num_processes", "2", "--accelerate_config=zero3"]
+
+
+def test_names_near_an_option_of_accelerate_launch(capsys):
+    with pytest.raises(SystemExit):
+        Parser(Size, launched=True).parse_args_and_config(["--num_proceses", "2"])
+    assert "'--num_proceses': did you mean '--num_processes'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_says_what_it_takes(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"usage: es-trainer {command}" in capsys.readouterr().out
+
+
+def test_commands_are_listed(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+
+
+def test_an_unknown_command_is_an_error_that_names_all(capsys):
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "invalid choice: 'trian' (choose from " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["eval", "--help"], ["plot", "--help"], ["generate", "--help"]])
+def test_help_imports_no_torch(argv):
+    code = (
+        f"import sys; from es_trainer.cli import main\ntry: main({argv})\nfinally: assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_generation_arguments_are_those_of_a_config():
+    same = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "max_completion_length": 7}
+    in_json = {"generation_kwargs": {"num_beams": 1}, "chat_template_kwargs": {"enable_thinking": False}}
+    given = {name: json.dumps(value) for name, value in in_json.items()}
+    config = GenerationArguments("model", use_cpu=True, batch_size=4, model_revision="v2", **same, **given).to_config()
+    assert {name: getattr(config, name) for name in (*same, *in_json)} == {**same, **in_json}
+    assert config.generation_batch_size == 4
+    assert config.model_init_kwargs == {"dtype": "auto", "revision": "v2", "attn_implementation": None}
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"temperature": -1.0}, {"top_p": 2.0}])
+def test_invalid_generation_arguments(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}="):
+        GenerationArguments("model", use_cpu=True, **option).to_config()

@@ -1,0 +1,246 @@
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from es_trainer import ESTrainer
+from es_trainer.cli import main
+from es_trainer.cli.eval import EvalArguments, evaluate, mean_and_error, pass_at_k
+from es_trainer.tasks import conciseness
+
+
+METRIC = Path(__file__).with_name("same_text.py")
+WORDS = "one two three four five six".split()
+REWARDS = """
+def letters(prompts, completions, **kwargs):
+    return [sum(map(str.islower, completion)) for completion in completions]
+
+
+def is_message(completions, **kwargs):
+    return [float(completion[0]["role"] == "assistant") for completion in completions]
+
+
+def of_two(prompts, completions, **kwargs):
+    return [1.0 if prompt.endswith("two") else None for prompt in prompts]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With a dataset of texts and a module of reward functions."""
+    folder = tmp_path_factory.mktemp("eval")
+    rows = [{"prompt": f"Say {word}", "answer": word} for word in WORDS]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_eval_rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def working_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("other")
+    make_model(seed=1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def arguments(model_folder):
+    def make(**options) -> EvalArguments:
+        data = {"dataset_name": "words.jsonl", "reward_funcs": ["my_eval_rewards.letters"]}
+        if "task" in options:
+            data = {}
+        defaults = {"model_name_or_path": model_folder, "use_cpu": True, "max_completion_length": 8}
+        return EvalArguments(**{**defaults, **data, **options})
+
+    return make
+
+
+SAMPLED = {"temperature": 1.0, "num_samples": 5}
+
+
+def completions(results) -> list[list[str]]:
+    return [row["completions"] for row in results.rows]
+
+
+def test_greedy_scores_are_those_of_the_trainer(arguments, model_folder, config):
+    task = conciseness()
+    (results,) = evaluate(arguments(task="conciseness"))
+    trainer = ESTrainer(
+        model_folder, task.reward_funcs, config(), train_dataset=task.train_dataset, eval_dataset=task.eval_dataset
+    )
+    expected = trainer.evaluate()
+    for name in ("reward", "completions/mean_length", "completions/clipped_ratio"):
+        assert mean_and_error(results.by_prompt[name])[0] == pytest.approx(expected[f"eval_{name}"])
+    assert results.by_prompt["rewards/conciseness_reward"].tolist() == results.by_prompt["reward"].tolist()
+    assert [row["prompt"] for row in results.rows] == list(task.eval_dataset["prompt"])
+
+
+def test_rewards_get_messages_for_messages(arguments):
+    (results,) = evaluate(arguments(task="conciseness", reward_funcs=["my_eval_rewards.is_message"]))
+    assert set(results.by_prompt["reward"]) == {1.0}
+
+
+def test_report_and_table(arguments, model_folder, other_model, tmp_path, capsys):
+    output = tmp_path / "new" / "report.json"
+    argv = ["--model_name_or_path", other_model, "--compare_to", model_folder, "--dataset_name", "words.jsonl"]
+    rewards = ["--reward_funcs", "my_eval_rewards.letters", f"evaluate:{METRIC}", "--reward_weights", "2", "10"]
+    argv += [*rewards, "--temperature", "1", "--num_samples", "3", "--max_completion_length", "8", "--use_cpu"]
+    assert main(["eval", *argv, "--pass_threshold", "2", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+
+    assert report["settings"]["num_samples"] == 3
+    assert report["versions"]["torch"] == torch.__version__
+    assert [model["model"] for model in report["models"]] == [model_folder, other_model]
+    totals = []
+    for model in report["models"]:
+        assert [row["prompt"] for row in model["rows"]] == [f"Say {word}" for word in WORDS]
+        letters = [[sum(map(str.islower, text)) for text in row["completions"]] for row in model["rows"]]
+        assert [row["rewards"]["letters"] for row in model["rows"]] == letters
+        same = [row["rewards"]["same_text"] for row in model["rows"]]
+        total = 2 * np.array(letters) + 10 * np.array(same)
+        assert [row["reward"] for row in model["rows"]] == total.tolist()
+        reward = model["metrics"]["reward"]
+        assert reward["mean"] == pytest.approx(total.mean())
+        assert reward["standard_error"] == pytest.approx(total.mean(axis=1).std(ddof=1) / np.sqrt(6))
+        assert model["metrics"]["pass@1"]["mean"] == pytest.approx((total >= 2).mean())
+        assert model["metrics"]["pass@3"]["mean"] == pytest.approx((total >= 2).any(axis=1).mean())
+        totals.append(total.mean(axis=1))
+    difference = report["difference"]["reward"]
+    assert difference["mean"] == pytest.approx((totals[1] - totals[0]).mean())
+    assert difference["standard_error"] == pytest.approx((totals[1] - totals[0]).std(ddof=1) / np.sqrt(6))
+
+    printed = capsys.readouterr().out
+    assert "6 prompts: mean ± standard error" in printed
+    assert "A completion passes with a reward of 2 or more." in printed
+    for name in ("rewards/letters", "rewards/same_text", "pass@1", "pass@2", "pass@3", "difference"):
+        assert name in printed
+    assert f"{difference['mean']:.4g} ± {difference['standard_error']:.2g}" in printed
+
+
+def test_samples_do_not_hang_on_the_batch_size(arguments):
+    (one_by_one,) = evaluate(arguments(**SAMPLED, batch_size=1))
+    (together,) = evaluate(arguments(**SAMPLED))
+    assert completions(one_by_one) == completions(together)
+    assert len(set(completions(together)[0])) > 1
+    (others,) = evaluate(arguments(**SAMPLED, seed=1))
+    assert completions(others) != completions(together)
+
+
+def test_models_share_random_numbers(arguments, model_folder):
+    before, after = evaluate(arguments(**SAMPLED, compare_to=model_folder))
+    assert completions(before) == completions(after)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_completion_that_passes():
+    for samples in range(1, 8):
+        for passed in range(samples + 1):
+            outcomes = [True] * passed + [False] * (samples - passed)
+            for k in range(1, samples + 1):
+                subsets = [any(subset) for subset in combinations(outcomes, k)]
+                assert pass_at_k(samples, passed, k) == pytest.approx(np.mean(subsets))
+
+
+def test_k_of_many_samples(arguments):
+    (results,) = evaluate(arguments(**{**SAMPLED, "num_samples": 6}, pass_threshold=3.0))
+    assert [name for name in results.by_prompt if name.startswith("pass@")] == ["pass@1", "pass@2", "pass@4", "pass@6"]
+    means = [results.by_prompt[f"pass@{k}"].mean() for k in (1, 2, 4, 6)]
+    assert means == sorted(means)
+    assert 0 < means[0] < means[-1]
+
+
+def test_the_threshold_itself_passes(arguments):
+    (results,) = evaluate(arguments(pass_threshold=2.0))
+    rewards = results.by_prompt["reward"]
+    assert {1.0, 2.0} <= set(rewards)
+    assert results.by_prompt["pass@1"].tolist() == (rewards >= 2.0).tolist()
+
+
+def test_rewards_that_do_not_apply(arguments, tmp_path):
+    (results,) = evaluate(arguments(reward_funcs=["my_eval_rewards.of_two"]))
+    assert [row["reward"] for row in results.rows] == [[None], [1.0], [None], [None], [None], [None]]
+    assert mean_and_error(results.by_prompt["reward"])[0] == 1.0
+    assert results.by_prompt["pass@1"].tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_mean_and_error():
+    assert mean_and_error(np.array([1.0, np.nan, 3.0])) == (2.0, 1.0)
+    mean, error = mean_and_error(np.array([np.nan, 3.0]))
+    assert mean == 3.0 and np.isnan(error)
+    assert np.isnan(mean_and_error(np.array([np.nan]))).all()
+
+
+def test_limit(arguments):
+    for streaming in (False, True):
+        (results,) = evaluate(arguments(limit=2, dataset_streaming=streaming))
+        assert [row["prompt"] for row in results.rows] == ["Say one", "Say two"]
+
+
+def test_splits(arguments, tmp_path):
+    for split in ("train", "test"):
+        Dataset.from_list([{"prompt": split}]).to_json(tmp_path / f"{split}.jsonl")
+    name = str(tmp_path)
+    assert evaluate(arguments(dataset_name=name))[0].rows[0]["prompt"] == "test"
+    assert evaluate(arguments(dataset_name=name, dataset_split="train"))[0].rows[0]["prompt"] == "train"
+    with pytest.raises(ValueError, match="`dataset_split='validation'`: the dataset has the splits 'train', 'test'"):
+        evaluate(arguments(dataset_name=name, dataset_split="validation"))
+
+
+def test_an_adapter(arguments, model_folder, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    model.base_model.model.config._name_or_path = model.peft_config["default"].base_model_name_or_path = model_folder
+    model.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    make_tokenizer().save_pretrained(tmp_path / "merged")
+    adapter, merged, base = str(tmp_path / "adapter"), str(tmp_path / "merged"), model_folder
+    merged, adapter = evaluate(arguments(model_name_or_path=adapter, compare_to=merged))
+    assert completions(adapter) == completions(merged)
+    assert completions(adapter) != completions(evaluate(arguments(model_name_or_path=base))[0])
+
+
+def test_a_reward_model(arguments, tmp_path):
+    from transformers import LlamaForSequenceClassification
+
+    config = make_model().config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (results,) = evaluate(arguments(reward_model_name_or_path=str(tmp_path), reward_funcs=None))
+    assert len(set(results.by_prompt["reward"])) > 1
+
+
+def test_settings_that_cannot_work(arguments):
+    with pytest.raises(ValueError, match="`num_samples=4`: greedy decoding"):
+        arguments(num_samples=4)
+    with pytest.raises(ValueError, match="`num_samples=0`"):
+        arguments(num_samples=0)
+    with pytest.raises(ValueError, match="`limit=0`"):
+        arguments(limit=0)
+    with pytest.raises(ValueError, match="set `task`"):
+        evaluate(arguments(dataset_name=None))
+
+
+def test_a_dataset_without_prompts(arguments, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "?"}\n')
+    with pytest.raises(ValueError, match=r"no column 'prompt'; its columns are \['question'\]"):
+        evaluate(arguments(dataset_name=str(path)))
+
+
+def test_an_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--model_name_or_path", "x", "--num_sample", "3"])
+    assert "unknown option '--num_sample': did you mean '--num_samples'?" in capsys.readouterr().err

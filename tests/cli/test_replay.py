@@ -1,0 +1,52 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from es_trainer import ESTrainer
+from es_trainer.cli import main
+
+
+def run(model_folder, dataset, reward, args) -> ESTrainer:
+    trainer = ESTrainer(model_folder, reward, args, train_dataset=dataset)
+    trainer.train()
+    return trainer
+
+
+def replayed(*options: str, model: str, history, output) -> dict[str, torch.Tensor]:
+    argv = ["--model_name_or_path", model, "--history", str(history), "--output_dir", str(output)]
+    assert main(["replay", *argv, *options]) == 0
+    assert len(AutoTokenizer.from_pretrained(output)) == 259
+    return AutoModelForCausalLM.from_pretrained(output).state_dict()
+
+
+def assert_same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert mine[name].dtype == theirs[name].dtype
+        assert torch.equal(mine[name], theirs[name])
+
+
+def test_the_trained_model(model_folder, dataset, reward, config, tmp_path):
+    args = config(save_strategy="steps", save_steps=2)
+    run(model_folder, dataset, reward, args).save_model(str(tmp_path / "final"))
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    at_two = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
+
+    history = tmp_path / "run" / "history.jsonl"
+    assert_same(replayed(model=model_folder, history=history, output=tmp_path / "a"), final)
+    assert_same(replayed("--steps", "2", model=model_folder, history=history.parent, output=tmp_path / "b"), at_two)
+
+
+def test_a_run_in_another_dtype(model_folder, dataset, reward, config, tmp_path):
+    args = config(model_init_kwargs={"dtype": "bfloat16"}, bf16=True)
+    run(model_folder, dataset, reward, args).save_model(str(tmp_path / "final"))
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    options = ("--dtype", "bfloat16")
+    assert_same(replayed(*options, model=model_folder, history=tmp_path / "run", output=tmp_path / "a"), final)
+
+
+def test_more_steps_than_there_are(model_folder, dataset, reward, config, tmp_path):
+    run(model_folder, dataset, reward, config())
+    with pytest.raises(ValueError, match="`steps=9`: the history .* has 3 updates"):
+        replayed("--steps", "9", model=model_folder, history=tmp_path / "run", output=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
