@@ -1,7 +1,8 @@
+from .accuracy import accuracy_reward
 from .conciseness import conciseness_reward
 from .countdown import countdown_reward, solves
 from .evaluate_metric import evaluate_reward
 from .text import completion_text
 
 
-__all__ = ["completion_text", "conciseness_reward", "countdown_reward", "evaluate_reward", "solves"]
+__all__ = ["accuracy_reward", "completion_text", "conciseness_reward", "countdown_reward", "evaluate_reward", "solves"]
