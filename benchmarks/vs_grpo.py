@@ -142,10 +142,11 @@ def report(options: argparse.Namespace) -> None:
         )
     for (dtype, method), course in courses.items():
         grpo = courses[dtype, "grpo"]
+        faster = speed(course, options.steps) / speed(grpo, options.steps)
         print(
-            f"{dtype}, {method}: {speed(course, options.steps) / speed(grpo, options.steps):.1f} times the completions "
-            f"per second of GRPOTrainer, {course['peak'] / grpo['peak']:.0%} of its memory; mean length of the first "
-            f"{options.steps} steps' completions {course['mean_length']:.1f} tokens; {len(course['step_seconds'])} steps"
+            f"{dtype}, {method}: {faster:.1f} times the completions per second of GRPOTrainer, "
+            f"{course['peak'] / grpo['peak']:.0%} of its memory; {course['mean_length']:.1f} tokens a completion in "
+            f"the first {options.steps} steps; {len(course['step_seconds'])} steps"
         )
     draw(courses, options.picture)
 
@@ -191,8 +192,6 @@ if __name__ == "__main__":
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         with Peak() as peak:
-            course = train(
-                options.method, options.dtype, options.steps, options.seconds, options.grpo_learning_rate
-            )
+            course = train(options.method, options.dtype, options.steps, options.seconds, options.grpo_learning_rate)
         course["peak"] = torch.cuda.max_memory_allocated() / MIB if CUDA else peak.mib
         print(json.dumps(course))

@@ -449,7 +449,10 @@ class ESTrainer(Trainer):
 
         with (
             self.processes.queue(len(population)) as queue,
-            ThreadPoolExecutor(1, thread_name_prefix="es_trainer-rewards") as background,
+            # A thread has torch's number of threads from the environment, whatever was set in the program
+            ThreadPoolExecutor(
+                1, "es_trainer-rewards", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+            ) as background,
         ):
             size, batch_size = self._batch_sizes(prompt_ids)
             while group := queue.take(size):
@@ -602,8 +605,6 @@ class ESTrainer(Trainer):
         """Generate with the weights as they are. For each member, what is returned scores its completions."""
         start = time.perf_counter()
         own = self.engine.own_prompts(len(prompt_ids))
-        if not own:
-            return []
         repeated = [rows[i] for i in own for _ in range(number)]
         if self.rollout_func is None:
             progress = not self.args.disable_tqdm and self.is_world_process_zero()
@@ -614,6 +615,8 @@ class ESTrainer(Trainer):
                 self.rollout_func, [rows[i]["prompt"] for i in own], self, number
             )
             repeated = [{**row, **extra} for row, extra in zip(repeated, fields, strict=True)]
+        if not own:  # fewer prompts than processes, which generate together nevertheless
+            return []
         seconds = (time.perf_counter() - start) * len(repeated) / len(completions)
         conversational = is_conversational({"prompt": rows[0]["prompt"]})
 
