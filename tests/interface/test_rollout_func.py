@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same, letters, logs, weights
+from conftest import assert_same, letters, logs, make_model, weights
 from datasets import Dataset
 
 
@@ -44,6 +44,7 @@ def test_it_gets_each_prompt_once_and_the_trainer(trainer):
         return {"prompt_ids": [[5]] * count, "completion_ids": [[10 + i, 2] for i in range(count)]}
 
     run = trainer(
+        make_model().train(),
         rollout_func=rollout_func,
         num_generations=2,
         temperature=1.0,
