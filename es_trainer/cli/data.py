@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ScriptArguments
 
-from .arguments import suggestion
+from .arguments import RewardArguments, suggestion
 
 
 if TYPE_CHECKING:
@@ -23,51 +23,18 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ESScriptArguments(ScriptArguments):
+class ESScriptArguments(RewardArguments, ScriptArguments):
     """
-    Script arguments for training with evolution strategies.
+    Script arguments for training with evolution strategies, beside those of [`RewardArguments`].
 
     Args:
-        task (`str`, *optional*):
-            A task of `es_trainer.tasks`, which brings datasets and reward functions along. If the task's rows come
-            from a dataset, `dataset_name` and `dataset_config` choose another.
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions. If `None`, those of the task. Supported values are:
-
-            - names of `es_trainer.rewards`, such as `"countdown_reward"`
-            - of `trl.rewards`, if `es_trainer.rewards` does not have them: `"accuracy_reward"`,
-              `"reasoning_accuracy_reward"`, `"think_format_reward"` and `"get_soft_overlong_punishment"` (used values
-              are `max_completion_len=1280`, `soft_punish_cache=256`)
-            - `"evaluate:exact_match"`: a metric of the `evaluate` library, by name or path, against the column
-              `answer`; `"evaluate:rouge:rougeL"` picks one of several scores
-            - any dotted import path, such as `"my_lib.rewards.custom_reward"`
-        reward_model_name_or_path (`str`, *optional*):
-            Reward model: name, or folder, of a model for sequence classification.
         system_prompt (`str`, *optional*):
             System message for every prompt, in place of the one it may have. It is put before prompts that are text.
     """
 
-    task: str | None = field(
-        default=None,
-        metadata={"help": "A task of es_trainer.tasks, which brings datasets and reward functions along."},
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions: names of es_trainer.rewards and trl.rewards, `evaluate:metric` or "
-            "`evaluate:metric:score`, or dotted import paths. If `None`, those of the task."
-        },
-    )
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model: name, or folder, of a model for sequence classification."}
-    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message for every prompt, in place of the one it may have."}
     )
-
-    def __post_init__(self):
-        if isinstance(self.reward_funcs, str):  # YAML without brackets
-            self.reward_funcs = [self.reward_funcs]
 
 
 def check_data(arguments: "ESScriptArguments | EvalArguments", mixture: DatasetMixtureConfig) -> None:
@@ -213,7 +180,7 @@ def load_reward_funcs(names: list[str]) -> list[Callable]:
 
     Args:
         names (`list[str]`):
-            As in `ESScriptArguments.reward_funcs`.
+            As in `RewardArguments.reward_funcs`.
 
     Raises:
         `ValueError`: If there is no such function.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig
 
-from .arguments import GenerationArguments, Parser
+from .arguments import GenerationArguments, Parser, RewardArguments
 
 
 if TYPE_CHECKING:
@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvalArguments(GenerationArguments):
+class EvalArguments(RewardArguments, GenerationArguments):
     """
-    Arguments of `es-trainer eval`, beside those of [`GenerationArguments`].
+    Arguments of `es-trainer eval`, beside those of [`GenerationArguments`] and [`RewardArguments`].
 
     Args:
-        task (`str`, *optional*):
-            A task of `es_trainer.tasks`, which brings a dataset and reward functions along. If the task's rows come
-            from a dataset, `dataset_name` and `dataset_config` choose another.
         dataset_name (`str`, *optional*):
             Dataset: a name, a folder, or a JSON, CSV or Parquet file.
         dataset_config (`str`, *optional*):
@@ -38,10 +35,6 @@ class EvalArguments(GenerationArguments):
             Whether to load no more rows than are scored.
         limit (`int`, *optional*):
             Number of rows to score, from the first one on. If `None`, all.
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions, as in [`ESScriptArguments`]. If `None`, those of the task.
-        reward_model_name_or_path (`str`, *optional*):
-            Reward model: name, or folder, of a model for sequence classification.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward in their sum; 1.0 if not given.
         num_samples (`int`, *optional*, defaults to `1`):
@@ -52,9 +45,6 @@ class EvalArguments(GenerationArguments):
             JSON file for settings, versions, metrics, completions and rewards.
     """
 
-    task: str | None = field(
-        default=None, metadata={"help": "A task of es_trainer.tasks, which brings a dataset and rewards along."}
-    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset: a name, a folder, or a JSON, CSV or Parquet file."}
     )
@@ -64,16 +54,6 @@ class EvalArguments(GenerationArguments):
     )
     dataset_streaming: bool = field(default=False, metadata={"help": "Whether to load no more rows than are scored."})
     limit: int | None = field(default=None, metadata={"help": "Number of rows to score. If `None`, all."})
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions: names of es_trainer.rewards and trl.rewards, `evaluate:metric` or "
-            "`evaluate:metric:score`, or dotted import paths. If `None`, those of the task."
-        },
-    )
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model: name, or folder, of a model for sequence classification."}
-    )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward in their sum."})
     num_samples: int = field(
         default=1, metadata={"help": "Completions of each prompt. More than one needs `temperature > 0`."}
@@ -86,8 +66,7 @@ class EvalArguments(GenerationArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.reward_funcs, str):  # YAML without brackets
-            self.reward_funcs = [self.reward_funcs]
+        super().__post_init__()
         if self.num_samples < 1:
             raise ValueError(f"`num_samples={self.num_samples}` is not valid: it must be at least 1.")
         if self.num_samples > 1 and self.temperature == 0:

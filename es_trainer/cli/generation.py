@@ -5,6 +5,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..checks import require_pad_token
 from ..config import ESConfig
 from ..rollout import Completion, TransformersEngine
 
@@ -25,8 +26,7 @@ class Generator(TransformersEngine):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=options["revision"], trust_remote_code=config.trust_remote_code, padding_side="left"
         )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        require_pad_token(tokenizer)
         # It loads adapters, too, with the model that they name
         model = AutoModelForCausalLM.from_pretrained(name, **options).to(config.device)
         super().__init__(model, tokenizer, config)
