@@ -12,8 +12,8 @@ from torch import nn
 
 from . import noise
 from .fitness import FitnessShaping, utilities
-from .parameters import MasterWeights, Shard, Weights, whole_shape
-from .perturbation import Gaussian, Noises, Products
+from .parameters import Home, MasterWeights, Shard, Weights, whole_shape
+from .perturbation import Gaussian, Noises, Products, Scattered
 from .population import Member, Population
 
 
@@ -78,6 +78,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Shape of the noise.
         frozen (`Iterable[nn.Parameter]`, *optional*):
             The model's other parameters; see [`parameters.Weights`].
+        homes (`dict[nn.Parameter, Home]`, *optional*):
+            Where an inference engine keeps the working weights; see [`parameters.Weights`].
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         seed: int = 42,
         perturbation: Gaussian | None = None,
         frozen: Iterable[nn.Parameter] = (),
+        homes: dict[nn.Parameter, Home] | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.sigma = sigma
@@ -118,8 +121,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        self.weights = Weights(named, dtype, master_weights, perturbation, frozen)
-        self._stride = max(1, sum(whole_shape(parameter).numel() for _, parameter in named) // DISTANCE_SAMPLE)
+        total = sum(whole_shape(parameter).numel() for _, parameter in named)
+        self.weights = Weights(named, dtype, master_weights, perturbation, frozen, homes)
+        self._stride = max(1, total // DISTANCE_SAMPLE)
         for shard in self.weights.shards:
             self.state[shard.parameter] = self._initial_state(shard)
 
@@ -207,14 +211,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
-                device = shard.working.device
-                g = self.weights.perturbation.combine(shard.name, shard.shape, seeds, coefficients, device)
-
+                g = self.weights.terms(shard, seeds, coefficients)
                 update = functools.partial(self._update_piece, shard, g, group)
-                squares += noise.for_pieces(update, shard.working.numel(), device)
+                pieces = noise.for_pieces(update, shard.working.numel(), shard.working.device)
+                if not shard.is_copy:
+                    squares += pieces
         return squares
 
-    def _update_piece(self, shard: Shard, g: Noises | Products, group: dict[str, Any], low: int, high: int) -> float:
+    def _update_piece(
+        self, shard: Shard, g: Noises | Products | Scattered, group: dict[str, Any], low: int, high: int
+    ) -> float:
         piece = slice(low, high)
         device = shard.working.device
         state = self.state[shard.parameter]
@@ -265,7 +271,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         squares = []
         for shard in self.weights.shards:
             start = self.state[shard.parameter]["start"].float()
-            if start.numel():
+            if start.numel() and not shard.is_copy:
                 square = float(torch.linalg.vector_norm(self._sample(shard).float() - start)) ** 2
                 squares.append(square * shard.working.numel() / start.numel())
         return math.sqrt(math.fsum(squares))

@@ -11,11 +11,41 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import noise
-from .perturbation import Factors, Gaussian, Noises, Products
+from .perturbation import Factors, Gaussian, Noises, Products, Scattered
 from .population import Member
 
 
 MasterWeights = Literal["device", "host", "none"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """
+    Where an inference engine keeps a parameter, or this process's part of it.
+
+    Args:
+        weights (`torch.Tensor`):
+            Flat view of the engine's weights.
+        start (`int`, *optional*, defaults to `0`):
+            Flat index of the first of them in the whole parameter.
+        runs (`tuple[int, int, int]`, *optional*):
+            `(offset, length, period)` of a part that is not in one piece: it has `length` weights from `offset` on of
+            every `period` of the parameter, like some columns of a matrix.
+        copy (`bool`, *optional*, defaults to `False`):
+            Whether another process has the same part and stands for it in sums.
+    """
+
+    weights: torch.Tensor
+    start: int = 0
+    runs: tuple[int, int, int] | None = None
+    copy: bool = False
+
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """What lies here of a whole parameter, or of anything of its shape; flat, a view where it is in one piece."""
+        if self.runs is None:
+            return whole.reshape(-1)[self.start : self.start + self.weights.numel()]
+        offset, length, period = self.runs
+        return whole.reshape(-1, period)[:, offset : offset + length].reshape(-1)
 
 
 @dataclass
@@ -38,6 +68,8 @@ class Shard:
             Flat weights that perturbed ones are written from, or `None` where the working weights are all there is.
         start (`int`, *optional*, defaults to `0`):
             Flat index of the first element in the whole parameter.
+        home ([`Home`], *optional*):
+            Where an inference engine keeps the working weights.
     """
 
     name: str
@@ -47,6 +79,12 @@ class Shard:
     working: torch.Tensor
     master: torch.Tensor | None
     start: int = 0
+    home: Home | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether another process has the same part and stands for it in sums."""
+        return self.home is not None and self.home.copy
 
     @property
     def trained(self) -> torch.Tensor:
@@ -74,6 +112,9 @@ class Weights:
         frozen (`Iterable[nn.Parameter]`, *optional*):
             The model's other parameters. They are computed with in the working dtype, too, and never change; if that
             rounds them, the originals wait in host memory for the model to be saved.
+        homes (`dict[nn.Parameter, Home]`, *optional*):
+            Where an inference engine keeps the working weights of the parameters. They are written and read there, and
+            a parameter that lies there in one piece becomes a view of it.
 
     Of parameters that DeepSpeed ZeRO-3 has partitioned, each process keeps, perturbs and updates its own part.
     """
@@ -85,12 +126,15 @@ class Weights:
         master_weights: MasterWeights = "device",
         perturbation: Gaussian | None = None,
         frozen: Iterable[nn.Parameter] = (),
+        homes: dict[nn.Parameter, Home] | None = None,
     ):
-        parameters, frozen = list(parameters), list(frozen)
+        parameters, frozen, homes = list(parameters), list(frozen), homes or {}
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
         self.partitioned = any(is_partitioned(parameter) for _, parameter in parameters)
-        self.shards = [_shard(name, parameter, dtype, master_weights) for name, parameter in parameters]
+        self.shards = [
+            _shard(name, parameter, dtype, master_weights, homes.get(parameter)) for name, parameter in parameters
+        ]
         self._frozen = [
             (parameter, _round(parameter, dtype))
             for parameter in frozen
@@ -130,11 +174,20 @@ class Weights:
 
     def _write_shard(self, shard: Shard, target: torch.Tensor, seed: int, coefficient: float) -> None:
         """Write one perturbation of a shard into a flat tensor on the device of the working weights."""
-        terms = self.perturbation.combine(shard.name, shard.shape, [seed], [coefficient], target.device)
+        terms = self.terms(shard, [seed], [coefficient])
         if shard.trained.device == target.device:
             terms.add(shard.trained, target, shard.start)
         else:
             _add_from_host(shard, target, terms)
+
+    def terms(
+        self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]
+    ) -> Noises | Products | Scattered:
+        """The sum of the seeds' perturbations of a shard, whose flat indices count from `shard.start` on."""
+        terms = self.perturbation.combine(shard.name, shard.shape, seeds, coefficients, shard.working.device)
+        if shard.home is not None and shard.home.runs is not None:
+            return Scattered(terms, *shard.home.runs)
+        return terms
 
     def of_members(self, shard: Shard, members: Sequence[Member], sigma: float) -> Factors | torch.Tensor:
         """
@@ -240,7 +293,7 @@ class Weights:
             shard.working.copy_(loaded)
 
 
-def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products) -> None:
+def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products | Scattered) -> None:
     def piece(low: int, high: int) -> None:
         source = shard.master[low:high].to(target.device, non_blocking=True)
         terms.add(source, target[low:high], shard.start + low)
@@ -307,16 +360,27 @@ def _round(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
     return original
 
 
-def _shard(name: str, parameter: nn.Parameter, dtype: torch.dtype | None, master_weights: MasterWeights) -> Shard:
-    parameter.data = parameter.data.contiguous()
-    given, start = local_part(parameter)
-    _cast(parameter, dtype or given.dtype)
-    working, _ = local_part(parameter)
+def _shard(
+    name: str,
+    parameter: nn.Parameter,
+    dtype: torch.dtype | None,
+    master_weights: MasterWeights,
+    home: Home | None = None,
+) -> Shard:
+    shape = whole_shape(parameter)
+    if home is not None:
+        given, start, working = home.part_of(parameter.data), home.start, home.weights
+        parameter.data = working.view(shape) if working.numel() == shape.numel() else working.new_empty(0)
+    else:
+        parameter.data = parameter.data.contiguous()
+        given, start = local_part(parameter)
+        _cast(parameter, dtype or given.dtype)
+        working, _ = local_part(parameter)
     if master_weights == "none":
         master = None
     elif master_weights == "host":
-        master = torch.empty(given.shape, dtype=torch.float32, pin_memory=given.device.type == "cuda").copy_(given)
+        master = torch.empty(given.shape, dtype=torch.float32, pin_memory=working.device.type == "cuda").copy_(given)
     else:
         # Nothing is copied if the model computes in another dtype than float32
-        master = given.to(torch.float32, copy=given.data_ptr() == working.data_ptr())
-    return Shard(name, parameter, whole_shape(parameter), given.dtype, working, master, start)
+        master = given.to(working.device, torch.float32, copy=given.data_ptr() == working.data_ptr())
+    return Shard(name, parameter, shape, given.dtype, working, master, start, home)

@@ -80,6 +80,65 @@ class Products:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class Scattered:
+    """
+    A sum for a part of a parameter that is not in one piece: `length` weights from `offset` on of every `period`.
+
+    Args:
+        terms ([`Noises`] or [`Products`]):
+            The sum for the whole parameter.
+        offset, length, period (`int`):
+            What of it is wanted.
+    """
+
+    def __init__(self, terms: Noises | Products, offset: int, length: int, period: int):
+        self.terms = terms
+        self.offset = offset
+        self.length = length
+        self.period = period
+
+    def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
+        """Write `target = source + sum`, where the flat `target` begins at index `start` of the part."""
+
+        def piece(low: int, high: int) -> None:
+            values = None if source is None else source[low:high]
+            # A long run is written where it lies; around short ones, whole periods are computed, which takes no more
+            # calls than the part has pieces
+            if self.period > noise.CPU_PIECE:
+                self._add_runs(values, target[low:high], start + low)
+            else:
+                self._add_periods(values, target[low:high], start + low)
+
+        noise.for_pieces(piece, target.numel(), target.device)
+
+    def _add_runs(self, source: torch.Tensor | None, target: torch.Tensor, start: int) -> None:
+        done = 0
+        while done < target.numel():
+            run, first = divmod(start + done, self.length)
+            stop = min(done + self.length - first, target.numel())
+            values = None if source is None else source[done:stop]
+            self.terms.add(values, target[done:stop], run * self.period + self.offset + first)
+            done = stop
+
+    def _add_periods(self, source: torch.Tensor | None, target: torch.Tensor, start: int) -> None:
+        step = max(1, (noise.CPU_PIECE if target.device.type == "cpu" else noise.CUDA_PIECE) // self.period)
+        first, last = start // self.length, -(-(start + target.numel()) // self.length)
+        for run in range(first, last, step):
+            runs = min(step, last - run)
+            low = max(run * self.length, start) - start
+            high = min((run + runs) * self.length, start + target.numel()) - start
+            values = torch.zeros(runs * self.length, device=target.device)
+            inside = values[start + low - run * self.length :][: high - low]
+            if source is not None:
+                inside.copy_(source[low:high])
+            periods = torch.zeros(runs, self.period, device=target.device)
+            wanted = periods[:, self.offset : self.offset + self.length]
+            wanted.copy_(values.view(runs, self.length))
+            self.terms.add(periods.view(-1), periods.view(-1), run * self.period)
+            values.view(runs, self.length).copy_(wanted)
+            target[low:high].copy_(inside)
+
+
 @dataclass(frozen=True)
 class Factors:
     """

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .transformers_engine import Completion
+from .engine import Completion
 
 
 if TYPE_CHECKING:

@@ -1,16 +1,15 @@
 """Completions by Transformers' `generate`."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
-from trl.data_utils import is_conversational
 
 from ..config import ESConfig
 from .decoding import Decoding, Row
+from .engine import Completion, Engine
 from .population_batch import Rows
 from .sampling import CommonRandomNumbers, sampling_processors
 
@@ -19,34 +18,7 @@ from .sampling import CommonRandomNumbers, sampling_processors
 ROW_BOUND = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "guidance_scale")
 
 
-@dataclass(frozen=True)
-class Completion:
-    """
-    One completion.
-
-    Args:
-        ids (`list[int]`):
-            Tokens, up to and with the end-of-sequence token.
-        text (`str`):
-            The decoded tokens without special ones.
-        truncated (`bool`):
-            Whether it was cut at the maximum length.
-        others (`int`, *optional*, defaults to `0`):
-            How many of the tokens are not the model's own, but an environment's.
-    """
-
-    ids: list[int]
-    text: str
-    truncated: bool
-    others: int = 0
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that the model wrote."""
-        return len(self.ids) - self.others
-
-
-class TransformersEngine:
+class TransformersEngine(Engine):
     """
     Generates with the model's weights as they are at that moment.
 
@@ -69,12 +41,8 @@ class TransformersEngine:
         args: ESConfig,
         lockstep: tuple[int, int] | None = None,
     ):
-        self.model = model
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer, args)
         self.lockstep = lockstep
-        self.chat_template_kwargs = args.chat_template_kwargs or {}
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
-
         options = {
             "temperature": args.temperature,
             "top_k": args.top_k,
@@ -114,46 +82,6 @@ class TransformersEngine:
     @property
     def max_new_tokens(self) -> int:
         return self.generation_config.max_new_tokens
-
-    def tokenize(self, prompts: list[str] | list[list[dict[str, Any]]], first_row: int = 0) -> list[list[int]]:
-        """
-        Tokens of the prompts: by the chat template if they are conversational, as plain text otherwise.
-
-        Args:
-            prompts (`list`):
-                Texts or lists of messages.
-            first_row (`int`, *optional*, defaults to `0`):
-                Number of the first prompt, for errors.
-
-        Raises:
-            `ValueError`: If a conversational prompt meets a tokenizer without chat template, or a prompt leaves no
-                room for a completion in the model's context.
-        """
-        if is_conversational({"prompt": prompts[0]}):
-            if self.tokenizer.chat_template is None:
-                raise ValueError(
-                    "The prompts are conversational, but the tokenizer has no chat template. Set "
-                    "`tokenizer.chat_template` (see `trl.clone_chat_template`) or give the prompts as plain text."
-                )
-            ids = self.tokenizer.apply_chat_template(
-                prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
-            )["input_ids"]
-        else:
-            ids = self.tokenizer(text=prompts)["input_ids"]
-        self._check_lengths(ids, first_row)
-        return ids
-
-    def _check_lengths(self, prompt_ids: list[list[int]], first_row: int) -> None:
-        context = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
-        for row, ids in enumerate(prompt_ids, first_row):
-            if not ids:
-                raise ValueError(f"Prompt {row} is empty: the model needs at least one token to go on from.")
-            if context is not None and len(ids) + self.max_new_tokens > context:
-                raise ValueError(
-                    f"Prompt {row} has {len(ids)} tokens; with `max_completion_length={self.max_new_tokens}` that is "
-                    f"more than the model's context of {context}. Shorten or drop such prompts, or lower "
-                    "`max_completion_length`."
-                )
 
     def own_prompts(self, count: int) -> range:
         """Which of so many prompts this process completes."""
@@ -251,14 +179,3 @@ class TransformersEngine:
         while self.stopping_criteria and length > 1 and ids[length - 1] == self.tokenizer.pad_token_id:
             length -= 1
         return ids[:length]
-
-    def _completion(self, ids: list[int]) -> Completion:
-        truncated = len(ids) == self.max_new_tokens and ids[-1] not in self.eos_token_ids
-        return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated)
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: those that the model declares (an end-of-turn token) and the tokenizer's."""
-    declared = model.generation_config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    return [token for token in dict.fromkeys([*ids, tokenizer.eos_token_id]) if token is not None]
