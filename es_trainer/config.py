@@ -1,4 +1,5 @@
 import difflib
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -30,6 +31,18 @@ REFUSED_GENERATION_KWARGS = {
     "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
     "top_h": "use `top_p`, `top_k` or `min_p`",
 }
+
+# The same for vLLM, and what it takes
+REFUSED_SAMPLING_PARAMS = {
+    "n": "set `num_generations`",
+    "max_tokens": "set `max_completion_length`",
+    "seed": "completions get seeds that are common to all members",
+}
+SAMPLING_PARAMS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("stop", "stop_strings", "stop_token_ids", "ignore_eos", "min_tokens"),
+    *("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
+)
 
 # Fields that GRPOConfig also has, but whose values there say nothing about evolution strategies: how gradients are
 # computed and followed, and sizes that count something else
@@ -192,11 +205,57 @@ class ESConfig(TrainingArguments):
             tokens.
         generation_kwargs (`str` or `dict[str, Any]`, *optional*):
             Additional keyword arguments of [`~transformers.GenerationConfig`], such as `suppress_tokens` or
-            `stop_strings`. They override the other generation parameters.
+            `stop_strings`. They override the other generation parameters. With `use_vllm=True`, those of vLLM's
+            `SamplingParams`.
         chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Additional keyword arguments of `apply_chat_template`.
         cache_implementation (`str`, *optional*):
             Implementation of the key-value cache, as in [`~transformers.GenerationConfig`].
+
+        > Parameters that control generation with vLLM
+
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to generate completions with vLLM. `generation_kwargs` are then those of vLLM's `SamplingParams`.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            - `"colocate"`: in the processes of the trainer. The engine's weights are the weights that are trained.
+            - `"server"`: on servers, which are started with `es-trainer vllm-serve`. They hold, perturb and update the
+              weights; the trainer, which is one process without a GPU, hands members to those that are free.
+        vllm_model_impl (`str`, *optional*, defaults to `"vllm"`):
+            Implementation of the model: vLLM's own (`"vllm"`) or that of Transformers (`"transformers"`).
+        vllm_structured_outputs_regex (`str`, *optional*):
+            Regular expression that completions have to match.
+        vllm_lora (`bool`, *optional*, defaults to `False`):
+            Evaluate the members as LoRA adapters of one batch, which is several times faster than one member after
+            another where few prompts do not fill the device. Needs `perturbation="low_rank"` and
+            `vllm_mode="colocate"`. Only what LoRA adapters can carry is trained, which are the matrices of the linear
+            layers; embeddings, norms, biases and experts stay as they are, which is logged.
+
+        > Parameters that control vLLM with `vllm_mode="server"`
+
+        vllm_server_base_url (`list[str]` or `str`, *optional*):
+            Base URL of each server, like `"http://localhost:8000"`. If given, `vllm_server_host` and
+            `vllm_server_port` are ignored. The token of the servers, if they have one, is read from the environment
+            variable `VLLM_API_KEY`.
+        vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
+            Host of the server.
+        vllm_server_port (`int`, *optional*, defaults to `8000`):
+            Port of the server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for servers to be up, and for the answer to any request: a server that needs longer for a
+            member's completions counts as hung, and the member goes to another one.
+
+        > Parameters that control vLLM with `vllm_mode="colocate"`
+
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the device's memory for the engine, its weights included: as GRPOConfig's, though there is no
+            second copy of the weights, no gradient and no optimizer state to leave room for. On CPU, of the machine's.
+        vllm_max_model_length (`int`, *optional*):
+            Longest prompt with its completion, in tokens. If `None`, the model's.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Processes that share out each weight matrix and generate for the same member together. Must divide the
+            number of processes.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            Whether the engine frees its key-value cache between generations. Not on CPU.
 
         > Parameters that control the rewards
 
@@ -369,6 +428,49 @@ class ESConfig(TrainingArguments):
     )
     cache_implementation: str | None = field(default=None, metadata={"help": "Implementation of the key-value cache."})
 
+    # Parameters that control generation with vLLM
+    use_vllm: bool = field(default=False, metadata={"help": "Whether to generate completions with vLLM."})
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "Where vLLM runs: 'colocate' (in the trainer's processes) or 'server' (on servers)."},
+    )
+    vllm_model_impl: str = field(
+        default="vllm", metadata={"help": "Implementation of the model: 'vllm' or 'transformers'."}
+    )
+    vllm_structured_outputs_regex: str | None = field(
+        default=None, metadata={"help": "Regular expression that completions have to match."}
+    )
+    vllm_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate members as LoRA adapters of one batch; trains the matrices of linear layers only."
+        },
+    )
+
+    # Parameters that control vLLM on servers
+    vllm_server_base_url: list[str] | None = field(
+        default=None, metadata={"help": "Base URL of each vLLM server, like 'http://localhost:8000'."}
+    )
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the vLLM server."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server."})
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds to wait for vLLM servers to be up, and for each answer of theirs."}
+    )
+
+    # Parameters that control vLLM in the trainer's processes
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the device's memory for vLLM, its weights included."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt with its completion, in tokens. If `None`, the model's."}
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Processes that share out each weight matrix and generate together."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "Whether vLLM frees its key-value cache between generations."}
+    )
+
     # Parameters that control the rewards
     reward_weights: list[float] | None = field(
         default=None,
@@ -455,6 +557,8 @@ class ESConfig(TrainingArguments):
         if self.num_prompts_per_step is None:
             self.num_prompts_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
         self._validate()
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = [self.vllm_server_base_url]
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the prompts must not hang on the global random state
         if not self.shuffle_dataset:
@@ -540,7 +644,11 @@ class ESConfig(TrainingArguments):
         require(self.top_k >= 0, "top_k", "it must not be negative; 0 keeps all tokens.")
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "it must be in [0, 1].")
         require(self.repetition_penalty > 0, "repetition_penalty", "it must be positive; 1.0 is no penalty.")
-        self._validate_generation_kwargs()
+        self._validate_vllm(require, one_of)
+        if self.use_vllm:
+            self._validate_vllm_generation_kwargs()
+        else:
+            self._validate_generation_kwargs()
         require(
             self.num_completions_to_print is None or self.num_completions_to_print >= 1,
             "num_completions_to_print",
@@ -575,6 +683,79 @@ class ESConfig(TrainingArguments):
                 raise ValueError(
                     "`generation_kwargs` has 'num_beams': beam search evaluates one member at a time; set "
                     "perturbation='gaussian' and population_batch_size=1."
+                )
+
+    def _validate_vllm(self, require: Callable[..., None], one_of: Callable[..., None]) -> None:
+        if not self.use_vllm:
+            require(not self.vllm_lora, "vllm_lora", "it needs use_vllm=True.")
+            return
+        one_of("vllm_mode", ("colocate", "server"))
+        one_of("vllm_model_impl", ("vllm", "transformers"))
+        require(0 < self.vllm_gpu_memory_utilization <= 1, "vllm_gpu_memory_utilization", "it must be in (0, 1].")
+        require(self.vllm_server_timeout > 0, "vllm_server_timeout", "it must be positive.")
+        require(
+            self.vllm_max_model_length is None or self.vllm_max_model_length >= 1,
+            "vllm_max_model_length",
+            "it must be at least 1, or None for the model's.",
+        )
+        require(
+            self.vllm_tensor_parallel_size >= 1 and launched_processes() % self.vllm_tensor_parallel_size == 0,
+            "vllm_tensor_parallel_size",
+            f"it must divide the number of processes, which is {launched_processes()}.",
+        )
+        if self.deepspeed_plugin is not None:
+            raise ValueError(
+                "`use_vllm=True` under DeepSpeed is not supported. Launch with "
+                "recipes/accelerate_configs/multi_gpu.yaml, and set `vllm_tensor_parallel_size` to share out the "
+                "weights of a model that does not fit into one device."
+            )
+        require(self.cache_implementation is None, "cache_implementation", "vLLM has its own cache; leave it out.")
+        require(
+            self.population_batch_size in (None, 1) or self.vllm_lora,
+            "population_batch_size",
+            "vLLM evaluates one member at a time; leave it out, or see vllm_lora.",
+        )
+        require(
+            not self.vllm_enable_sleep_mode or self.device.type != "cpu",
+            "vllm_enable_sleep_mode",
+            "vLLM has no sleep mode on CPU; set it to False.",
+        )
+        require(
+            not self.vllm_lora or self.perturbation == "low_rank",
+            "vllm_lora",
+            "adapters are low-rank; set perturbation='low_rank'.",
+        )
+        if self.vllm_mode == "colocate":
+            return
+        require(not self.vllm_lora, "vllm_lora", "it needs vllm_mode='colocate'.")
+        require(
+            launched_processes() == 1,
+            "vllm_mode",
+            f"the trainer of servers is one process, but {launched_processes()} were launched. Start the script with "
+            "python, and more servers.",
+        )
+        require(
+            self.vllm_tensor_parallel_size == 1,
+            "vllm_tensor_parallel_size",
+            "it is for vllm_mode='colocate'; give --tensor-parallel-size to `es-trainer vllm-serve`.",
+        )
+        require(
+            self.master_weights != "none",
+            "master_weights",
+            "members that a server evaluates would leave their rounding errors in its weights only; use 'device' or "
+            "'host'.",
+        )
+
+    def _validate_vllm_generation_kwargs(self) -> None:
+        for key in self.generation_kwargs or {}:
+            if key in REFUSED_SAMPLING_PARAMS:
+                raise ValueError(
+                    f"`generation_kwargs` has {key!r}, which is not supported: {REFUSED_SAMPLING_PARAMS[key]}."
+                )
+            if key not in SAMPLING_PARAMS:
+                raise ValueError(
+                    f"`generation_kwargs` has {key!r}, which is none of those that are supported with `use_vllm=True`: "
+                    f"{', '.join(SAMPLING_PARAMS)}."
                 )
 
 

@@ -13,7 +13,7 @@ from .evolution.parameters import whole_shape
 from .history import run_config
 
 
-PACKAGES = ("es-trainer", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "numpy")
+PACKAGES = ("es-trainer", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "numpy", "vllm")
 KERNELS = {"cpu": "numba", "cuda": "triton"}
 
 # Fields of the config by which processes would do different things at the same time
@@ -32,6 +32,9 @@ LOOP_FIELDS = (
     "save_steps",
     "consistency_check_steps",
     "ds3_gather_for_generation",
+    "use_vllm",
+    "vllm_lora",
+    "vllm_tensor_parallel_size",
 )
 
 
@@ -49,7 +52,7 @@ def of_run(args: ESConfig, reward_names: list[str], datasets: dict[str, Any]) ->
     """
     facts: dict[str, Any] = {"the version of python": platform.python_version()}
     for package in (*PACKAGES, KERNELS.get(args.device.type, "numba")):
-        facts[f"the version of {package}"] = _version(package)
+        facts[f"the version of {package}"] = package_version(package)
     facts |= {f"`{name}`": value for name, value in run_config(args).items()}
     facts |= {f"`{name}`": getattr(args, name) for name in LOOP_FIELDS}
     facts["`reward_funcs`"] = reward_names
@@ -72,7 +75,8 @@ def of_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of a package, if it is installed."""
     try:
         return version(package)
     except PackageNotFoundError:

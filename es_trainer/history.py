@@ -1,10 +1,11 @@
 """A run is its base model and its history: what every update was made of, as JSON lines."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -12,8 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Member
 from .evolution.optimizer import Told
+from .evolution.parameters import Home
 from .evolution.perturbation import Gaussian, LowRank
 
+
+T = TypeVar("T", bound=EvolutionStrategy)
 
 HISTORY_NAME = "history.jsonl"
 
@@ -50,7 +54,11 @@ RUN_FIELDS = (
     "chat_template_kwargs",
     "reward_weights",
     "mask_truncated_completions",
+    "vllm_structured_outputs_regex",
 )
+
+# What a line must say for its update to be done again
+UPDATE = ("seeds", "signs", "utilities", "learning_rate", "in_place")
 
 
 class History:
@@ -85,6 +93,20 @@ class History:
         return header, steps
 
 
+def first_digest(header: dict[str, Any]) -> str:
+    """What stands for a history that has no updates yet."""
+    return _hash(json.dumps(header))
+
+
+def extend_digest(digest: str, line: dict[str, Any]) -> str:
+    """What stands for a history, given what stands for it without its last line."""
+    return _hash(digest + json.dumps({key: line[key] for key in UPDATE}))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def run_config(args: ESConfig) -> dict[str, Any]:
     """The fields of the config that make a run what it is."""
     return {name: getattr(args, name) for name in RUN_FIELDS}
@@ -104,9 +126,9 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
 def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How two runs differ, a sentence each; empty if one can go on from the other's checkpoint."""
     found = [
-        f"`{name}` is {other['config'][name]!r} but was {header['config'][name]!r}"
+        f"`{name}` is {other['config'][name]!r} but was {header['config'].get(name)!r}"
         for name in RUN_FIELDS
-        if other["config"][name] != header["config"][name]
+        if other["config"][name] != header["config"].get(name)
     ]
     mine, theirs = other["parameters"], header["parameters"]
     for name in sorted(mine.keys() | theirs.keys()):
@@ -124,7 +146,9 @@ def make_optimizer(
     decayed: set[str],
     config: dict[str, Any],
     frozen: Iterable[torch.nn.Parameter] = (),
-) -> EvolutionStrategy:
+    homes: dict[torch.nn.Parameter, Home] | None = None,
+    kind: type[T] = EvolutionStrategy,
+) -> T:
     """
     The optimizer of a run.
 
@@ -137,12 +161,16 @@ def make_optimizer(
             What `run_config` returned.
         frozen (`Iterable[nn.Parameter]`, *optional*):
             The model's other parameters.
+        homes (`dict[nn.Parameter, Home]`, *optional*):
+            Where an inference engine keeps the parameters.
+        kind (`type`, *optional*, defaults to `EvolutionStrategy`):
+            Its class.
     """
     groups = [
         {"params": [(n, p) for n, p in named_parameters if n in decayed], "weight_decay": config["weight_decay"]},
         {"params": [(n, p) for n, p in named_parameters if n not in decayed], "weight_decay": 0.0},
     ]
-    return EvolutionStrategy(
+    return kind(
         [group for group in groups if group["params"]],
         lr=config["learning_rate"],
         sigma=config["sigma"],
@@ -158,6 +186,7 @@ def make_optimizer(
         seed=config["seed"],
         perturbation=Gaussian() if config["perturbation"] == "gaussian" else LowRank(config["perturbation_rank"]),
         frozen=frozen,
+        homes=homes,
     )
 
 
@@ -201,7 +230,7 @@ def replay(
     trained = [(name, parameters[name]) for name in header["parameters"]]
     optimizer = make_optimizer(trained, set(header["decayed"]), header["config"])
     for line in lines[:steps]:
-        _replay_step(optimizer, line)
+        replay_step(optimizer, line)
     with optimizer.weights.as_given():
         # The model keeps what the parameters hold here
         given = [parameter.data for _, parameter in trained]
@@ -210,7 +239,8 @@ def replay(
     return base_model
 
 
-def _replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
+def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
+    """Do the update of a line of the history."""
     for group in optimizer.param_groups:
         group["lr"] = line["learning_rate"]
     optimizer.told = Told(line["seeds"], line["signs"], line["utilities"])

@@ -34,9 +34,11 @@ class Queue:
             Number of items.
         store (`torch.distributed.Store`, *optional*):
             Key-value store of the process group. `None` if there is one process.
+        group_size (`int`, *optional*, defaults to `1`):
+            Processes that take the same items: the first `group_size`, the next, and so on.
     """
 
-    def __init__(self, size: int, store: "dist.Store | None" = None):
+    def __init__(self, size: int, store: "dist.Store | None" = None, group_size: int = 1):
         self.size = size
         self._store = store
         self._taken = 0
@@ -44,11 +46,18 @@ class Queue:
         self._key = f"es_trainer/queue/{number}"
         if store is not None and dist.get_rank() == 0:
             store.delete_key(f"es_trainer/queue/{number - 1}")  # which everyone is done with
+        self._group, self._rank = divmod(dist.get_rank(), group_size) if store is not None else (0, 0)
+        self._group_size = group_size
+        self._turns = 0  # of the group
 
     def take(self, count: int = 1) -> range:
         """The next items, at most `count`; none if there are no more."""
+        if self._rank > 0:
+            return self._hear()
         end = self._add(count)
-        return range(min(end - count, self.size), min(end, self.size))
+        taken = range(min(end - count, self.size), min(end, self.size))
+        self._say(taken)
+        return taken
 
     def __enter__(self) -> "Queue":
         return self
@@ -56,6 +65,24 @@ class Queue:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._add(self.size)
+            if self._rank == 0:
+                self._say(range(0))
+
+    def _say(self, taken: range) -> None:
+        """Tell the others of the group what the first of them has taken."""
+        if self._group_size > 1:
+            self._store.set(self._turn(), f"{taken.start} {taken.stop}")
+
+    def _hear(self) -> range:
+        try:
+            start, stop = self._store.get(self._turn()).split()
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return range(int(start), int(stop))
+
+    def _turn(self) -> str:
+        self._turns += 1
+        return f"{self._key}/{self._group}/{self._turns}"
 
     def _add(self, count: int) -> int:
         if self._store is None:
@@ -79,9 +106,9 @@ class Processes:
             atexit.unregister(_leave)  # of a trainer before this one
             atexit.register(_leave)
 
-    def queue(self, size: int) -> Queue:
-        """A new queue of `size` items."""
-        return Queue(size, self._store)
+    def queue(self, size: int, group_size: int = 1) -> Queue:
+        """A new queue of `size` items, each for a group of processes."""
+        return Queue(size, self._store, group_size)
 
     def exchange(self, work: Callable[[], T]) -> list[T]:
         """
@@ -142,11 +169,13 @@ class Processes:
                 "script, arguments, data and environment."
             )
 
-    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Overwrite the tensors with those of process 0."""
+    def broadcast(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+        """Overwrite the tensors with those of process 0, by way of a device that can send them."""
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                there = tensor.to(device)
+                dist.broadcast(there, src=0)
+                tensor.copy_(there)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -44,7 +44,18 @@ from .model_card import REWARD_PLOT, model_card
 from .plots import plot_rewards
 from .processes import ProcessError, Processes
 from .rewards.scorer import RewardFunc, Scorer
-from .rollout import Completion, PopulationBatch, RolloutFunc, Rows, TransformersEngine, call_rollout_func
+from .rollout import (
+    Adapters,
+    Completion,
+    Engine,
+    PopulationBatch,
+    RolloutFunc,
+    Rows,
+    TransformersEngine,
+    VLLMEngine,
+    VLLMServers,
+    call_rollout_func,
+)
 from .zero3 import Zero3
 
 
@@ -199,7 +210,11 @@ class ESTrainer(Trainer):
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        self.on_servers = args.use_vllm and args.vllm_mode == "server"
+        self._source = model if isinstance(model, str) else None
         if isinstance(model, str):
+            if self.on_servers:
+                options["device_map"] = "meta"  # what it is like; the servers have its weights
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **options})
@@ -243,8 +258,10 @@ class ESTrainer(Trainer):
 
         self.zero3 = self._distribute_weights()
         self.lockstep = self.zero3 is not None and not args.ds3_gather_for_generation
-        shares = (self.processes.rank, self.processes.count) if self.lockstep else None
-        self.engine = TransformersEngine(self.model, processing_class, args, shares)
+        # Processes that generate for the same member together; the first of them scores
+        self.group_size = args.vllm_tensor_parallel_size if args.use_vllm else 1
+        self.leads = self.processes.rank % self.group_size == 0
+        self.engine = self._make_engine()
         if rollout_func is None:
             for dataset in datasets.values():
                 self._check_prompts(dataset)
@@ -274,11 +291,24 @@ class ESTrainer(Trainer):
             hooks = not self.args.ds3_gather_for_generation
             return Zero3(self.model, self.args.deepspeed_plugin, self.args.device, hooks)
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.processes.broadcast([tensor.data for tensor in tensors])
+        self.processes.broadcast([tensor.data for tensor in tensors], self.args.device)
         return None
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.args.use_vllm:  # which has the weights on the device already
+            super()._move_model_to_device(model, device)
+
+    def _make_engine(self) -> Engine:
+        tokenizer = self.processing_class
+        if self.on_servers:
+            return VLLMServers(self.model, tokenizer, self.args)
+        if self.args.use_vllm:
+            return VLLMEngine(self.model, tokenizer, self.args, self._source, self.processes)
+        shares = (self.processes.rank, self.processes.count) if self.lockstep else None
+        return TransformersEngine(self.model, tokenizer, self.args, shares)
+
     def _check_drift(self) -> None:
-        if self.optimizer.weights.drifts and self.processes.count > 1:
+        if self.optimizer.weights.drifts and self.processes.count > self.group_size:
             if self.zero3 is None and self.population_batch is None:
                 raise ValueError(
                     "`master_weights='none'` leaves rounding errors of the members that a process evaluates in its "
@@ -297,14 +327,37 @@ class ESTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> EvolutionStrategy:
         """Make the evolution strategy over all parameters with `requires_grad`."""
         if self.optimizer is None:
+            homes = None
+            if self.args.use_vllm and not self.on_servers:
+                homes = self.engine.homes()
+                if self.args.vllm_lora:
+                    self._freeze_what_adapters_cannot_carry()
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            frozen = [p for p in self.model.parameters() if not p.requires_grad]
-            self.optimizer = make_optimizer(
-                named, set(self.get_decay_parameter_names(self.model)), run_config(self.args), frozen
-            )
+            frozen = [p for p in self.model.parameters() if not p.requires_grad and not self.args.use_vllm]
+            decayed = set(self.get_decay_parameter_names(self.model))
+            if self.on_servers:
+                self.optimizer = self.engine.begin(named, decayed)
+            else:
+                self.optimizer = make_optimizer(named, decayed, run_config(self.args), frozen, homes)
             self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
             self.optimizer.register_step_post_hook(lambda *_: self._after_update())
         return self.optimizer
+
+    def _freeze_what_adapters_cannot_carry(self) -> None:
+        carried = self.engine.adaptable()
+        others = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in carried}
+        if len(others) == sum(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                f"`vllm_lora=True`: adapters can carry none of the trained parameters ({', '.join(list(others)[:4])}, "
+                "...). Set vllm_lora=False."
+            )
+        for parameter in others.values():
+            parameter.requires_grad = False
+        if others:
+            logger.warning(
+                f"`vllm_lora=True`: {len(others)} parameters that adapters cannot carry stay as they are: "
+                f"{', '.join(others)}."
+            )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -424,7 +477,7 @@ class ESTrainer(Trainer):
         seed = population.members[0].seed
         if self.lockstep:
             return self._evaluate_in_lockstep(population, rows, prompt_ids, seed)
-        with self.optimizer.weights.gathered(masters=self.population_batch is None):
+        with self.engine.awake(), self.optimizer.weights.gathered(masters=self.population_batch is None):
             parts = self.processes.exchange(lambda: self._evaluate_members(population, rows, prompt_ids, seed))
         by_member = {member: summary for part in parts for member, summary in part.items()}
         summaries = [by_member[member] for member in range(len(population))]
@@ -447,23 +500,47 @@ class ESTrainer(Trainer):
                 if self.args.log_completions:
                     self._rollouts[member] = rollout
 
+        generate = self._generate_on_servers if self.on_servers else self._generate_here
         with (
-            self.processes.queue(len(population)) as queue,
+            # Closed at once if scoring fails, so that nobody begins what is in vain
+            contextlib.closing(generate(population, rows, prompt_ids, seed)) as generated,
             # A thread has torch's number of threads from the environment, whatever was set in the program
             ThreadPoolExecutor(
                 1, "es_trainer-rewards", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
             ) as background,
         ):
-            size, batch_size = self._batch_sizes(prompt_ids)
+            for group, scores, done in generated:
+                # What is scored was generated while the group before it was scored
+                finish()
+                if self.leads:
+                    scoring = {k: background.submit(score) for k, score in zip(group, scores, strict=True)}
+                self._report_members(done)
+            finish()
+        return summaries
+
+    def _generate_here(
+        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
+    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Rollout]], int]]:
+        """Groups of members, what scores each of them, and how many members have been taken by any process."""
+        size, batch_size = self._batch_sizes(prompt_ids)
+        with self.processes.queue(len(population), self.group_size) as queue:
             while group := queue.take(size):
                 with self._installed(population.members[group.start : group.stop]) as installed:
                     scores = self._generate(rows, prompt_ids, seed, self.num_generations, installed, batch_size)
-                # What is scored was generated while the group before it was scored
-                finish()
-                scoring = {k: background.submit(score) for k, score in zip(group, scores, strict=True)}
-                self._report_members(group.stop)
-            finish()
-        return summaries
+                yield group, scores, group.stop
+
+    def _generate_on_servers(
+        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
+    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Rollout]], int]]:
+        """The same, as servers are done with members."""
+        repeated = [row for row in rows for _ in range(self.num_generations)]
+        prompt_tokens = sum(map(len, prompt_ids)) * self.num_generations
+        answers = self.engine.evaluate(population, self.optimizer.sigma, prompt_ids, seed, self.num_generations)
+        with contextlib.closing(answers):
+            for done, answer in enumerate(answers, 1):
+                self._step_metrics["noise_seconds"] += answer.noise_seconds
+                scores = self._scores(repeated, answer.completions, prompt_tokens, answer.seconds)
+                yield [answer.member], scores, done
 
     def _evaluate_in_lockstep(
         self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
@@ -546,8 +623,10 @@ class ESTrainer(Trainer):
         yield
         self._step_metrics["noise_seconds"] += time.perf_counter() - start
 
-    def _make_population_batch(self) -> PopulationBatch | None:
+    def _make_population_batch(self) -> "PopulationBatch | Adapters | None":
         """What evaluates many members at once, or `None` if they are evaluated one at a time."""
+        if self.args.use_vllm:
+            return Adapters(self.engine, self.optimizer.weights) if self.args.vllm_lora else None
         if self.lockstep or self.rollout_func is not None:
             return None
         if self.args.perturbation == "gaussian":
@@ -570,6 +649,8 @@ class ESTrainer(Trainer):
         batch_size = self.args.generation_batch_size
         if self.population_batch is None:
             return 1, batch_size
+        if self.args.vllm_lora:
+            return self.engine.most_members, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
         rows = len(prompt_ids) * self.num_generations
@@ -611,6 +692,7 @@ class ESTrainer(Trainer):
             completions = self.engine.generate(prompt_ids, seed, number, group, batch_size, progress)
             prompt_tokens = sum(len(prompt_ids[i]) for i in own) * number
         else:
+            self.engine.forget()
             completions, prompt_tokens, fields = call_rollout_func(
                 self.rollout_func, [rows[i]["prompt"] for i in own], self, number
             )
@@ -618,17 +700,23 @@ class ESTrainer(Trainer):
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
         seconds = (time.perf_counter() - start) * len(repeated) / len(completions)
+        return self._scores(repeated, completions, prompt_tokens, seconds)
+
+    def _scores(
+        self, rows: list[dict[str, Any]], completions: list[Completion], prompt_tokens: int, seconds: float
+    ) -> list[Callable[[], Rollout]]:
+        """For each member, what scores its completions of the rows."""
         conversational = is_conversational({"prompt": rows[0]["prompt"]})
 
         def score(mine: list[Completion]) -> Rollout:
             messages: list[Any] = [completion.text for completion in mine]
             if conversational:
                 messages = [[{"role": "assistant", "content": text}] for text in messages]
-            scores = self.scorer(repeated, messages, [completion.ids for completion in mine], self.state)
+            scores = self.scorer(rows, messages, [completion.ids for completion in mine], self.state)
             num_tokens = prompt_tokens + sum(completion.length for completion in mine)
-            return Rollout(repeated, mine, messages, scores, num_tokens, seconds)
+            return Rollout(rows, mine, messages, scores, num_tokens, seconds)
 
-        members = [completions[i : i + len(repeated)] for i in range(0, len(completions), len(repeated))]
+        members = [completions[i : i + len(rows)] for i in range(0, len(completions), len(rows))]
         return [functools.partial(score, mine) for mine in members]
 
     def _warn_of_equal_fitness(self) -> None:
@@ -678,16 +766,18 @@ class ESTrainer(Trainer):
         Raises:
             [`~processes.ProcessError`]: If processes that should have the same weights do not.
         """
-        if self.processes.count == 1 or self.optimizer.weights.partitioned:
+        if self.processes.count == self.group_size or self.zero3 is not None:
             return
         checksums = self.processes.exchange(self.optimizer.weights.checksums)
-        most_have, _ = Counter(map(tuple, checksums)).most_common(1)[0]
-        found = [
-            f"`{shard.name}` on process {rank}"
-            for rank, own in enumerate(checksums)
-            for shard, number, usual in zip(self.optimizer.weights.shards, own, most_have, strict=True)
-            if number != usual
-        ]
+        found = []
+        for first in range(self.group_size):  # processes that have the same part of the weights
+            most_have, _ = Counter(map(tuple, checksums[first :: self.group_size])).most_common(1)[0]
+            found += [
+                f"`{shard.name}` on process {rank}"
+                for rank in range(first, len(checksums), self.group_size)
+                for shard, number, usual in zip(self.optimizer.weights.shards, checksums[rank], most_have, strict=True)
+                if number != usual
+            ]
         if found:
             raise ProcessError(
                 f"After update {self.optimizer.updates}, processes have different weights: {', '.join(found[:4])}"
@@ -714,7 +804,7 @@ class ESTrainer(Trainer):
         if self.lockstep:
             parts = [self._evaluate_batches_in_lockstep(dataloader)]
         else:
-            with self.optimizer.weights.gathered(masters=False):
+            with self.engine.awake(), self.optimizer.weights.gathered(masters=False):
                 parts = self.processes.exchange(lambda: self._evaluate_batches(dataloader))
         by_batch = {step: batch for part in parts for step, batch in part.items()}
         if not by_batch:
@@ -739,16 +829,17 @@ class ESTrainer(Trainer):
     def _evaluate_batches(self, dataloader: DataLoader) -> dict[int, tuple[np.ndarray, list[Summary]]]:
         """Evaluate batches that no other process has taken, until all are: rewards and what to log, by number."""
         batches = {}
-        with self.processes.queue(MANY_BATCHES) as queue:
+        with self.processes.queue(MANY_BATCHES, self.group_size) as queue:
             mine = queue.take()
             for step, rows in enumerate(dataloader):
                 if step in mine:
                     number, size = self.num_generations_eval, self.args.generation_batch_size
                     # Other random numbers for every batch, the same ones at every evaluation
                     (score,) = self._generate(rows, self._tokenize(rows), step, number, batch_size=size)
-                    rollout = score()
-                    rewards = rollout.prompt_rewards(number)
-                    batches[step] = rewards, [summarize(rollout, rewards)]
+                    if self.leads:
+                        rollout = score()
+                        rewards = rollout.prompt_rewards(number)
+                        batches[step] = rewards, [summarize(rollout, rewards)]
                     mine = queue.take()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return batches
@@ -810,8 +901,11 @@ class ESTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None and self.optimizer.weights.partitioned:
-            whole = self.optimizer.weights.collect(keep=self.args.should_save)
+        if state_dict is None and (self.on_servers or self.optimizer.weights.partitioned):
+            if self.on_servers:
+                whole = self.engine.collect()
+            else:
+                whole = self.optimizer.weights.collect(keep=self.args.should_save)
             state_dict = {
                 name: whole.get(tensor, tensor) for name, tensor in self.model.state_dict(keep_vars=True).items()
             }
@@ -836,16 +930,18 @@ class ESTrainer(Trainer):
             return
         self.processes.barrier()  # until the folder is cleared
         os.makedirs(output_dir, exist_ok=True)
-        name = f"optimizer_{self.processes.rank}-of-{self.processes.count}.pt"
-        torch.save(self.optimizer.state_dict(), Path(output_dir) / name)
+        parts = self.processes.count if self.zero3 is not None else self.group_size
+        if self.processes.rank < parts:
+            name = f"optimizer_{self.processes.rank}-of-{parts}.pt"
+            torch.save(self.optimizer.state_dict(), Path(output_dir) / name)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         self.processes.barrier()  # what follows says that the checkpoint is complete
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.processes.exchange(lambda: self._check_resumable(Path(resume_from_checkpoint)))
-        if self.optimizer.weights.partitioned:
-            return  # the optimizer's state has the weights
+        if self.on_servers or self.optimizer.weights.partitioned:
+            return  # the optimizer's state has the weights, or says where in the history they are
         with self.optimizer.weights.as_given():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.optimizer.weights.adopt()
@@ -876,15 +972,17 @@ class ESTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        self.optimizer.load_parts(_optimizer_parts(Path(checkpoint)))
+        saved = History(Path(checkpoint) / HISTORY_NAME)
+        _, steps = saved.read()
+        if self.on_servers:
+            self.engine.lines = steps
+        self.optimizer.load_parts(self._optimizer_parts(Path(checkpoint)))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
         for group, learning_rate in zip(
             self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
         ):
             group["lr"] = learning_rate
-        saved = History(Path(checkpoint) / HISTORY_NAME)
-        _, steps = saved.read()
         logged = max((log["step"] for log in self.state.log_history if "loss" in log), default=0)
         self._pending = [line["metrics"] for line in steps if line["step"] > logged]
         if self.is_world_process_zero():
@@ -892,12 +990,21 @@ class ESTrainer(Trainer):
             saved.copy_to(self.args.output_dir)
 
     def _load_best_model(self) -> None:
-        if self.optimizer.weights.partitioned:
-            self.optimizer.load_weights(_optimizer_parts(Path(self.state.best_model_checkpoint)))
+        if self.on_servers or self.optimizer.weights.partitioned:
+            self.optimizer.load_weights(self._optimizer_parts(Path(self.state.best_model_checkpoint)))
             return
         with self.optimizer.weights.as_given():
             super()._load_best_model()
             self.optimizer.weights.adopt()
+
+    def _optimizer_parts(self, checkpoint: Path) -> list[dict[str, Any]]:
+        """The parts of a checkpoint's optimizer state that this process's part may be in."""
+        files = _optimizer_files(checkpoint)
+        if self.group_size > 1 and len(files) == self.group_size:
+            rank = self.processes.rank % self.group_size
+            files = [checkpoint / f"optimizer_{rank}-of-{self.group_size}.pt"]
+        # Mapped into memory: a process that needs a part reads a part
+        return [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
 
     # ---- the Hub ----
 
@@ -919,9 +1026,9 @@ class ESTrainer(Trainer):
                 completions = self.engine.generate(prompt_ids, seed=0)
             parts = self.processes.exchange(lambda: [completion.text for completion in completions])
             return [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
-        with self.optimizer.weights.gathered(masters=False):
+        with self.engine.awake(), self.optimizer.weights.gathered(masters=False):
             replies = self.processes.exchange(
-                lambda: self.engine.generate(prompt_ids, seed=0) if self.is_world_process_zero() else []
+                lambda: self.engine.generate(prompt_ids, seed=0) if self.processes.rank < self.group_size else []
             )
         return [completion.text for completion in replies[0]]
 
@@ -1019,13 +1126,6 @@ def _optimizer_files(checkpoint: Path) -> list[Path]:
     if files:
         return files if len(files) == int(files[0].stem.split("-of-")[1]) else []
     return [file for file in [checkpoint / "optimizer.pt"] if file.is_file()]
-
-
-def _optimizer_parts(checkpoint: Path) -> list[dict[str, Any]]:
-    # Mapped into memory: a process that needs a part reads a part
-    return [
-        torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in _optimizer_files(checkpoint)
-    ]
 
 
 def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": "score a model, or compare two, on a task or dataset",
     "generate": "answer prompts with a model, or with two side by side",
     "replay": "rebuild a trained model from its base model and the history of its run",
+    "vllm-serve": "start a vLLM server that evaluates members for a trainer elsewhere",
     "plot": "draw the rewards of runs into one picture",
     "env": "print versions and devices, for bug reports",
 }
@@ -36,5 +37,5 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    import_module(f".{command}", __name__).main(argv[1:])
+    import_module(f".{command.replace('-', '_')}", __name__).main(argv[1:])
     return 0

@@ -300,7 +300,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "state": self._tensors(),
             "offsets": self._offsets(),
+            "runs": self._runs(),
         }
+
+    def _runs(self) -> dict[str, tuple[int, int, int]]:
+        """How parts lie that are not in one piece: only a process with the same parts can load them."""
+        homes = {shard.name: shard.home for shard in self.weights.shards if shard.home is not None}
+        return {name: home.runs for name, home in homes.items() if home.runs is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a state made by [`~EvolutionStrategy.state_dict`] into this optimizer and the model."""
@@ -318,6 +324,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Raises:
             `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
         """
+        self._check_runs(parts)
         offsets = self._offsets()
         for name, tensors in self._tensors().items():
             for key, tensor in tensors.items():
@@ -333,9 +340,17 @@ class EvolutionStrategy(torch.optim.Optimizer):
     @torch.no_grad()
     def load_weights(self, parts: Sequence[dict[str, Any]]) -> None:
         """Copy the trained weights of a state, as `load_parts` does, and nothing else of it."""
+        self._check_runs(parts)
         for shard in self.weights.shards:
             _copy(parts, shard.name, "weights", shard.trained, shard.start)
         self.weights.refresh()
+
+    def _check_runs(self, parts: Sequence[dict[str, Any]]) -> None:
+        if any(part.get("runs", {}) != self._runs() for part in parts):
+            raise ValueError(
+                "The optimizer state is of weights that were shared out differently: resume with the "
+                "vllm_tensor_parallel_size that it was saved with."
+            )
 
 
 def _copy(parts: Sequence[dict[str, Any]], name: str, key: str, own: torch.Tensor, first: int) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,10 +42,18 @@ class Home:
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
         """What lies here of a whole parameter, or of anything of its shape; flat, a view where it is in one piece."""
+        return self._of(whole).reshape(-1)
+
+    def put_into(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """Write something that lies like these weights into the contiguous whole."""
+        place = self._of(whole)
+        place.copy_(part.view(place.shape))
+
+    def _of(self, whole: torch.Tensor) -> torch.Tensor:
         if self.runs is None:
             return whole.reshape(-1)[self.start : self.start + self.weights.numel()]
         offset, length, period = self.runs
-        return whole.reshape(-1, period)[:, offset : offset + length].reshape(-1)
+        return whole.reshape(-1, period)[:, offset : offset + length]
 
 
 @dataclass
@@ -87,6 +95,11 @@ class Shard:
         return self.home is not None and self.home.copy
 
     @property
+    def is_part(self) -> bool:
+        """Whether other processes have other parts of the parameter."""
+        return is_partitioned(self.parameter) or self.working.numel() < self.shape.numel()
+
+    @property
     def trained(self) -> torch.Tensor:
         """The unperturbed weights in the best precision there is."""
         return self.working if self.master is None else self.master
@@ -114,9 +127,10 @@ class Weights:
             rounds them, the originals wait in host memory for the model to be saved.
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the working weights of the parameters. They are written and read there, and
-            a parameter that lies there in one piece becomes a view of it.
+            a parameter that lies there whole becomes a view of it.
 
-    Of parameters that DeepSpeed ZeRO-3 has partitioned, each process keeps, perturbs and updates its own part.
+    Of parameters that DeepSpeed ZeRO-3 has partitioned, or of which an engine has a part in each process, each process
+    keeps, perturbs and updates its own part.
     """
 
     def __init__(
@@ -131,10 +145,10 @@ class Weights:
         parameters, frozen, homes = list(parameters), list(frozen), homes or {}
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
-        self.partitioned = any(is_partitioned(parameter) for _, parameter in parameters)
         self.shards = [
             _shard(name, parameter, dtype, master_weights, homes.get(parameter)) for name, parameter in parameters
         ]
+        self.partitioned = any(shard.is_part for shard in self.shards)
         self._frozen = [
             (parameter, _round(parameter, dtype))
             for parameter in frozen
@@ -216,14 +230,15 @@ class Weights:
     @contextlib.contextmanager
     def gathered(self, masters: bool) -> Iterator[None]:
         """
-        Inside, this process has all of the partitioned parameters, and members are written into its own copy.
+        Inside, this process has all of the parameters that DeepSpeed has partitioned, and members are written into its
+        own copy.
 
         Args:
             masters (`bool`):
                 Whether members will be written into the weights, for which those are needed in the best precision
                 there is. Weights that low-rank members share are needed in the working dtype only.
         """
-        if not self.partitioned:
+        if not any(is_partitioned(part.parameter) for part in self.shards):
             yield
             return
         parts, drifts = self.shards, self.drifts
@@ -249,7 +264,7 @@ class Weights:
         originals = {parameter: original for parameter, original in self._frozen}
         collected = {}
         for part in self.shards:
-            whole = gather(part.trained.to(part.given), part.parameter)
+            whole = _whole(part, part.trained.to(part.given))
             if keep:
                 collected[part.parameter] = whole.view(part.shape).cpu()
         for parameter in self._frozen_parts:
@@ -272,7 +287,7 @@ class Weights:
         held = [(shard.parameter, shard.parameter.data) for shard in self.shards]
         held += [(parameter, parameter.data) for parameter, _ in self._frozen]
         for shard in self.shards:
-            if is_partitioned(shard.parameter):
+            if shard.is_part:
                 shard.parameter.data = shard.parameter.data.to(shard.given)
             elif shard.given != shard.working.dtype:
                 # The master itself if it has that dtype: no copy
@@ -331,6 +346,20 @@ def gather(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     whole = local.new_empty(size * dist.get_world_size())
     dist.all_gather_single(whole, local)
     return whole[: parameter.ds_numel]
+
+
+def _whole(part: Shard, values: torch.Tensor) -> torch.Tensor:
+    """All of something that lies in the processes like a parameter of which this one has a part."""
+    if is_partitioned(part.parameter):
+        return gather(values, part.parameter)
+    if not part.is_part:
+        return values
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, None if part.is_copy else (part.home.start, part.home.runs, values.cpu()))
+    whole = values.new_empty(part.shape.numel(), device="cpu")
+    for start, runs, piece in filter(None, parts):
+        Home(piece, start, runs).put_into(whole, piece)
+    return whole
 
 
 def _gathered(part: Shard, master: bool) -> Shard:

@@ -1,5 +1,6 @@
 """What engines have in common: prompts to tokens, tokens to completions."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,13 @@ class Engine:
                     f"more than the context of {self.context} tokens. Shorten or drop such prompts, or lower "
                     "`max_completion_length`."
                 )
+
+    def forget(self) -> None:
+        """Drop what was computed with weights that have changed since."""
+
+    def awake(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the engine has all the memory that it generates with."""
+        return contextlib.nullcontext()
 
     def own_prompts(self, count: int) -> range:
         """Which of so many prompts this process completes."""

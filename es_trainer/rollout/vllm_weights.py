@@ -4,7 +4,7 @@ vLLM fuses projections, pads vocabularies and shards over tensor-parallel ranks.
 and its noise are those of Transformers, so that an engine and a plain model get the same perturbations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from ..evolution.parameters import Home
 
 # Stacked experts of Transformers, as the parameters that hold them in vLLM
 EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+
+WRAPPED = ".base_layer"  # what a module that LoRA has wrapped is called in its wrapper
 
 
 class LoadError(RuntimeError):
@@ -43,8 +45,7 @@ def find_homes(
         [`LoadError`]: If a parameter is missing or has another shape, or the engine has weights that belong to none;
             names them.
     """
-    modules = dict(engine.named_modules())
-    held = dict(engine.named_parameters())
+    modules, held = _modules_and_parameters(engine)
     covered = dict.fromkeys(held, 0)
     homes, problems = {}, []
     for name, shape in parameters.items():
@@ -70,6 +71,20 @@ def find_homes(
     return homes
 
 
+def carried_by_lora(engine: nn.Module, names: Iterable[str]) -> set[str]:
+    """Which parameters of a Transformers model an adapter can change, in an engine with LoRA enabled."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    modules, held = _modules_and_parameters(engine)
+    wrapped = {
+        f"{name.removesuffix(WRAPPED)}.weight"
+        for name, module in engine.named_modules()
+        if name.endswith(WRAPPED) and isinstance(module, LinearBase)
+    }
+    holders = {name: _find(name, engine, modules, held) for name in names}
+    return {name for name, found in holders.items() if found is not None and found[0] in wrapped}
+
+
 def check_values(homes: Mapping[str, Home], parameters: Mapping[str, torch.Tensor]) -> None:
     """
     Compare the engine's weights with those of the model, bit for bit: fused weights may lie in another order.
@@ -90,6 +105,12 @@ def check_values(homes: Mapping[str, Home], parameters: Mapping[str, torch.Tenso
     ]
     if different:
         raise _load_error(different)
+
+
+def _modules_and_parameters(engine: nn.Module) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
+    """Those of the engine by the names that they have without LoRA."""
+    modules = {name.replace(WRAPPED, ""): module for name, module in engine.named_modules()}
+    return modules, {name.replace(WRAPPED, ""): parameter for name, parameter in engine.named_parameters()}
 
 
 def _load_error(problems: list[str]) -> LoadError:

@@ -1,0 +1,264 @@
+"""Completions by vLLM in this process, with the weights that are trained."""
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import ESConfig
+from ..evolution import Member
+from ..evolution.parameters import Home, Weights
+from ..processes import Processes
+from .engine import Completion, Engine
+from .vllm_sampling import common_seed, sampling_options
+from .vllm_weights import check_values
+
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+
+WORKER_EXTENSION = "es_trainer.rollout.vllm_worker.WorkerExtension"
+
+# Keyword arguments of `from_pretrained` with which vLLM loads the same model by its name
+LOADABLE = {"dtype", "revision", "trust_remote_code", "attn_implementation"}
+
+
+class VLLMEngine(Engine):
+    """
+    Generates with vLLM in this process, or in this and those of its tensor-parallel group together.
+
+    The engine's weights are the working weights: `homes` says where the parameters are, and who changes them has only
+    to change them there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, in host memory.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        args ([`ESConfig`]):
+            Generation parameters, and those that begin with `vllm_`.
+        source (`str`, *optional*):
+            Name or folder of the model, if it was loaded from there.
+        processes ([`Processes`]):
+            Those of the run. All of them make an engine together.
+
+    Raises:
+        [`LoadError`]: If vLLM does not hold the model's weights as they are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: ESConfig,
+        source: str | None,
+        processes: Processes,
+    ):
+        super().__init__(model, tokenizer, args)
+        self.group, self.rank = divmod(processes.rank, args.vllm_tensor_parallel_size)
+        self.sampling = sampling_options(args, self.eos_token_ids)
+        self.max_new_tokens = self.sampling["max_tokens"]
+        self.sleeps = args.vllm_enable_sleep_mode
+        if not LOADABLE.issuperset(args.model_init_kwargs or {}):
+            source = None
+        with _shared_folder(processes) as (folder, writes):
+            if writes:
+                tokenizer.save_pretrained(folder)
+                if source is None:
+                    model.save_pretrained(folder)
+            processes.barrier()
+            self.llm = self._start(source or str(folder), str(folder), args, processes)
+            processes.barrier()
+        if self.sleeps:
+            self._free_cache()
+        self.context = self.llm.llm_engine.model_config.max_model_len
+
+    def _start(self, source: str, tokenizer: str, args: ESConfig, processes: Processes) -> "LLM":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+        from vllm.config.lora import MaxLoRARanks
+
+        options: dict[str, Any] = {}
+        if args.generation_batch_size is not None:
+            options["max_num_seqs"] = args.generation_batch_size
+        if processes.count > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        if args.vllm_lora:
+            self.most_members = args.population_batch_size or -(-args.population_size // self._groups(processes, args))
+            options["enable_lora"] = True
+            options["max_loras"] = options["max_cpu_loras"] = self.most_members
+            options["max_lora_rank"] = next(r for r in get_args(MaxLoRARanks) if r >= args.perturbation_rank)
+        model_options = args.model_init_kwargs or {}
+        return LLM(
+            model=source,
+            tokenizer=tokenizer,
+            revision=model_options.get("revision") if source != tokenizer else None,
+            trust_remote_code=args.trust_remote_code or model_options.get("trust_remote_code", False),
+            dtype=str(_working_dtype(self.model, args)).removeprefix("torch."),
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_len=args.vllm_max_model_length,
+            model_impl=args.vllm_model_impl,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            worker_extension_cls=WORKER_EXTENSION,
+            # Compilation takes minutes on CPU, and saves nothing there
+            enforce_eager=args.device.type == "cpu",
+            **options,
+        )
+
+    @staticmethod
+    def _groups(processes: Processes, args: ESConfig) -> int:
+        return processes.count // args.vllm_tensor_parallel_size
+
+    def homes(self) -> dict[nn.Parameter, Home]:
+        """Where the engine keeps the parameters of the model."""
+        from .vllm_worker import with_copies
+
+        parameters = dict(self.model.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        (found,) = self.llm.collective_rpc("homes", args=(shapes,))
+        check_values(found, parameters)
+        homes = with_copies(found, self.group > 0)
+        return {parameters[name]: home for name, home in homes.items()}
+
+    def adaptable(self) -> set[str]:
+        """Names of the parameters that LoRA adapters can carry perturbations of."""
+        (names,) = self.llm.collective_rpc("adaptable", args=([name for name, _ in self.model.named_parameters()],))
+        return names
+
+    def forget(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        if not self.sleeps:
+            yield
+            return
+        self.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield
+        finally:
+            self._free_cache()
+
+    def _free_cache(self) -> None:
+        self.llm.sleep(level=1)
+        self.llm.wake_up(tags=["weights"])  # which are updated meanwhile
+
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        seed: int,
+        num_generations: int = 1,
+        members: "Sequence[LoRARequest] | None" = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """
+        Complete the prompts; see [`TransformersEngine.generate`].
+
+        Args:
+            members (`list[LoRARequest]`, *optional*):
+                Adapters to generate with, at the same time.
+            batch_size (`int`, *optional*):
+                Without effect: vLLM chooses batches by itself, up to `max_num_seqs`.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        self.forget()
+        options = dict(self.sampling)
+        if "structured_outputs" in options:
+            options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
+        samples = options["temperature"] > 0
+        rows = [(prompt, number) for prompt in range(len(prompt_ids)) for number in range(num_generations)]
+        params = [
+            SamplingParams(**options, seed=common_seed(seed, *row) if samples else None, detokenize="stop" in options)
+            for row in rows
+        ]
+        adapters = [adapter for adapter in members for _ in rows] if members else None
+        count = len(members) if members else 1
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt_ids[prompt]} for prompt, _ in rows] * count,
+            params * count,
+            lora_request=adapters,
+            use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
+        )
+        return [self._completion(list(output.outputs[0].token_ids)) for output in outputs]
+
+
+class Adapters:
+    """
+    Members as LoRA adapters, with which vLLM generates at the same time.
+
+    Args:
+        engine ([`VLLMEngine`]):
+            Made with `args.vllm_lora`.
+        weights ([`Weights`]):
+            The trained weights, with low-rank perturbations.
+    """
+
+    def __init__(self, engine: VLLMEngine, weights: Weights):
+        self.engine = engine
+        self.weights = weights
+        self._made = 0  # an adapter's number is never used again
+
+    @contextlib.contextmanager
+    def install(self, members: Sequence[Member], sigma: float) -> "Iterator[list[LoRARequest]]":
+        """Inside, there is an adapter for each member."""
+        from vllm.lora.request import LoRARequest
+
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        with tempfile.TemporaryDirectory(prefix="es_trainer-", dir=memory) as folder:
+            requests = []
+            for number, tensors in enumerate(self._tensors(members, sigma)):
+                self._made += 1
+                path = Path(folder) / str(number)
+                path.mkdir()
+                save_file(tensors, path / "adapter_model.safetensors")
+                (path / "adapter_config.json").write_text(json.dumps(self._config()))
+                requests.append(LoRARequest(str(self._made), self._made, str(path)))
+            yield requests
+
+    def _tensors(self, members: Sequence[Member], sigma: float) -> list[dict[str, torch.Tensor]]:
+        tensors: list[dict[str, torch.Tensor]] = [{} for _ in members]
+        for shard in self.weights.shards:
+            factors = self.weights.of_members(shard, members, sigma)
+            module = f"base_model.model.{shard.name.removesuffix('.weight')}"
+            for number, adapter in enumerate(tensors):
+                adapter[f"{module}.lora_A.weight"] = factors.right[number, 0].cpu()
+                adapter[f"{module}.lora_B.weight"] = factors.left[number, 0].T.cpu().contiguous()
+        return tensors
+
+    def _config(self) -> dict[str, Any]:
+        rank = self.weights.perturbation.rank
+        modules = sorted({shard.name.split(".")[-2] for shard in self.weights.shards})
+        return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
+
+
+def _working_dtype(model: PreTrainedModel, args: ESConfig) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+
+
+@contextlib.contextmanager
+def _shared_folder(processes: Processes) -> Iterator[tuple[Path, bool]]:
+    """A folder that the processes of this machine share for a while, and whether this one is to write into it."""
+    writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(tempfile.TemporaryDirectory(prefix="es_trainer-")) if writes else None
+        replies = processes.exchange(lambda: (socket.gethostname(), mine))
+        folders = {host: folder for host, folder in replies if folder is not None}
+        yield Path(folders[socket.gethostname()]), writes

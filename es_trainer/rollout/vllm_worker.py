@@ -1,0 +1,258 @@
+"""What vLLM's workers do beside generating: they hold the weights that are trained, perturb and update them.
+
+vLLM imports this module in each worker before it loads the model, and mixes the class into its own.
+"""
+
+import base64
+import functools
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.platforms import current_platform
+
+from ..evolution import EvolutionStrategy, Member
+from ..evolution.parameters import Home
+from ..history import extend_digest, first_digest, make_optimizer, replay_step
+from .vllm_weights import carried_by_lora, check_values, find_homes
+
+
+def _keep_weights_on_cpu() -> None:
+    """Keep vLLM's CPU backend from packing weights into forms that cannot be perturbed."""
+    from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    def plain_linear(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    def unpacked_experts(self: CPUUnquantizedExperts, layer: nn.Module) -> None:
+        self._use_zentorch = False
+
+    def apply_experts(
+        self: CPUUnquantizedExperts,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        *args: Any,
+        apply_router_weight_on_input: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        cpu_fused_moe(
+            output,
+            hidden_states,
+            cpu_prepack_moe_weight(w1, self.isa),
+            cpu_prepack_moe_weight(w2, self.isa),
+            self.w1_bias,
+            self.w2_bias,
+            topk_weights,
+            topk_ids,
+            activation.value,
+            self.isa,
+            apply_router_weight_on_input,
+        )
+
+    utils.dispatch_cpu_unquantized_gemm = plain_linear
+    CPUUnquantizedExperts.process_weights_after_loading = unpacked_experts
+    CPUUnquantizedExperts.apply = apply_experts
+    # Two runs on a machine, or one after another that was killed, would have shared memory of the same name
+    name = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{name(communicator)}-{os.getppid()}")
+
+
+if current_platform.is_cpu():
+    _keep_weights_on_cpu()
+
+
+def _reported(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Return an error instead of raising it, after which the queues between vLLM's processes would not be usable."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> dict[str, Any]:
+        try:
+            return method(*args)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+    return call
+
+
+class NotBegun(RuntimeError):
+    """A method was called that needs a run."""
+
+
+class WorkerExtension:
+    """
+    What a vLLM worker does for evolution strategies, as `worker_extension_cls`.
+
+    A trainer in the same process takes the homes of the parameters and does the rest by itself. One elsewhere calls the
+    other methods, which answer with a `dict` that can be JSON; if something is wrong, it has an `"error"`.
+    """
+
+    _run: dict[str, Any] | None = None  # what `begin` was given
+    _base: PreTrainedModel | None = None
+    _strategy: EvolutionStrategy | None = None
+    _digest = ""
+
+    def homes(self, parameters: dict[str, Sequence[int]]) -> dict[str, Home]:
+        """Where this worker keeps the parameters of a Transformers model, given by name with their shapes."""
+        shapes = {name: torch.Size(shape) for name, shape in parameters.items()}
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        return find_homes(self.get_model(), shapes, rank, size)
+
+    def adaptable(self, names: Sequence[str]) -> set[str]:
+        """Which of the parameters LoRA adapters can carry perturbations of."""
+        return carried_by_lora(self.get_model(), names)
+
+    @_reported
+    def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
+        """Check that every parameter of a Transformers model is here, whole and with the right shape."""
+        return {"found": len(self.homes(parameters))}
+
+    @_reported
+    def begin(self, header: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """
+        Begin a run, unless it has begun already.
+
+        Args:
+            header (`dict[str, Any]`):
+                The first line of the run's history.
+            dtype (`str`):
+                The dtype in which the model is given, like `"float32"`.
+
+        Returns:
+            `dict`: The `"updates"` done in this run, the `"digest"` of its history so far, and the `"checksum"`s of
+            the trained weights.
+        """
+        if self._run != {"header": header, "dtype": dtype}:
+            self._restart(header, dtype)
+        return self._position()
+
+    @_reported
+    def restart(self, header: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """Begin a run from its base model, whatever was done before."""
+        self._restart(header, dtype)
+        return self._position()
+
+    @_reported
+    def perturb(self, seed: int, sign: int, sigma: float) -> dict[str, Any]:
+        """Make the weights those of a member."""
+        self._running().weights.perturb(Member(seed, sign), sigma)
+        return {}
+
+    @_reported
+    def restore(self) -> dict[str, Any]:
+        """Make the weights the unperturbed ones."""
+        self._running().restore()
+        return {}
+
+    @_reported
+    def update(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Do the update of a line of the history. Returns what `begin` does, and how far the weights moved."""
+        strategy = self._running()
+        replay_step(strategy, line)
+        self._digest = extend_digest(self._digest, line)
+        moved = {"update_norm": strategy.update_norm, "distance": strategy.distance_from_start()}
+        return self._position() | moved
+
+    @_reported
+    def checksum(self) -> dict[str, Any]:
+        """Where this worker is in the run, and the checksums of the trained weights."""
+        self._running()
+        return self._position()
+
+    @_reported
+    def export(self, name: str, low: int, high: int) -> dict[str, Any]:
+        """
+        Trained or frozen weights as they are saved.
+
+        Args:
+            name (`str`):
+                Name of a parameter or buffer.
+            low, high (`int`):
+                Which of the weights that this worker has of it.
+
+        Returns:
+            `dict`: Their bytes as base64 `"data"`, the `"dtype"`, how many this worker has (`"size"`) and how they lie
+            in the whole: `"start"`, `"runs"` and `"copy"` of a [`Home`].
+        """
+        shards = {shard.name: shard for shard in self._running().weights.shards}
+        if name in shards:
+            home, values = shards[name].home, shards[name].trained[low:high].to(shards[name].given)
+            size = home.weights.numel()
+        else:
+            whole = self._base.state_dict()[name].reshape(-1)
+            home, values, size = Home(whole, copy=get_tensor_model_parallel_rank() > 0), whole[low:high], whole.numel()
+        return {
+            "data": base64.b64encode(values.cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode(),
+            "dtype": str(values.dtype).removeprefix("torch."),
+            "size": size,
+            "start": home.start,
+            "runs": home.runs,
+            "copy": home.copy,
+        }
+
+    def _restart(self, header: dict[str, Any], dtype: str) -> None:
+        first = self._base is None
+        self._run = self._strategy = self._base = None
+        config = self.model_config
+        wanted = "bfloat16" if header["config"]["bf16"] else "float16" if header["config"]["fp16"] else dtype
+        if str(config.dtype) != f"torch.{wanted}":
+            raise ValueError(
+                f"The server computes in {config.dtype}, but the run in {wanted}. Start the server with --dtype {wanted}, "
+                "or choose with `bf16` and `fp16` of `ESConfig`."
+            )
+        with set_current_vllm_config(self.vllm_config):  # whose patches of Transformers ask for it
+            self._base = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        parameters = dict(self._base.named_parameters())
+        strange = [
+            name
+            for name, shape in header["parameters"].items()
+            if name not in parameters or list(parameters[name].shape) != shape
+        ]
+        if strange:
+            raise ValueError(f"The run trains another model: {config.model} has no {strange[0]} of its shape.")
+        homes = self.homes({name: parameter.shape for name, parameter in parameters.items()})
+        if first:
+            check_values(homes, parameters)
+        for name, home in homes.items():  # another run may have left its weights
+            home.weights.copy_(home.part_of(parameters[name].data))
+        trained = [(name, parameters[name]) for name in header["parameters"]]
+        self._strategy = make_optimizer(
+            trained,
+            set(header["decayed"]),
+            header["config"],
+            homes={parameter: homes[name] for name, parameter in trained},
+        )
+        self._run, self._digest = {"header": header, "dtype": dtype}, first_digest(header)
+
+    def _running(self) -> EvolutionStrategy:
+        if self._strategy is None:
+            raise NotBegun("No run has begun here: the server was started anew.")
+        return self._strategy
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "updates": self._strategy.updates,
+            "digest": self._digest,
+            "checksum": self._strategy.weights.checksums(),
+        }
+
+
+def with_copies(homes: dict[str, Home], copy: bool) -> dict[str, Home]:
+    """The homes, as copies of those of other processes."""
+    return {name: replace(home, copy=True) for name, home in homes.items()} if copy else homes
