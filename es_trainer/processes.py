@@ -102,7 +102,7 @@ class Processes:
         self.rank = dist.get_rank() if together else 0
         self.count = dist.get_world_size() if together else 1
         self._store = _get_default_store() if self.count > 1 else None
-        if together:
+        if self.count > 1:
             atexit.unregister(_leave)  # of a trainer before this one
             atexit.register(_leave)
 
@@ -177,6 +177,10 @@ class Processes:
                 dist.broadcast(there, src=0)
                 tensor.copy_(there)
 
+    def before_leaving(self, work: Callable[[], None]) -> None:
+        """Do something when the program ends, while processes can still be reached."""
+        _before_leaving.append(work)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.exchange(lambda: None)
@@ -187,7 +191,12 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+_before_leaving: list[Callable[[], None]] = []
+
+
 def _leave() -> None:
+    for work in _before_leaving:
+        work()
     # A thread of gloo that still holds tensors of the last exchange needs the interpreter to let go of them. If that
     # is gone first, the thread aborts the process.
     if dist.is_initialized():

@@ -276,6 +276,7 @@ class ESTrainer(Trainer):
         self._step_metrics: dict[str, Any] = {}  # of the step under way
         self._reported = 0  # members of the step under way of which callbacks were told
         self._rollouts: dict[int, Rollout] = {}  # of the members that this process evaluated in the last step
+        self._whole: dict[torch.Tensor, torch.Tensor] | None = None  # the weights, while they are saved
         self._best = 0  # the best of all members in the last step
         self._best_utility = 0.0
         self._warned_of_equal_fitness = False
@@ -898,17 +899,24 @@ class ESTrainer(Trainer):
         """Save the trained weights in the dtype that the model was given in."""
         self._plot_rewards()
         with self.optimizer.weights.as_given():
-            super().save_model(output_dir, _internal_call)
+            self._whole = self._collect_weights()
+            try:
+                super().save_model(output_dir, _internal_call)
+            finally:
+                self._whole = None
+
+    def _collect_weights(self) -> dict[torch.Tensor, torch.Tensor] | None:
+        """All weights, by the tensors of the model, if this process does not have them; all processes help."""
+        if self.on_servers:
+            return self.engine.collect()
+        if self.optimizer.weights.partitioned:
+            return self.optimizer.weights.collect(keep=self.args.should_save)
+        return None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None and (self.on_servers or self.optimizer.weights.partitioned):
-            if self.on_servers:
-                whole = self.engine.collect()
-            else:
-                whole = self.optimizer.weights.collect(keep=self.args.should_save)
-            state_dict = {
-                name: whole.get(tensor, tensor) for name, tensor in self.model.state_dict(keep_vars=True).items()
-            }
+        if state_dict is None and self._whole is not None:
+            tensors = self.model.state_dict(keep_vars=True)
+            state_dict = {name: self._whole.get(tensor, tensor) for name, tensor in tensors.items()}
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

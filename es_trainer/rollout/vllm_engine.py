@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -82,6 +83,7 @@ class VLLMEngine(Engine):
             processes.barrier()
             self.llm = self._start(source or str(folder), str(folder), args, processes)
             processes.barrier()
+        processes.before_leaving(functools.partial(_shut_down, weakref.ref(self.llm)))
         if self.sleeps:
             self._free_cache()
         self.context = self.llm.llm_engine.model_config.max_model_len
@@ -251,6 +253,12 @@ class Adapters:
 
 def _working_dtype(model: PreTrainedModel, args: ESConfig) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+
+
+def _shut_down(reference: "weakref.ref[LLM]") -> None:
+    # Its own end comes after that of the process groups which it uses
+    if (llm := reference()) is not None:
+        llm.llm_engine.engine_core.shutdown()
 
 
 @contextlib.contextmanager
