@@ -73,7 +73,7 @@ def check_arguments(
 def _check_vllm(args: ESConfig, model: Any, quantization_config: Any, peft_config: Any, rollout_func: Any) -> None:
     if quantization_config is not None:
         raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")
-    if peft_config is not None or is_peft_model(model):
+    if peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model)):
         raise ValueError(
             "`use_vllm=True` with an adapter is not supported. Leave `peft_config` out to train all weights, freeze "
             "some with requires_grad=False, or set use_vllm=False."

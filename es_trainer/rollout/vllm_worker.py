@@ -24,8 +24,9 @@ from ..history import extend_digest, first_digest, make_optimizer, replay_step
 from .vllm_weights import carried_by_lora, check_values, find_homes
 
 
-def _keep_weights_on_cpu() -> None:
-    """Keep vLLM's CPU backend from packing weights into forms that cannot be perturbed."""
+def _prepare_cpu() -> None:
+    """Keep vLLM's CPU backend from packing weights into forms that cannot be perturbed, and from two traps."""
+    from llvmlite.binding import ffi
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.model_executor.layers import utils
@@ -67,13 +68,15 @@ def _keep_weights_on_cpu() -> None:
     utils.dispatch_cpu_unquantized_gemm = plain_linear
     CPUUnquantizedExperts.process_weights_after_loading = unpacked_experts
     CPUUnquantizedExperts.apply = apply_experts
+    # vLLM looks into every object of every module, and trips over this one of Numba's, which has any attribute
+    ffi.lib._fntab["__dict__"] = {}
     # Two runs on a machine, or one after another that was killed, would have shared memory of the same name
     name = _CPUSHMDistributed.make_group_name
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{name(communicator)}-{os.getppid()}")
 
 
 if current_platform.is_cpu():
-    _keep_weights_on_cpu()
+    _prepare_cpu()
 
 
 def _reported(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:

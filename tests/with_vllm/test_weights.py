@@ -1,0 +1,173 @@
+"""Every parameter is found in vLLM's own weights, perturbed, restored and updated there like in a plain model."""
+
+import base64
+import json
+
+import pytest
+import tiny  # isort: skip  (it sets what vLLM reads)
+import torch
+from conftest import TINY, make_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from vllm import LLM
+
+from es_trainer import ESConfig
+from es_trainer.evolution import Member
+from es_trainer.history import describe, make_optimizer, replay_step, run_config
+from es_trainer.rollout.vllm_engine import WORKER_EXTENSION
+from es_trainer.rollout.vllm_weights import LoadError
+
+
+SMALL = {**TINY, "head_dim": 32, "initializer_range": 0.1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "hidden_size": 64}
+MODELS = {
+    "tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "untied": LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "qwen2": Qwen2Config(**{**SMALL, "num_attention_heads": 1, "num_key_value_heads": 1}),
+    "qwen3": Qwen3Config(**SMALL),
+    "experts": Qwen3MoeConfig(**{**SMALL, **EXPERTS}),
+    "fused": Phi3Config(**{**SMALL, "hidden_size": 128, "head_dim": 32}),
+}
+STEPS = [
+    {"seeds": [7, 8], "signs": [1, -1], "utilities": [1.0, 0.5], "learning_rate": 0.05, "in_place": True},
+    {"seeds": [9, 10], "signs": [1, 1], "utilities": [-0.5, 2.0], "learning_rate": 0.03, "in_place": True},
+]
+
+
+def save(config: PreTrainedConfig, folder) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def start(folder: str, dtype: str = "float32") -> LLM:
+    return LLM(
+        model=folder, dtype=dtype, enforce_eager=True, max_model_len=64, worker_extension_cls=WORKER_EXTENSION
+    )
+
+
+def call(llm: LLM, method: str, *args) -> dict:
+    (answer,) = llm.collective_rpc(method, args=args)
+    assert "error" not in answer, answer["traceback"]
+    return answer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_those_of_a_plain_model(tmp_path, name, dtype):
+    folder = save(MODELS[name], tmp_path / "model")
+    llm = start(folder, dtype)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    named = list(plain.named_parameters())
+    shapes = {name: list(parameter.shape) for name, parameter in named}
+    args = ESConfig(str(tmp_path), use_cpu=True, bf16=dtype == "bfloat16", es_optimizer="adam", weight_decay=0.1)
+    optimizer = make_optimizer(named, {named[0][0]}, run_config(args))
+    header = json.loads(json.dumps(describe(optimizer, args)))
+    (homes,) = llm.collective_rpc("homes", args=(shapes,))
+
+    def check():
+        for name, parameter in named:
+            assert torch.equal(homes[name].weights, parameter.data.reshape(-1)), name
+
+    assert call(llm, "load_check", shapes) == {"found": len(shapes)}
+    first = call(llm, "begin", header, "float32")
+    check()
+    call(llm, "perturb", 5, -1, 0.1)
+    optimizer.weights.perturb(Member(5, -1), 0.1)
+    check()
+    call(llm, "restore")
+    optimizer.restore()
+    check()
+    for line in STEPS:
+        call(llm, "perturb", 6, 1, 0.1)
+        answer = call(llm, "update", line)
+        replay_step(optimizer, line)
+        check()
+        assert answer["update_norm"] == optimizer.update_norm > 0
+        assert answer["checksum"] == optimizer.weights.checksums() != first["checksum"]
+    assert answer["updates"] == 2 and call(llm, "checksum")["digest"] == answer["digest"] != first["digest"]
+    with optimizer.weights.as_given():
+        for name, parameter in named:
+            exported = call(llm, "export", name, 0, parameter.numel())
+            data = bytearray(base64.b64decode(exported["data"]))
+            assert torch.equal(torch.frombuffer(data, dtype=torch.float32), parameter.data.reshape(-1)), name
+    assert call(llm, "begin", header, "float32")["updates"] == 2
+    assert call(llm, "restart", header, "float32")["checksum"] == first["checksum"]
+
+
+@pytest.mark.parametrize("name", ["tied", "experts", "fused"])
+def test_a_perturbed_engine_answers_like_a_perturbed_model(tmp_path, name):
+    from vllm import SamplingParams
+
+    folder = save(MODELS[name], tmp_path / "model")
+    llm = start(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    named = list(plain.named_parameters())
+    args = ESConfig(str(tmp_path), use_cpu=True, bf16=False)
+    optimizer = make_optimizer(named, set(), run_config(args))
+    call(llm, "begin", json.loads(json.dumps(describe(optimizer, args))), "float32")
+    prompt = make_tokenizer()("Say one")["input_ids"]
+    answers = set()
+    for seed in (None, 1, 2):
+        if seed is not None:
+            call(llm, "perturb", seed, 1, 0.1)
+            optimizer.weights.perturb(Member(seed, 1), 0.1)
+        llm.reset_prefix_cache()
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        mine = plain.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert list(output.outputs[0].token_ids) == mine[0, len(prompt) :].tolist()
+        answers.add(tuple(output.outputs[0].token_ids))
+    assert len(answers) == 3
+
+
+def test_weights_that_lie_otherwise_are_refused(tmp_path):
+    config = GPT2Config(n_embd=64, n_head=2, n_layer=1, vocab_size=259, n_positions=64)
+    llm = start(save(config, tmp_path / "model"))
+    shapes = {
+        name: list(parameter.shape)
+        for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
+    }
+    (answer,) = llm.collective_rpc("load_check", args=(shapes,))
+    assert "LoadError" in answer["error"] and "c_attn.weight has shape [64, 192]" in answer["error"]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    llm = start(save(MODELS["tied"], tmp_path / "model"))
+    model = AutoModelForCausalLM.from_config(MODELS["tied"])
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    (answer,) = llm.collective_rpc("load_check", args=({**shapes, "model.extra.weight": [3]},))
+    assert "model.extra.weight is missing" in answer["error"]
+    shapes.pop("model.layers.0.self_attn.k_proj.weight")
+    (answer,) = llm.collective_rpc("load_check", args=(shapes,))
+    assert "belong to no parameter" in answer["error"] and "layers.0.self_attn.qkv_proj.weight" in answer["error"]
+
+
+def test_packed_weights_are_found_out(tmp_path, monkeypatch):
+    from vllm.model_executor.layers import utils
+
+    def pack(layer, remove_weight):
+        packed = layer.weight.data.clone()
+        layer.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, packed, bias)
+        layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    import es_trainer.rollout.vllm_worker  # noqa: F401 (which keeps vLLM from packing)
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", pack)
+    llm = start(save(MODELS["untied"], tmp_path / "model"))
+    model = AutoModelForCausalLM.from_config(MODELS["untied"])
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    (answer,) = llm.collective_rpc("load_check", args=(shapes,))
+    assert "LoadError" in answer["error"] and "q_proj.weight has shape" in answer["error"]

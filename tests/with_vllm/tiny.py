@@ -1,0 +1,23 @@
+"""A tiny model that vLLM's CPU attention takes, and what tests set before they import vLLM."""
+
+import functools
+import os
+import tempfile
+
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from conftest import make_model, make_tokenizer
+
+
+HEADS = {"head_dim": 32}  # vLLM's CPU attention knows no shorter ones
+
+
+@functools.cache
+def tiny_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="tiny-")
+    make_model(**HEADS).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
