@@ -33,6 +33,7 @@ class Run:
     words_of_last: list[str] = field(default_factory=lambda: WORDS)
     model_of_last: dict[str, Any] = field(default_factory=dict)  # and all make the model themselves
     model_object: bool = False  # every process makes the model itself, with other weights
+    model_options: dict[str, Any] = field(default_factory=dict)  # of that
     adapter: bool = False
     judge: bool = False  # a reward model, too
     stream: bool = False  # an iterable dataset
@@ -68,7 +69,9 @@ def train(model: str, run: Run) -> None:
         other = dataset
     members: list[int] = []  # of which this process had completions, by step
     trainer = ESTrainer(
-        make_model(seed=RANK, **(run.model_of_last if last else {})) if run.model_object else model,
+        make_model(seed=RANK, **run.model_options, **(run.model_of_last if last else {}))
+        if run.model_object
+        else model,
         [reward(run, last, members), *([f"{model}/judge"] if run.judge else [])],
         args,
         other.to_iterable_dataset() if run.stream else other,

@@ -78,6 +78,7 @@ class VLLMEngine(Engine):
         with _shared_folder(processes) as (folder, writes):
             if writes:
                 tokenizer.save_pretrained(folder)
+                model.config.save_pretrained(folder)  # by which vLLM knows what kind of tokenizer it is
                 if source is None:
                     model.save_pretrained(folder)
             processes.barrier()

@@ -1,0 +1,273 @@
+"""Training with vLLM servers: real ones, which are killed, stopped and started anew."""
+
+import tiny  # isort: skip  (it sets what vLLM reads)
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import torch
+from conftest import assert_same, letters, logs, weights
+from safetensors.torch import load_file
+from test_distributed import free_port
+
+from es_trainer.rollout.vllm_server import ServerError
+
+
+STARTING = 120  # seconds
+
+
+class Process:
+    """A server, in a process group of its own."""
+
+    def __init__(self, *options: str, token: str | None = None):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.options = options
+        self.token = token
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"VLLM_API_KEY": self.token} if self.token else {})}
+        command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", tiny.tiny_folder()]
+        command += ["--dtype", "float32", "--max-model-len", "128", "--port", str(self.port), *self.options]
+        self.process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def wait(self) -> None:
+        for _ in range(STARTING):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health").is_success:
+                    return
+            assert self.process.poll() is None
+            time.sleep(1)
+        raise TimeoutError(self.url)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers():
+    started = [Process(), Process()]
+    try:
+        for server in started:
+            server.wait()
+        yield started
+    finally:
+        for server in started:
+            server.kill()
+
+
+@pytest.fixture
+def start(trainer):
+    """Make an ESTrainer for a tiny run on servers."""
+
+    def make(*servers, **options):
+        urls = [server.url for server in servers]
+        made = trainer(
+            **{
+                "model": tiny.tiny_folder(),
+                "use_vllm": True,
+                "vllm_mode": "server",
+                "vllm_server_base_url": urls,
+                "vllm_server_timeout": 60.0,
+                **options,
+            }
+        )
+        made.delay = 0.0  # seconds that completions take longer
+        made.answered = {url: [] for url in urls}  # the steps in which each server completed prompts
+        for server in made.engine.servers:
+            count(server, made)
+        return made
+
+    return make
+
+
+def count(server, trainer) -> None:
+    complete = server.complete
+
+    def counted(*args):
+        completions = complete(*args)
+        time.sleep(trainer.delay)
+        trainer.answered[server.url].append(trainer.state.global_step + 1)
+        return completions
+
+    server.complete = counted
+
+
+@pytest.fixture
+def plain(trainer):
+    """A run with Transformers, and the weights that it ended with."""
+
+    def run(**options):
+        made = trainer(tiny.tiny_folder(), **options)
+        made.train()
+        return made
+
+    return run
+
+
+def assert_alike(mine, theirs, folder) -> None:
+    for one, other in zip(logs(mine), logs(theirs), strict=True):
+        for key in ("reward", "reward_std", "update_norm", "distance_from_start"):
+            assert one[key] == pytest.approx(other[key], rel=1e-6), key
+    mine.save_model(str(folder))
+    saved = load_file(folder / "model.safetensors")
+    assert_same(saved, weights(theirs.model))
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_servers_share_out_members(servers, start, plain, tmp_path):
+    options = {"population_size": 8, "eval_strategy": "steps", "eval_steps": 3}
+    mine, theirs = start(*servers, **options), plain(**options)
+    mine.train()
+    assert all(set(steps) >= {1, 2, 3} for steps in mine.answered.values())
+    assert_alike(mine, theirs, tmp_path / "saved")
+    evaluations = [[log["eval_reward"] for log in t.state.log_history if "eval_reward" in log] for t in (mine, theirs)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_resumed_run_is_replayed(servers, start, plain, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "es_optimizer": "adam"}
+    whole, theirs = start(servers[0], **options), plain(**options)
+    whole.train()
+    resumed = start(*servers, **options, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert_alike(resumed, theirs, tmp_path / "saved")
+    assert len(resumed.engine.lines) == 3
+
+
+def test_the_best_checkpoint_is_loaded(servers, start, plain, tmp_path):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_reward",
+        "max_steps": 3,
+    }
+    mine, theirs = start(servers[0], **options), plain(**options)
+    mine.train()
+    assert mine.state.best_global_step == theirs.state.best_global_step
+    assert_alike(mine, theirs, tmp_path / "saved")
+
+
+def test_sampling(servers, start, tmp_path):
+    options = {"temperature": 1.0, "num_generations": 2, "sigma": 1e-9, "max_steps": 1}
+    one, two = start(servers[0], **options), start(*servers, **options)
+    one.train()
+    two.train()
+    assert logs(one)[0]["reward"] == logs(two)[0]["reward"] > 0
+    assert logs(two)[0]["reward_std"] == pytest.approx(0, abs=1e-12)  # the same random numbers for all members
+    ids = one.engine.tokenize(list(one.train_dataset["prompt"]))
+    assert [c.ids for c in one.engine.generate(ids, 5, 2)] == [c.ids for c in two.engine.generate(ids, 5, 2)]
+    assert len({str(c.ids) for c in one.engine.generate(ids[:1] * 2, 5, 2)}) == 4
+
+
+def test_a_server_that_is_killed_and_started_anew(servers, start, plain, tmp_path):
+    first, second = servers
+
+    def reward(completions, trainer_state, **kwargs):
+        members = seen.setdefault(trainer_state.global_step + 1, [])
+        members.append(completions)
+        if len(members) == 1 and trainer_state.global_step == 1:
+            second.kill()
+        if len(members) == 1 and trainer_state.global_step == 3:
+            second.start()
+            second.wait()
+            mine.delay = 0.5  # or the other would have done everything before this one has loaded the model
+        return letters(completions)
+
+    reward.__name__ = "letters"
+    seen: dict[int, list] = {}
+    options = {"population_size": 8, "max_steps": 6}
+    mine, theirs = start(first, second, **options, reward_funcs=reward), plain(**options)
+    mine.train()
+    assert all(len(members) == 8 for members in seen.values())
+    steps = mine.answered[second.url]
+    assert {1, 6} <= set(steps) and 3 not in steps
+    assert_alike(mine, theirs, tmp_path / "saved")
+    positions = [server.call("checksum")[0] for server in mine.engine.servers]
+    assert positions[0] == positions[1] and positions[0]["updates"] == 6
+
+
+def test_a_server_that_hangs(servers, start, plain, tmp_path):
+    first, second = servers
+
+    def reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 1:
+            second.signal(signal.SIGSTOP)
+        return letters(completions)
+
+    reward.__name__ = "letters"
+    options = {"population_size": 8, "max_steps": 4}
+    mine, theirs = start(first, second, **options, reward_funcs=reward, vllm_server_timeout=4.0), plain(**options)
+    try:
+        mine.train()
+    finally:
+        second.signal(signal.SIGCONT)
+    assert not {3, 4} & set(mine.answered[second.url])
+    assert "no answer within vllm_server_timeout=4.0 s" in mine.engine.servers[1].problem
+    assert_alike(mine, theirs, tmp_path / "saved")
+
+
+def test_the_step_fails_when_no_server_is_left(servers, start):
+    second = servers[1]
+
+    def reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 1:
+            second.kill()
+        return letters(completions)
+
+    try:
+        with pytest.raises(ServerError, match=f"No vLLM server is left.*\n{second.url}: .* is lost: "):
+            start(second, reward_funcs=reward).train()
+    finally:
+        second.start()
+        second.wait()
+
+
+def test_servers_that_do_not_fit_the_run(servers, start):
+    with pytest.raises(ServerError, match="torch.float32, but the run in bfloat16. Start the server with --dtype"):
+        start(servers[0], bf16=True)
+    with pytest.raises(ValueError, match="context of 128 tokens"):
+        start(servers[0], max_completion_length=120)
+
+
+def test_a_server_that_is_not_there(start):
+    class Nowhere:
+        url = f"http://127.0.0.1:{free_port()}"
+
+    with pytest.raises(ConnectionError, match=f"No vLLM server is up at {Nowhere.url} after vllm_server_timeout=1.0 s"):
+        start(Nowhere, vllm_server_timeout=1.0)
+
+
+def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
+    server = Process("--tensor-parallel-size", "2", token="secret")
+    try:
+        server.wait()
+        request = {"method": "checksum"}
+        assert httpx.post(f"{server.url}/collective_rpc", json=request).status_code == 401
+        wrong = {"Authorization": "Bearer secrets"}
+        assert httpx.post(f"{server.url}/collective_rpc", json=request, headers=wrong).status_code == 401
+        with pytest.raises(ServerError, match="asks for a token: set the environment variable VLLM_API_KEY"):
+            start(server)
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        mine, theirs = start(server), plain()
+        mine.train()
+        assert_alike(mine, theirs, tmp_path / "saved")
+        # Small models are measured whole, larger ones on other weights in every part
+        assert len(mine.engine.servers[0].call("checksum")) == 2
+    finally:
+        server.kill()
