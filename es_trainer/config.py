@@ -754,7 +754,7 @@ class ESConfig(TrainingArguments):
                 )
             if key not in SAMPLING_PARAMS:
                 raise ValueError(
-                    f"`generation_kwargs` has {key!r}, which is none of those that are supported with `use_vllm=True`: "
+                    f"`generation_kwargs` has {key!r}, which is none of those for `use_vllm=True`: "
                     f"{', '.join(SAMPLING_PARAMS)}."
                 )
 

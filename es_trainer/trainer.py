@@ -3,6 +3,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import time
 import zlib
 from collections import Counter
@@ -357,7 +358,7 @@ class ESTrainer(Trainer):
         if others:
             logger.warning(
                 f"`vllm_lora=True`: {len(others)} parameters that adapters cannot carry stay as they are: "
-                f"{', '.join(others)}."
+                f"{', '.join(dict.fromkeys(re.sub('[.][0-9]+[.]', '.*.', name) for name in others))}."
             )
 
     def _prepare_for_training(

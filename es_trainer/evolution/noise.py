@@ -144,6 +144,16 @@ def _add_cpu(source, target, start, stream, seeds, coefficients):
     coefficients = np.array(coefficients, dtype=np.float32)
     stream = np.uint64(stream)
 
+    if target.dtype == torch.bfloat16 and (source is None or source.dtype == torch.float32):
+        values = np.empty(0, dtype=np.float32) if source is None else source.numpy()
+        bits = target.view(torch.uint16).numpy()
+
+        def span(low: int, high: int) -> None:
+            cpu.add_bfloat16(values[low:high], bits[low:high], start + low, stream, seeds, coefficients)
+
+        for_spans(span, target.numel())
+        return
+
     def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
         cpu.add(values, out, start + low, stream, seeds, coefficients)
 

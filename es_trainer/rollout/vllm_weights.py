@@ -116,8 +116,8 @@ def _modules_and_parameters(engine: nn.Module) -> tuple[dict[str, nn.Module], di
 def _load_error(problems: list[str]) -> LoadError:
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
     return LoadError(
-        f"vLLM does not hold the model's weights as they are: {'; '.join(problems[:4])}{more}. Perturbing what is there "
-        "would leave parts of the model as they were. Use another `vllm_model_impl`, an unquantized model, or "
+        f"vLLM does not hold the model's weights as they are: {'; '.join(problems[:4])}{more}. Perturbing what is "
+        "there would leave parts of the model as they were. Use another `vllm_model_impl`, an unquantized model, or "
         "use_vllm=False."
     )
 

@@ -100,8 +100,8 @@ class WorkerExtension:
     """
     What a vLLM worker does for evolution strategies, as `worker_extension_cls`.
 
-    A trainer in the same process takes the homes of the parameters and does the rest by itself. One elsewhere calls the
-    other methods, which answer with a `dict` that can be JSON; if something is wrong, it has an `"error"`.
+    A trainer in the same process takes the homes of the parameters and does the rest by itself. One elsewhere calls
+    the other methods, which answer with a `dict` that can be JSON; if something is wrong, it has an `"error"`.
     """
 
     _run: dict[str, Any] | None = None  # what `begin` was given
@@ -214,8 +214,8 @@ class WorkerExtension:
         wanted = "bfloat16" if header["config"]["bf16"] else "float16" if header["config"]["fp16"] else dtype
         if str(config.dtype) != f"torch.{wanted}":
             raise ValueError(
-                f"The server computes in {config.dtype}, but the run in {wanted}. Start the server with --dtype {wanted}, "
-                "or choose with `bf16` and `fp16` of `ESConfig`."
+                f"The server computes in {config.dtype}, but the run in {wanted}. Start the server with --dtype "
+                f"{wanted}, or choose with `bf16` and `fp16` of `ESConfig`."
             )
         with set_current_vllm_config(self.vllm_config):  # whose patches of Transformers ask for it
             self._base = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 """Training with vLLM in the trainer's process."""
 
-import tiny  # isort: skip  (it sets what vLLM reads)
 import pytest
+import tiny
 import torch
 from conftest import assert_same, logs, make_model, make_tokenizer, weights
 from safetensors.torch import load_file
@@ -157,8 +157,7 @@ def test_low_rank_members_in_place(start):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_members_as_adapters(start, caplog, rank):
     mine = start(perturbation="low_rank", perturbation_rank=rank, vllm_lora=True, population_batch_size=3)
-    left_out = {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"}
-    assert all(name in caplog.text for name in left_out)
+    assert "6 parameters" in caplog.text and "embed_tokens.weight, model.layers.*.input_layernorm.w" in caplog.text
     model = make_model(**tiny.HEADS)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "proj" in name

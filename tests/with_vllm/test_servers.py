@@ -1,6 +1,5 @@
 """Training with vLLM servers: real ones, which are killed, stopped and started anew."""
 
-import tiny  # isort: skip  (it sets what vLLM reads)
 import contextlib
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 
 import httpx
 import pytest
+import tiny
 import torch
 from conftest import assert_same, letters, logs, weights
 from safetensors.torch import load_file
@@ -249,7 +249,9 @@ def test_a_server_that_is_not_there(start):
     class Nowhere:
         url = f"http://127.0.0.1:{free_port()}"
 
-    with pytest.raises(ConnectionError, match=f"No vLLM server is up at {Nowhere.url} after vllm_server_timeout=1.0 s"):
+    with pytest.raises(
+        ConnectionError, match=f"No vLLM server is up at {Nowhere.url} after vllm_server_timeout=1.0 s"
+    ):
         start(Nowhere, vllm_server_timeout=1.0)
 
 

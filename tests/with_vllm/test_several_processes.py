@@ -1,9 +1,9 @@
 """Several processes with an engine in each, or with a tensor-parallel one for all."""
 
-import tiny  # isort: skip  (it sets what vLLM reads)
 import json
 
 import pytest
+import tiny
 from conftest import assert_same
 from safetensors.torch import load_file
 from test_distributed import RECIPES, errors, launched, records
@@ -29,7 +29,11 @@ def folder(tmp_path_factory):
         },
         "sharded": {"processes": 2, "config": SHARDED | SAVING},
         "resumed": {"processes": 2, "config": SHARDED | SAVING, "resume": str(folder / "sharded" / "checkpoint-2")},
-        "elsewhere": {"processes": 1, "config": {"use_vllm": True}, "resume": str(folder / "sharded" / "checkpoint-2")},
+        "elsewhere": {
+            "processes": 1,
+            "config": {"use_vllm": True},
+            "resume": str(folder / "sharded" / "checkpoint-2"),
+        },
         "adapters": {"processes": 2, "config": SHARDED | {"perturbation": "low_rank", "vllm_lora": True}},
         "adapters alone": {
             "processes": 1,

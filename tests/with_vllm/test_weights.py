@@ -4,9 +4,9 @@ import base64
 import json
 
 import pytest
-import tiny  # isort: skip  (it sets what vLLM reads)
 import torch
 from conftest import TINY, make_tokenizer
+from tiny import start_llm
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,8 +23,6 @@ from vllm import LLM
 from es_trainer import ESConfig
 from es_trainer.evolution import Member
 from es_trainer.history import describe, make_optimizer, replay_step, run_config
-from es_trainer.rollout.vllm_engine import WORKER_EXTENSION
-from es_trainer.rollout.vllm_weights import LoadError
 
 
 SMALL = {**TINY, "head_dim": 32, "initializer_range": 0.1}
@@ -52,12 +50,6 @@ def save(config: PreTrainedConfig, folder) -> str:
     return str(folder)
 
 
-def start(folder: str, dtype: str = "float32") -> LLM:
-    return LLM(
-        model=folder, dtype=dtype, enforce_eager=True, max_model_len=64, worker_extension_cls=WORKER_EXTENSION
-    )
-
-
 def call(llm: LLM, method: str, *args) -> dict:
     (answer,) = llm.collective_rpc(method, args=args)
     assert "error" not in answer, answer["traceback"]
@@ -68,7 +60,7 @@ def call(llm: LLM, method: str, *args) -> dict:
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_those_of_a_plain_model(tmp_path, name, dtype):
     folder = save(MODELS[name], tmp_path / "model")
-    llm = start(folder, dtype)
+    llm = start_llm(folder, dtype)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     named = list(plain.named_parameters())
     shapes = {name: list(parameter.shape) for name, parameter in named}
@@ -112,7 +104,7 @@ def test_a_perturbed_engine_answers_like_a_perturbed_model(tmp_path, name):
     from vllm import SamplingParams
 
     folder = save(MODELS[name], tmp_path / "model")
-    llm = start(folder)
+    llm = start_llm(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     named = list(plain.named_parameters())
     args = ESConfig(str(tmp_path), use_cpu=True, bf16=False)
@@ -135,17 +127,16 @@ def test_a_perturbed_engine_answers_like_a_perturbed_model(tmp_path, name):
 
 def test_weights_that_lie_otherwise_are_refused(tmp_path):
     config = GPT2Config(n_embd=64, n_head=2, n_layer=1, vocab_size=259, n_positions=64)
-    llm = start(save(config, tmp_path / "model"))
+    llm = start_llm(save(config, tmp_path / "model"))
     shapes = {
-        name: list(parameter.shape)
-        for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
+        name: list(parameter.shape) for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
     }
     (answer,) = llm.collective_rpc("load_check", args=(shapes,))
     assert "LoadError" in answer["error"] and "c_attn.weight has shape [64, 192]" in answer["error"]
 
 
 def test_what_is_missing_is_named(tmp_path):
-    llm = start(save(MODELS["tied"], tmp_path / "model"))
+    llm = start_llm(save(MODELS["tied"], tmp_path / "model"))
     model = AutoModelForCausalLM.from_config(MODELS["tied"])
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     (answer,) = llm.collective_rpc("load_check", args=({**shapes, "model.extra.weight": [3]},))
@@ -166,7 +157,7 @@ def test_packed_weights_are_found_out(tmp_path, monkeypatch):
     import es_trainer.rollout.vllm_worker  # noqa: F401 (which keeps vLLM from packing)
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", pack)
-    llm = start(save(MODELS["untied"], tmp_path / "model"))
+    llm = start_llm(save(MODELS["untied"], tmp_path / "model"))
     model = AutoModelForCausalLM.from_config(MODELS["untied"])
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     (answer,) = llm.collective_rpc("load_check", args=(shapes,))

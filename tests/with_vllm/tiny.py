@@ -1,4 +1,4 @@
-"""A tiny model that vLLM's CPU attention takes, and what tests set before they import vLLM."""
+"""A tiny model that vLLM's CPU attention takes, and engines as small."""
 
 import functools
 import os
@@ -10,6 +10,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from conftest import make_model, make_tokenizer
+from vllm import LLM
+
+from es_trainer.rollout.vllm_engine import WORKER_EXTENSION
 
 
 HEADS = {"head_dim": 32}  # vLLM's CPU attention knows no shorter ones
@@ -21,3 +24,7 @@ def tiny_folder() -> str:
     make_model(**HEADS).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def start_llm(folder: str, dtype: str = "float32") -> LLM:
+    return LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=64, worker_extension_cls=WORKER_EXTENSION)

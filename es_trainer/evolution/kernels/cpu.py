@@ -13,7 +13,9 @@ from numba import njit
 LANES = 1024  # counters in a block
 BLOCK = 4 * LANES  # normals in a block: counter i gives the normals i, i + 1024, i + 2048 and i + 3072
 
-u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
+SCRATCH = 8 * BLOCK  # weights that stay in the cache until they are rounded
+
+u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
 
 LOW = u64(0xFFFFFFFF)
 WORD = u64(32)
@@ -163,6 +165,27 @@ def add(source, target, start, stream, seeds, coefficients):
                 accumulate = True
         if not whole:
             copy(edge[low - origin : high - origin], target[low - start : high - start])
+
+
+@njit(nogil=True)
+def round_to_bfloat16(values, target):
+    """Round float32 bits to the nearest bfloat16 bits, ties to even, as torch does."""
+    for i in range(target.shape[0]):
+        bits = values[i]
+        target[i] = u16(u32(bits + u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1))) >> u32(16))
+
+
+@njit(nogil=True, cache=True)
+def add_bfloat16(source, target, start, stream, seeds, coefficients):
+    """The same as `add`, rounded to bfloat16: `target` is a uint16 array of its bits, which is written once."""
+    n = target.shape[0]
+    scratch = np.empty(SCRATCH, f32)
+    bits = scratch.view(u32)
+    for origin in range(start // SCRATCH * SCRATCH, start + n, SCRATCH):
+        low, high = max(start, origin) - start, min(start + n, origin + SCRATCH) - start
+        piece = source[low:high] if source.shape[0] > 0 else source
+        add(piece, scratch[: high - low], start + low, stream, seeds, coefficients)
+        round_to_bfloat16(bits[: high - low], target[low:high])
 
 
 @njit(nogil=True, cache=True)
