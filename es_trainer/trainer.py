@@ -21,15 +21,17 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
@@ -85,6 +87,9 @@ class ESTrainer(Trainer):
     Several processes share out the members of a population, each with all of the weights. Nothing but a few numbers
     for each member travels between them, and the result does not depend on how many they are. With DeepSpeed ZeRO-3,
     each process keeps a part of the weights; see `args.ds3_gather_for_generation`.
+
+    With `args.use_vllm`, vLLM generates: in these processes with its own weights, of which the model's parameters
+    become views, or on servers, and then the model here has no weights.
 
     Example:
 
@@ -213,9 +218,9 @@ class ESTrainer(Trainer):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         self.on_servers = args.use_vllm and args.vllm_mode == "server"
         self._source = model if isinstance(model, str) else None
+        if self.on_servers:
+            model = _without_weights(model, options)
         if isinstance(model, str):
-            if self.on_servers:
-                options["device_map"] = "meta"  # what it is like; the servers have its weights
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **options})
@@ -1113,6 +1118,18 @@ class ESTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The weights themselves are bf16 or fp16: no autocast, no gradient scaler
         return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}
+
+
+def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A model on the meta device, for which no weights are read or downloaded."""
+    source = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    trust = {"trust_remote_code": options["trust_remote_code"]}
+    config = AutoConfig.from_pretrained(name, **source, **trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **trust)
+    if cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **source) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name, **source)
+    return model
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftModel":

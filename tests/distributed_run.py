@@ -40,7 +40,8 @@ class Run:
     resume: str | None = None
     evaluate: bool = False
     spoil_at: int | None = None  # after this step, last changes a weight
-    fail_at: int | None = None  # in this step, the reward raises on last
+    fail_at: int | None = None  # in this step, the reward raises on last, or on the process `fail_rank`
+    fail_rank: int | None = None
     kill_at: int | None = None  # in this step, the process `kill_rank` is killed
     kill_rank: int = 1
     version_of_last: str | None = None  # what last takes for its version of numpy
@@ -97,7 +98,7 @@ def reward(run: Run, last: bool, members: list[int]) -> Callable[..., list[float
         members.append(step)
         if RANK == run.kill_rank and step == run.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if last and step == run.fail_at:
+        if step == run.fail_at and (last if run.fail_rank is None else RANK == run.fail_rank):
             raise ValueError("no reward today")
         return letters(completions)
 

@@ -69,10 +69,10 @@ class VLLMEngine(Engine):
         processes: Processes,
     ):
         super().__init__(model, tokenizer, args)
-        self.group, self.rank = divmod(processes.rank, args.vllm_tensor_parallel_size)
+        self.group = processes.rank // args.vllm_tensor_parallel_size
         self.sampling = sampling_options(args, self.eos_token_ids)
         self.max_new_tokens = self.sampling["max_tokens"]
-        self.sleeps = args.vllm_enable_sleep_mode
+        self._asleep = False
         if not LOADABLE.issuperset(args.model_init_kwargs or {}):
             source = None
         with _shared_folder(processes) as (folder, writes):
@@ -85,7 +85,7 @@ class VLLMEngine(Engine):
             self.llm = self._start(source or str(folder), str(folder), args, processes)
             processes.barrier()
         processes.before_leaving(functools.partial(_shut_down, weakref.ref(self.llm)))
-        if self.sleeps:
+        if args.vllm_enable_sleep_mode:
             self._free_cache()
         self.context = self.llm.llm_engine.model_config.max_model_len
 
@@ -95,13 +95,16 @@ class VLLMEngine(Engine):
         from vllm import LLM
         from vllm.config.lora import MaxLoRARanks
 
+        from . import vllm_worker  # noqa: F401 (some of what it prepares is needed before the engine starts)
+
         options: dict[str, Any] = {}
         if args.generation_batch_size is not None:
             options["max_num_seqs"] = args.generation_batch_size
         if processes.count > 1:
             options["distributed_executor_backend"] = "external_launcher"
         if args.vllm_lora:
-            self.most_members = args.population_batch_size or -(-args.population_size // self._groups(processes, args))
+            groups = processes.count // args.vllm_tensor_parallel_size
+            self.most_members = args.population_batch_size or -(-args.population_size // groups)
             options["enable_lora"] = True
             options["max_loras"] = options["max_cpu_loras"] = self.most_members
             options["max_lora_rank"] = next(r for r in get_args(MaxLoRARanks) if r >= args.perturbation_rank)
@@ -122,10 +125,6 @@ class VLLMEngine(Engine):
             enforce_eager=args.device.type == "cpu",
             **options,
         )
-
-    @staticmethod
-    def _groups(processes: Processes, args: ESConfig) -> int:
-        return processes.count // args.vllm_tensor_parallel_size
 
     def homes(self) -> dict[nn.Parameter, Home]:
         """Where the engine keeps the parameters of the model."""
@@ -148,10 +147,11 @@ class VLLMEngine(Engine):
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        if not self.sleeps:
+        if not self._asleep:
             yield
             return
         self.llm.wake_up(tags=["kv_cache"])
+        self._asleep = False
         try:
             yield
         finally:
@@ -160,6 +160,7 @@ class VLLMEngine(Engine):
     def _free_cache(self) -> None:
         self.llm.sleep(level=1)
         self.llm.wake_up(tags=["weights"])  # which are updated meanwhile
+        self._asleep = True
 
     def generate(
         self,
@@ -182,7 +183,6 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        self.forget()
         options = dict(self.sampling)
         if "structured_outputs" in options:
             options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
@@ -194,12 +194,14 @@ class VLLMEngine(Engine):
         ]
         adapters = [adapter for adapter in members for _ in rows] if members else None
         count = len(members) if members else 1
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt_ids[prompt]} for prompt, _ in rows] * count,
-            params * count,
-            lora_request=adapters,
-            use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
-        )
+        self.forget()
+        with self.awake():
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": prompt_ids[prompt]} for prompt, _ in rows] * count,
+                params * count,
+                lora_request=adapters,
+                use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
+            )
         return [self._completion(list(output.outputs[0].token_ids)) for output in outputs]
 
 

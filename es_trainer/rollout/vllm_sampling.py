@@ -28,6 +28,8 @@ def sampling_options(args: ESConfig, eos_token_ids: list[int]) -> dict[str, Any]
     stop = options.pop("stop_strings", None)  # as Transformers calls it
     if stop:
         options["stop"] = stop
+    if "logit_bias" in options:  # JSON has made texts of the tokens
+        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
     options["stop_token_ids"] = [*eos_token_ids, *options.get("stop_token_ids", [])]
     if args.vllm_structured_outputs_regex is not None:
         options["structured_outputs"] = {"regex": args.vllm_structured_outputs_regex}

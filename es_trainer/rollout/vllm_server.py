@@ -495,7 +495,7 @@ class VLLMServers(Engine):
     def _joins(self, server: Server, jobs: Jobs) -> bool:
         """Whether a server has done all updates, or could make up for them while there was work for it."""
         if server.updates is None:
-            if not server.is_up():
+            if not (jobs.open and server.is_up()):
                 return False
             self._connect(server)
         while jobs.open:

@@ -89,8 +89,7 @@ def test_one_warning_lists_what_has_no_meaning(grpo_config, caplog):
         "scale_rewards": "batch",
         "max_grad_norm": 0.2,
         "gradient_checkpointing": False,
-        "use_vllm": True,
-        "vllm_server_port": 9000,
+        "vllm_group_port": 9000,
     }
     with caplog.at_level("WARNING"):
         ESConfig.from_grpo_config(grpo_config(**options, max_completion_length=12))
@@ -98,6 +97,23 @@ def test_one_warning_lists_what_has_no_meaning(grpo_config, caplog):
     for name, value in options.items():
         assert f"{name}={value!r}" in warning
     assert "max_completion_length" not in warning and "per_device" not in warning and "padding" not in warning
+
+
+def test_settings_of_vllm_are_carried_over(grpo_config, caplog):
+    options = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": "http://a:1",
+        "vllm_server_timeout": 9.0,
+        "vllm_structured_outputs_regex": "a+",
+        "vllm_max_model_length": 100,
+        "vllm_gpu_memory_utilization": 0.5,
+        "vllm_model_impl": "transformers",
+    }
+    with caplog.at_level("WARNING"):
+        args = ESConfig.from_grpo_config(grpo_config(**options))
+    assert "GRPOConfig" not in caplog.text
+    assert {name: getattr(args, name) for name in options} == {**options, "vllm_server_base_url": ["http://a:1"]}
 
 
 def test_nothing_to_warn_of(grpo_config, caplog):

@@ -7,8 +7,11 @@ from conftest import assert_same, logs, make_model, make_tokenizer, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from es_trainer import ESTrainer, replay
+from es_trainer import ESConfig, ESTrainer, replay
 from es_trainer.evolution import Member
+from es_trainer.rollout.vllm_weights import LoadError
+from es_trainer.smollm2 import smollm2
+from es_trainer.tasks import conciseness
 
 
 @pytest.fixture
@@ -193,8 +196,6 @@ def test_prompts_longer_than_the_engine_takes(start):
 def test_weights_of_another_model_are_found_out(tmp_path, start):
     trainer = start()
     trainer.model.model.norm.weight.data = trainer.model.model.norm.weight.data + 1
-    from es_trainer.rollout.vllm_weights import LoadError
-
     with pytest.raises(LoadError, match="model.norm.weight has other values"):
         trainer.engine.homes()
 
@@ -208,3 +209,58 @@ def test_progress_of_a_member_is_shown(start, capfd):
 
 def test_the_tokenizer_is_the_given_one(start):
     assert start().engine.llm.get_tokenizer().get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_quickstart_task_with_a_real_model(tmp_path):
+    task = conciseness()
+    runs = {}
+    for name, engine in {"vllm": {"use_vllm": True, "vllm_max_model_length": 256}, "transformers": {}}.items():
+        args = ESConfig(
+            str(tmp_path / name),
+            use_cpu=True,
+            bf16=False,
+            population_size=4,
+            sigma=0.01,
+            learning_rate=0.02,
+            num_prompts_per_step=3,
+            max_completion_length=12,
+            max_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            **engine,
+        )
+        runs[name] = ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
+        runs[name].train()
+    assert_alike(runs["vllm"], runs["transformers"])
+    assert len({log["reward_std"] for log in logs(runs["vllm"])} - {0.0}) == 2
+
+
+@pytest.mark.slow
+def test_quickstart_learns_with_adapters(tmp_path):
+    task = conciseness()
+    args = ESConfig(
+        str(tmp_path),
+        use_vllm=True,
+        vllm_lora=True,
+        vllm_max_model_length=256,
+        population_size=32,
+        perturbation="low_rank",
+        sigma=0.01,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        num_prompts_per_step=8,
+        max_completion_length=16,
+        max_steps=8,
+        per_device_eval_batch_size=16,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_reward"]
+    print(before, after)
+    assert after > before / 2  # rewards are negative

