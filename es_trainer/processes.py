@@ -102,7 +102,7 @@ class Processes:
         self.rank = dist.get_rank() if together else 0
         self.count = dist.get_world_size() if together else 1
         self._store = _get_default_store() if self.count > 1 else None
-        if self.count > 1:
+        if together:
             atexit.unregister(_leave)  # of a trainer before this one
             atexit.register(_leave)
 

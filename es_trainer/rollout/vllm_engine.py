@@ -8,6 +8,7 @@ import socket
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -128,14 +129,12 @@ class VLLMEngine(Engine):
 
     def homes(self) -> dict[nn.Parameter, Home]:
         """Where the engine keeps the parameters of the model."""
-        from .vllm_worker import with_copies
-
         parameters = dict(self.model.named_parameters())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         (found,) = self.llm.collective_rpc("homes", args=(shapes,))
         check_values(found, parameters)
-        homes = with_copies(found, self.group > 0)
-        return {parameters[name]: home for name, home in homes.items()}
+        # Of the groups of processes, which all have all of the weights, the first stands for the others in sums
+        return {parameters[name]: replace(home, copy=home.copy or self.group > 0) for name, home in found.items()}
 
     def adaptable(self) -> set[str]:
         """Names of the parameters that LoRA adapters can carry perturbations of."""

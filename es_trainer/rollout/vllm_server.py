@@ -232,6 +232,7 @@ class VLLMServers(Engine):
         self.lines: list[dict[str, Any]] = []  # of the history: the updates that a server has to have done
         self.digests: list[str] = []  # of the history with so many lines
         self.checksum: list[list[int]] | None = None  # of the weights after the last of them, by worker
+        self._witness = ""  # who has them
         self._proving = threading.Lock()
 
     def _wait_until_up(self) -> None:
@@ -282,7 +283,8 @@ class VLLMServers(Engine):
             checksum (`list[list[int]]`, *optional*):
                 What the weights must have then. If `None`, servers need only have the same.
         """
-        self.lines, self.digests, self.checksum = [], [first_digest(self.header)], checksum
+        self.lines, self.digests = [], [first_digest(self.header)]
+        self.checksum, self._witness = checksum, "the checkpoint"
         for line in lines:
             self._add(line)
         with tqdm(
@@ -333,11 +335,12 @@ class VLLMServers(Engine):
         with self._proving:
             if positions[0]["updates"] < len(self.lines):
                 return
-            self.checksum = self.checksum or checksum
+            if self.checksum is None:
+                self.checksum, self._witness = checksum, server.url
         if checksum != self.checksum:
             raise ServerError(
-                f"The vLLM server {server.url} has other weights than the run after {len(self.lines)} updates. All "
-                "servers have to be started with the same model, on the same kind of device and with the same "
+                f"The vLLM server {server.url} has other weights than {self._witness} after {len(self.lines)} "
+                "updates. All servers have to be started with the same model, on the same kind of device and with the same "
                 "--tensor-parallel-size."
             )
 
@@ -366,6 +369,8 @@ class VLLMServers(Engine):
                 answers.append(positions)
 
         self._on_each(current, move)
+        if not answers:  # those that are behind would have to catch up first
+            raise self._none_left()
         return answers[0]
 
     def _on_each(self, servers: Sequence[Server], do: Callable[[Server], None]) -> None:

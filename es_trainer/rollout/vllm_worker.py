@@ -8,7 +8,6 @@ import functools
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -254,8 +253,3 @@ class WorkerExtension:
             "digest": self._digest,
             "checksum": self._strategy.weights.checksums(),
         }
-
-
-def with_copies(homes: dict[str, Home], copy: bool) -> dict[str, Home]:
-    """The homes, as copies of those of other processes."""
-    return {name: replace(home, copy=True) for name, home in homes.items()} if copy else homes
