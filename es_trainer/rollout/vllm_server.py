@@ -340,7 +340,7 @@ class VLLMServers(Engine):
         if checksum != self.checksum:
             raise ServerError(
                 f"The vLLM server {server.url} has other weights than {self._witness} after {len(self.lines)} "
-                "updates. All servers have to be started with the same model, on the same kind of device and with the same "
+                "updates. Start all servers with the same model, on the same kind of device and with the same "
                 "--tensor-parallel-size."
             )
 
