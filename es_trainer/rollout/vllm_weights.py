@@ -15,6 +15,7 @@ from ..evolution.parameters import Home
 # Stacked experts of Transformers, as the parameters that hold them in vLLM
 EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
+RENAMED = (".mlp.", ".block_sparse_moe.")  # Mixtral's layers in Transformers, and in vLLM
 WRAPPED = ".base_layer"  # what a module that LoRA has wrapped is called in its wrapper
 
 
@@ -126,6 +127,13 @@ def _find(
     name: str, engine: nn.Module, modules: dict[str, nn.Module], held: dict[str, torch.Tensor]
 ) -> tuple[str, torch.Tensor] | None:
     """The engine's parameter that holds a parameter of Transformers, and what of it is that."""
+    found = _find_named(name, engine, modules, held)
+    return found or _find_named(name.replace(*RENAMED), engine, modules, held)
+
+
+def _find_named(
+    name: str, engine: nn.Module, modules: dict[str, nn.Module], held: dict[str, torch.Tensor]
+) -> tuple[str, torch.Tensor] | None:
     if name in held:
         return name, held[name].data
     module, _, kind = name.rpartition(".")

@@ -9,20 +9,33 @@ from conftest import TINY, make_tokenizer
 from tiny import start_llm
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 from vllm import LLM
 
 from es_trainer import ESConfig
 from es_trainer.evolution import Member
 from es_trainer.history import describe, make_optimizer, replay_step, run_config
+from es_trainer.rollout.vllm_weights import check_values
 
 
 SMALL = {**TINY, "head_dim": 32, "initializer_range": 0.1}
@@ -35,7 +48,25 @@ MODELS = {
     "qwen2": Qwen2Config(**{**SMALL, "num_attention_heads": 1, "num_key_value_heads": 1}),
     "qwen3": Qwen3Config(**SMALL),
     "experts": Qwen3MoeConfig(**{**SMALL, **EXPERTS}),
+    "mixtral": MixtralConfig(**{**SMALL, "hidden_size": 64}, num_local_experts=4),
+    "gemma3": Gemma3TextConfig(**SMALL, query_pre_attn_scalar=32),
     "fused": Phi3Config(**{**SMALL, "hidden_size": 128, "head_dim": 32}),
+}
+ONE_HEAD = {**SMALL, "num_attention_heads": 1, "num_key_value_heads": 1}
+PLAIN = {"vocab_size": 259, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+OTHERS = {
+    "gemma": GemmaConfig(**SMALL),
+    "gemma2": Gemma2Config(**SMALL, query_pre_attn_scalar=32),
+    "olmo2": Olmo2Config(**ONE_HEAD),
+    "granite": GraniteConfig(**ONE_HEAD),
+    "cohere": CohereConfig(**ONE_HEAD),
+    "smollm3": SmolLM3Config(**SMALL),
+    "qwen2 with experts": Qwen2MoeConfig(
+        **{**SMALL, **EXPERTS, "num_attention_heads": 2}, shared_expert_intermediate_size=32
+    ),
+    "gpt-neox": GPTNeoXConfig(**PLAIN, intermediate_size=64, max_position_embeddings=256),
+    "phi": PhiConfig(**PLAIN, intermediate_size=64, max_position_embeddings=256),
+    "opt": OPTConfig(**PLAIN, ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=256),
 }
 STEPS = [
     {"seeds": [7, 8], "signs": [1, -1], "utilities": [1.0, 0.5], "learning_rate": 0.05, "in_place": True},
@@ -125,6 +156,18 @@ def test_a_perturbed_engine_answers_like_a_perturbed_model(tmp_path, name):
         assert list(output.outputs[0].token_ids) == mine[0, len(prompt) :].tolist()
         answers.add(tuple(output.outputs[0].token_ids))
     assert len(answers) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_of_more_models_are_found(tmp_path, name):
+    folder = save(OTHERS[name], tmp_path / "model")
+    llm = start_llm(folder)
+    parameters = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    (homes,) = llm.collective_rpc("homes", args=({name: list(p.shape) for name, p in parameters.items()},))
+    check_values(homes, parameters)
+    for name, home in homes.items():
+        assert torch.equal(home.part_of(parameters[name].data), home.weights), name
 
 
 def test_weights_that_lie_otherwise_are_refused(tmp_path):
