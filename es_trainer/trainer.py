@@ -340,7 +340,7 @@ class ESTrainer(Trainer):
                 if self.args.vllm_lora:
                     self._freeze_what_adapters_cannot_carry()
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            frozen = [p for p in self.model.parameters() if not p.requires_grad and not self.args.use_vllm]
+            frozen = [p for p in self.model.parameters() if not p.requires_grad]
             decayed = set(self.get_decay_parameter_names(self.model))
             if self.on_servers:
                 self.optimizer = self.engine.begin(named, decayed)

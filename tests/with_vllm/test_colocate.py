@@ -84,14 +84,16 @@ def test_a_population_leaves_the_weights_bit_identical(start):
 
 
 def test_what_was_computed_with_other_weights_is_forgotten(start):
-    prompt = [[{"role": "user", "content": "Say one"}]]
+    prompt = [[{"role": "user", "content": "Say one " * 25}]]  # more than the 128 tokens that vLLM caches together
     trainer = start(sigma=0.3)
     ids = trainer.engine.tokenize(prompt)
     answers = []
-    for seed in (1, 2, 1):
+    for seed in (1, 2, 2, 1):
         trainer.optimizer.perturb(Member(seed, 1))
         answers.append(trainer.engine.generate(ids, seed=0)[0].ids)
-    assert answers[0] == answers[2] != answers[1]
+        if len(answers) == 2:
+            trainer.engine.forget()
+    assert answers[0] == answers[3] != answers[1] == answers[2]
 
 
 def test_an_object_with_frozen_parameters(start, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import assert_same, letters, logs, weights
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_distributed import free_port
 
@@ -35,7 +36,7 @@ class Process:
     def start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"VLLM_API_KEY": self.token} if self.token else {})}
         command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", tiny.tiny_folder()]
-        command += ["--dtype", "float32", "--max-model-len", "128", "--port", str(self.port), *self.options]
+        command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(self.port), *self.options]
         self.process = subprocess.Popen(
             command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -129,7 +130,9 @@ def assert_alike(mine, theirs, folder) -> None:
 
 
 def test_servers_share_out_members(servers, start, plain, tmp_path):
-    options = {"population_size": 8, "eval_strategy": "steps", "eval_steps": 3}
+    # More than the 128 tokens whose keys and values vLLM caches together
+    prompts = Dataset.from_list([{"prompt": f"Say {word} " * 20} for word in ("one", "two", "three")])
+    options = {"population_size": 8, "eval_strategy": "steps", "eval_steps": 3, "train_dataset": prompts}
     mine, theirs = start(*servers, **options), plain(**options)
     mine.train()
     assert all(set(steps) >= {1, 2, 3} for steps in mine.answered.values())
@@ -273,8 +276,8 @@ def test_the_step_fails_when_no_server_is_left(servers, start):
 def test_servers_that_do_not_fit_the_run(servers, start):
     with pytest.raises(ServerError, match="torch.float32, but the run in bfloat16. Start the server with --dtype"):
         start(servers[0], bf16=True)
-    with pytest.raises(ValueError, match="context of 128 tokens"):
-        start(servers[0], max_completion_length=120)
+    with pytest.raises(ValueError, match="context of 256 tokens"):
+        start(servers[0], max_completion_length=250)
 
 
 def test_a_server_that_is_not_there(start):
