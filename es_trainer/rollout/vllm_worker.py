@@ -26,7 +26,7 @@ from .vllm_weights import carried_by_lora, check_values, find_homes
 def _prepare_cpu() -> None:
     """Keep vLLM's CPU backend from packing weights into forms that cannot be perturbed, and from two traps."""
     from llvmlite.binding import ffi
-    from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+    from vllm._custom_ops import cpu_prepack_moe_weight
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -37,36 +37,14 @@ def _prepare_cpu() -> None:
     def unpacked_experts(self: CPUUnquantizedExperts, layer: nn.Module) -> None:
         self._use_zentorch = False
 
-    def apply_experts(
-        self: CPUUnquantizedExperts,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        *args: Any,
-        apply_router_weight_on_input: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        cpu_fused_moe(
-            output,
-            hidden_states,
-            cpu_prepack_moe_weight(w1, self.isa),
-            cpu_prepack_moe_weight(w2, self.isa),
-            self.w1_bias,
-            self.w2_bias,
-            topk_weights,
-            topk_ids,
-            activation.value,
-            self.isa,
-            apply_router_weight_on_input,
-        )
+    def pack_and_apply(self: CPUUnquantizedExperts, *, w1: torch.Tensor, w2: torch.Tensor, **others: Any) -> None:
+        w1, w2 = (cpu_prepack_moe_weight(weights, self.isa) for weights in (w1, w2))
+        apply(self, w1=w1, w2=w2, **others)
 
+    apply = CPUUnquantizedExperts.apply
     utils.dispatch_cpu_unquantized_gemm = plain_linear
     CPUUnquantizedExperts.process_weights_after_loading = unpacked_experts
-    CPUUnquantizedExperts.apply = apply_experts
+    CPUUnquantizedExperts.apply = pack_and_apply
     # vLLM looks into every object of every module, and trips over this one of Numba's, which has any attribute
     ffi.lib._fntab["__dict__"] = {}
     # Two runs on a machine, or one after another that was killed, would have shared memory of the same name

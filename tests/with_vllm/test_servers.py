@@ -229,13 +229,13 @@ def test_a_server_that_hangs(servers, start, plain, tmp_path):
 
     reward.__name__ = "letters"
     options = {"population_size": 8, "max_steps": 4}
-    mine, theirs = start(first, second, **options, reward_funcs=reward, vllm_server_timeout=4.0), plain(**options)
+    mine, theirs = start(first, second, **options, reward_funcs=reward, vllm_server_timeout=10.0), plain(**options)
     try:
         mine.train()
     finally:
         second.signal(signal.SIGCONT)
     assert not {3, 4} & set(mine.answered[second.url])
-    assert "no answer within vllm_server_timeout=4.0 s" in mine.engine.servers[1].problem
+    assert "no answer within vllm_server_timeout=10.0 s" in mine.engine.servers[1].problem
     assert_alike(mine, theirs, tmp_path / "saved")
 
 
