@@ -112,6 +112,11 @@ def run_config(args: ESConfig) -> dict[str, Any]:
     return {name: getattr(args, name) for name in RUN_FIELDS}
 
 
+def working_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a run computes in, or `None` for that in which the model is given."""
+    return torch.bfloat16 if config["bf16"] else torch.float16 if config["fp16"] else None
+
+
 def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     """What a run is, apart from its base model and its updates: the first line of a history."""
     return {
@@ -139,6 +144,33 @@ def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
             )
             break
     return found
+
+
+def trained_parameters(
+    model: PreTrainedModel, header: dict[str, Any], source: str
+) -> list[tuple[str, torch.nn.Parameter]]:
+    """
+    The parameters of a base model that a run trained.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model that the run started with.
+        header (`dict[str, Any]`):
+            The first line of the run's history.
+        source (`str`):
+            What errors call that.
+
+    Raises:
+        `ValueError`: If the run is of another model.
+    """
+    parameters = dict(model.named_parameters())
+    for name, shape in header["parameters"].items():
+        if name not in parameters or list(parameters[name].shape) != shape:
+            raise ValueError(
+                f"The {source} is of another model: it trained `{name}` of shape {shape}, which the base model "
+                f"{'has in another shape' if name in parameters else 'does not have'}."
+            )
+    return [(name, parameters[name]) for name in header["parameters"]]
 
 
 def make_optimizer(
@@ -182,7 +214,7 @@ def make_optimizer(
         eps=config["adam_epsilon"],
         anchor_decay=config["anchor_decay"],
         master_weights=config["master_weights"],
-        dtype=torch.bfloat16 if config["bf16"] else torch.float16 if config["fp16"] else None,
+        dtype=working_dtype(config),
         seed=config["seed"],
         perturbation=Gaussian() if config["perturbation"] == "gaussian" else LowRank(config["perturbation_rank"]),
         frozen=frozen,
@@ -220,14 +252,7 @@ def replay(
         raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
     if isinstance(base_model, str):
         base_model = AutoModelForCausalLM.from_pretrained(base_model, **{"dtype": torch.float32, **model_init_kwargs})
-    parameters = dict(base_model.named_parameters())
-    for name, shape in header["parameters"].items():
-        if name not in parameters or list(parameters[name].shape) != shape:
-            raise ValueError(
-                f"The history {path} is of another model: it trained `{name}` of shape {shape}, which the base model "
-                f"{'has in another shape' if name in parameters else 'does not have'}."
-            )
-    trained = [(name, parameters[name]) for name in header["parameters"]]
+    trained = trained_parameters(base_model, header, f"history {path}")
     optimizer = make_optimizer(trained, set(header["decayed"]), header["config"])
     for line in lines[:steps]:
         replay_step(optimizer, line)

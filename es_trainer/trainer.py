@@ -633,7 +633,7 @@ class ESTrainer(Trainer):
     def _make_population_batch(self) -> "PopulationBatch | Adapters | None":
         """What evaluates many members at once, or `None` if they are evaluated one at a time."""
         if self.args.use_vllm:
-            return Adapters(self.engine, self.optimizer.weights) if self.args.vllm_lora else None
+            return Adapters(self.optimizer.weights) if self.args.vllm_lora else None
         if self.lockstep or self.rollout_func is not None:
             return None
         if self.args.perturbation == "gaussian":

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import ESConfig
 from ..evolution import Member
 from ..evolution.parameters import Home, Weights
+from ..history import run_config, working_dtype
 from ..processes import Processes
 from .engine import Completion, Engine
 from .vllm_sampling import common_seed, sampling_options
@@ -115,7 +116,7 @@ class VLLMEngine(Engine):
             tokenizer=tokenizer,
             revision=model_options.get("revision") if source != tokenizer else None,
             trust_remote_code=args.trust_remote_code or model_options.get("trust_remote_code", False),
-            dtype=str(_working_dtype(self.model, args)).removeprefix("torch."),
+            dtype=str(working_dtype(run_config(args)) or self.model.dtype).removeprefix("torch."),
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_len=args.vllm_max_model_length,
@@ -209,14 +210,11 @@ class Adapters:
     Members as LoRA adapters, with which vLLM generates at the same time.
 
     Args:
-        engine ([`VLLMEngine`]):
-            Made with `args.vllm_lora`.
         weights ([`Weights`]):
             The trained weights, with low-rank perturbations.
     """
 
-    def __init__(self, engine: VLLMEngine, weights: Weights):
-        self.engine = engine
+    def __init__(self, weights: Weights):
         self.weights = weights
         self._made = 0  # an adapter's number is never used again
 
@@ -251,10 +249,6 @@ class Adapters:
         rank = self.weights.perturbation.rank
         modules = sorted({shard.name.split(".")[-2] for shard in self.weights.shards})
         return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
-
-
-def _working_dtype(model: PreTrainedModel, args: ESConfig) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
 
 
 def _shut_down(reference: "weakref.ref[LLM]") -> None:

@@ -323,11 +323,16 @@ class VLLMServers(Engine):
         """Have a server do the next update that it has not done; whether there was none."""
         if server.updates == len(self.lines):
             return True
+        self._do_next(server)
+        return False
+
+    def _do_next(self, server: Server) -> list[dict[str, Any]]:
+        """Have a server do the update after its last one; returns what its workers say of it."""
         positions = server.call("update", self.lines[server.updates])
         server.forget()
         self._prove(server, positions)
         server.updates += 1
-        return False
+        return positions
 
     def _prove(self, server: Server, positions: list[dict[str, Any]]) -> None:
         """Check that a server has the weights of the run, if it has done all updates."""
@@ -362,11 +367,7 @@ class VLLMServers(Engine):
 
         def move(server: Server) -> None:
             with server.lock:
-                positions = server.call("update", line)
-                server.forget()
-                self._prove(server, positions)
-                server.updates = len(self.lines)
-                answers.append(positions)
+                answers.append(self._do_next(server))
 
         self._on_each(current, move)
         if not answers:  # those that are behind would have to catch up first

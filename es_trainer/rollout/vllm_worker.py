@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 from ..evolution import EvolutionStrategy, Member
 from ..evolution.parameters import Home
-from ..history import extend_digest, first_digest, make_optimizer, replay_step
+from ..history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
 from .vllm_weights import carried_by_lora, check_values, find_homes
 
 
@@ -188,7 +188,7 @@ class WorkerExtension:
         first = self._base is None
         self._run = self._strategy = self._base = None
         config = self.model_config
-        wanted = "bfloat16" if header["config"]["bf16"] else "float16" if header["config"]["fp16"] else dtype
+        wanted = str(working_dtype(header["config"]) or dtype).removeprefix("torch.")
         if str(config.dtype) != f"torch.{wanted}":
             raise ValueError(
                 f"The server computes in {config.dtype}, but the run in {wanted}. Start the server with --dtype "
@@ -199,19 +199,12 @@ class WorkerExtension:
                 config.model, dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
         parameters = dict(self._base.named_parameters())
-        strange = [
-            name
-            for name, shape in header["parameters"].items()
-            if name not in parameters or list(parameters[name].shape) != shape
-        ]
-        if strange:
-            raise ValueError(f"The run trains another model: {config.model} has no {strange[0]} of its shape.")
+        trained = trained_parameters(self._base, header, "run")
         homes = self.homes({name: parameter.shape for name, parameter in parameters.items()})
         if first:
             check_values(homes, parameters)
         for name, home in homes.items():  # another run may have left its weights
             home.weights.copy_(home.part_of(parameters[name].data))
-        trained = [(name, parameters[name]) for name in header["parameters"]]
         self._strategy = make_optimizer(
             trained,
             set(header["decayed"]),

@@ -213,56 +213,53 @@ def test_the_tokenizer_is_the_given_one(start):
     assert start().engine.llm.get_tokenizer().get_vocab() == make_tokenizer().get_vocab()
 
 
-def test_quickstart_task_with_a_real_model(tmp_path):
+def make_real(folder, **options) -> ESTrainer:
+    """Make an ESTrainer for a run of the quickstart's task."""
     task = conciseness()
-    runs = {}
-    for name, engine in {"vllm": {"use_vllm": True, "vllm_max_model_length": 256}, "transformers": {}}.items():
-        args = ESConfig(
-            str(tmp_path / name),
-            use_cpu=True,
-            bf16=False,
-            population_size=4,
-            sigma=0.01,
-            learning_rate=0.02,
-            num_prompts_per_step=3,
-            max_completion_length=12,
-            max_steps=2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            **engine,
-        )
-        runs[name] = ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
-        runs[name].train()
-    assert_alike(runs["vllm"], runs["transformers"])
-    assert len({log["reward_std"] for log in logs(runs["vllm"])} - {0.0}) == 2
+    args = ESConfig(
+        str(folder),
+        use_cpu=True,
+        sigma=0.01,
+        learning_rate=0.02,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        vllm_max_model_length=256,
+        **options,
+    )
+    return ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
+
+
+def test_quickstart_task_with_a_real_model(tmp_path):
+    options = {
+        "bf16": False,
+        "population_size": 4,
+        "num_prompts_per_step": 3,
+        "max_completion_length": 12,
+        "max_steps": 2,
+    }
+    runs = {use: make_real(tmp_path / str(use), use_vllm=use, **options) for use in (True, False)}
+    for run in runs.values():
+        run.train()
+    assert_alike(runs[True], runs[False])
+    assert len({log["reward_std"] for log in logs(runs[True])} - {0.0}) == 2
 
 
 @pytest.mark.slow
 def test_quickstart_learns_with_adapters(tmp_path):
-    task = conciseness()
-    args = ESConfig(
-        str(tmp_path),
+    trainer = make_real(
+        tmp_path,
         use_vllm=True,
         vllm_lora=True,
-        vllm_max_model_length=256,
         population_size=32,
         perturbation="low_rank",
-        sigma=0.01,
-        learning_rate=0.02,
         lr_scheduler_type="constant",
         num_prompts_per_step=8,
         max_completion_length=16,
         max_steps=8,
         per_device_eval_batch_size=16,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
     )
-    trainer = ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
     after = trainer.evaluate()["eval_reward"]
-    print(before, after)
     assert after > before / 2  # rewards are negative
