@@ -9,7 +9,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -397,24 +398,20 @@ class ESTrainer(Trainer):
             dataset = self._remove_unused_columns(dataset, description=description)
         else:
             collator = self._get_collator_with_removed_columns(collator, description=description)
-        options: dict[str, Any] = {}
-        if not isinstance(dataset, torch.utils.data.IterableDataset):
-            options = {"sampler": sampler_fn(dataset), "drop_last": self.args.dataloader_drop_last}
+        # All of the Trainer's options for it, of which older versions have fewer
+        options = {
+            field.name.removeprefix("dataloader_"): getattr(self.args, field.name)
+            for field in fields(self.args)
+            if field.name.removeprefix("dataloader_") in signature(DataLoader).parameters
+        }
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            del options["drop_last"]
+        else:
+            options["sampler"] = sampler_fn(dataset)
         if is_training:
             workers = self.args.dataloader_num_workers
             options["worker_init_fn"] = functools.partial(seed_worker, num_workers=workers, rank=0)
-        dataloader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            in_order=self.args.dataloader_in_order,
-            **options,
-        )
+        dataloader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator, **options)
         return prepare_data_loader(
             dataloader,
             num_processes=1,
