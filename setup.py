@@ -3,21 +3,24 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+# Lower bounds are the versions in constraints-lowest.txt, which `make test-lowest` installs; upper bounds are the next
+# major versions.
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.19.8"],
+    "deepspeed": ["deepspeed>=0.18.2,<1"],
     "vllm": ["vllm>=0.32,<0.33"],  # checks.py has the same range
-    "triton": ["triton>=3.4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
-    "quickstart": ["gguf>=0.19"],
-    "math": ["math-verify>=0.9"],
-    "quantization": ["bitsandbytes>=0.50"],
-    "trackers": ["trackio>=0.43", "wandb>=0.31"],
+    "triton": ["triton>=3.4,<4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
+    "quickstart": ["gguf>=0.17.1,<1"],
+    "math": ["math-verify>=0.8,<1"],
+    "quantization": ["bitsandbytes>=0.48.2,<1"],
+    "trackers": ["trackio>=0.39,<1", "wandb>=0.23,<1"],
 }
 EXTRAS["test"] = [
     *EXTRAS["deepspeed"],
     *EXTRAS["math"],
     *EXTRAS["quantization"],
     *EXTRAS["trackers"],
-    *["gguf>=0.19", "pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.7"],
+    *EXTRAS["quickstart"],
+    *["pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.5"],
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17"]
 
@@ -28,25 +31,25 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
     package_data={"es_trainer": ["py.typed", "model_card.md", "accelerate_configs/*.yaml"]},
     entry_points={"console_scripts": ["es-trainer=es_trainer.cli:main"]},
     install_requires=[
-        "torch>=2.13",
-        "transformers>=5.19",
-        "trl>=1.16",
-        "accelerate>=1.15",
-        "datasets>=5.2",
-        "peft>=0.21",
-        "evaluate>=0.4.6",
-        "httpx>=0.27",
-        "matplotlib>=3.10",
-        "numba>=0.65",
-        "numpy>=2.2",
+        "torch>=2.9.1,<3",
+        "transformers>=5.3,<6",
+        "trl>=1.0,<2",
+        "accelerate>=1.10,<2",
+        "datasets>=4.7,<6",
+        "peft>=0.18,<1",
+        "evaluate>=0.4.6,<1",
+        "httpx>=0.27,<1",
+        "matplotlib>=3.10,<4",
+        "numba>=0.61,<1",
+        "numpy>=2.0,<3",
         "packaging>=24.0",
-        "psutil>=6.0",
-        "rich>=14.0",
+        "psutil>=6.0,<8",
+        "rich>=14.0,<16",
     ],
     extras_require=EXTRAS,
     classifiers=[

@@ -53,8 +53,8 @@ def _convert(folder: Path, output: Path) -> None:
     """Save the GGUF file's model in float32, as `from_pretrained` likes it."""
     quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_NAME, dtype=torch.float32)
     # It counts as quantized, which can't be saved: build it anew from its config
-    del quantized.config.quantization_config
-    model = type(quantized)(quantized.config)
+    config = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
+    model = type(quantized)(type(quantized.config).from_dict(config))
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     model.save_pretrained(output)

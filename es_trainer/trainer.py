@@ -248,7 +248,11 @@ class ESTrainer(Trainer):
         self.num_generations_eval = args.num_generations_eval or args.num_generations
 
         if args.n_gpu > 1:
-            args._n_gpu = 1  # one process uses one GPU: torch's DataParallel has no use here
+            logger.warning(
+                f"This process uses one of {args.n_gpu} GPUs. To use all, start the script with `accelerate launch` and "
+                "recipes/accelerate_configs/multi_gpu.yaml: the members of a population are shared out."
+            )
+            args._n_gpu = 1  # torch's DataParallel has no use here
         super().__init__(
             model=model,
             args=args,

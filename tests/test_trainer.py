@@ -839,7 +839,7 @@ def test_a_model_that_cannot_be_batched_is_evaluated_one_member_at_a_time(traine
         run.train()
     warnings = [record.message for record in caplog.records if "one at a time" in record.message]
     assert len(warnings) == 1
-    assert re.search(r"`backbone\.layers\.0\S*` \(Mamba\w+\) with its parameter `\w+`", warnings[0])
+    assert re.search(r"`backbone\.layers\.0\S*` \(\w+\) with its parameter `\w+`", warnings[0])
     assert run.population_batch is None and nothing_installed(run.model)
     assert run.state.global_step == 2 and logs(run)[0]["update_norm"] > 0
     _, *steps = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
@@ -962,3 +962,13 @@ def test_a_group_that_is_one_model_samples_the_same_completions(trainer):
     trainer(perturbation="low_rank", reward_funcs=spy, **options).train()
     assert len(set(seen[:4])) == 1 and len(set(seen[4:])) == 1
     assert set(seen[:4]) != set(seen[4:])
+
+
+def test_a_process_that_leaves_gpus_unused_says_so(config, dataset, reward, caplog):
+    logging.getLogger("transformers").propagate = True
+    args = config()
+    args._n_gpu = 8
+    with caplog.at_level("WARNING"):
+        ESTrainer(make_model(), reward, args, dataset, processing_class=make_tokenizer())
+    assert args.n_gpu == 1
+    assert [record.message for record in caplog.records if "one of 8 GPUs" in record.message]

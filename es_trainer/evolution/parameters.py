@@ -344,7 +344,9 @@ def gather(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     size = parameter.ds_tensor.numel()
     local = F.pad(local.to(parameter.device), (0, size - local.numel()))
     whole = local.new_empty(size * dist.get_world_size())
-    dist.all_gather_single(whole, local)
+    # Its name before torch 2.13, which warns of it
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(whole, local)
     return whole[: parameter.ds_numel]
 
 
