@@ -132,7 +132,12 @@ class ESConfig(TrainingArguments):
             - `"centered_rank"`: rank of the mean reward, spread over [-0.5, 0.5]; ignores outliers.
             - `"prompt_z_score"`: z-score of each prompt's reward over the population, then the mean over the prompts;
               easy and hard prompts weigh the same.
-            - `"none"`: the mean reward itself.
+            - `"prompt_centered"`: each prompt's reward minus its mean over the population, divided by one standard
+              deviation of all these differences, then the mean over the prompts (EGGROLL).
+            - `"none"`: mean reward minus the population's mean.
+
+            Where some of the rewards do not count (`None`, `mask_truncated_completions`), a member is compared with
+            the members that have the same prompts. One with less than half of the prompts weighs like an average one.
         master_weights (`str`, *optional*, defaults to `"device"`):
             Where the float32 weights are from which the perturbed ones are written:
 
@@ -338,7 +343,9 @@ class ESConfig(TrainingArguments):
     )
     fitness_shaping: str = field(
         default="z_score",
-        metadata={"help": "Rewards to utilities: 'z_score', 'centered_rank', 'prompt_z_score' or 'none'."},
+        metadata={
+            "help": "Rewards to utilities: 'z_score', 'centered_rank', 'prompt_z_score', 'prompt_centered' or 'none'."
+        },
     )
     master_weights: str = field(
         default="device",

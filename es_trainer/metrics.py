@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .evolution.fitness import mean
+from .evolution.fitness import deviation, mean
 from .rewards.scorer import Scores
 from .rollout import Completion
 
@@ -37,42 +37,35 @@ class Rollout:
 
 
 class Moments(NamedTuple):
-    """Number, mean and summed squared deviations of values."""
+    """Number, mean and standard deviation of values."""
 
     count: int
     mean: float
-    squares: float
+    deviation: float
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Moments":
         """Those of the numbers that count (not NaN)."""
-        known = values[~np.isnan(values)]
-        if not known.size:
-            return cls(0, 0.0, 0.0)
-        center = float(known.mean())
-        return cls(known.size, center, float(((known - center) ** 2).sum()))
+        return cls(int(np.count_nonzero(~np.isnan(values))), mean(values), deviation(values))
 
     @classmethod
     def of_all(cls, parts: Iterable["Moments"]) -> "Moments":
-        """Those of the values of all parts (Chan et al., 1979)."""
+        """Those of the values of all parts (Chan et al., 1979). They are infinite where a float cannot hold them."""
         parts = [part for part in parts if part.count]
         count = sum(part.count for part in parts)
         if not count:
             return cls(0, math.nan, math.nan)
-        center = math.fsum(part.count * part.mean for part in parts) / count
-        squares = math.fsum(part.squares + part.count * (part.mean - center) ** 2 for part in parts)
-        return cls(count, center, squares)
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation; NaN of no values."""
-        return math.sqrt(self.squares / self.count) if self.count else math.nan
+        center = sum(part.count / count * part.mean for part in parts)
+        shares = [math.sqrt(part.count / count) for part in parts]
+        within = [share * part.deviation for share, part in zip(shares, parts, strict=True)]
+        between = [share * (part.mean - center) for share, part in zip(shares, parts, strict=True)]
+        return cls(count, center, math.hypot(*within, *between))
 
 
 class Summary(NamedTuple):
     """The few numbers about a rollout that processes tell each other."""
 
-    rewards: list[float]  # of the prompts, or their mean
+    rewards: list[float]  # of the prompts; NaN where no completion counts
     functions: list[Moments]  # of each reward function
     completions: int
     truncated: int
@@ -92,7 +85,7 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
         rollout ([`Rollout`]):
             Completions and their scores.
         rewards (`np.ndarray`):
-            What of the rewards of its prompts has to be known.
+            What `prompt_rewards` returned.
     """
     lengths = [completion.length for completion in rollout.completions]
     ended = [completion.length for completion in rollout.completions if not completion.truncated]
@@ -165,5 +158,5 @@ def average(steps: list[dict[str, Any]]) -> dict[str, float | None]:
         if key in LAST_VALUE:
             averages[key] = values[-1]
         else:
-            averages[key] = float(np.mean(values)) if values else None
+            averages[key] = json_number(mean(np.array(values, dtype=np.float64))) if values else None
     return averages

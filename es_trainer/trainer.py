@@ -41,7 +41,7 @@ from .callbacks import CompletionsLog, MemberProgressCallback
 from .checks import by_name, check_arguments, check_datasets, require_pad_token
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Member, Population
-from .evolution.fitness import deviation, mean
+from .evolution.fitness import deviation, fitness, mean
 from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config
 from .metrics import Rollout, Summary, average, completion_metrics, json_number, summarize
 from .model_card import REWARD_PLOT, model_card
@@ -460,15 +460,15 @@ class ESTrainer(Trainer):
         if not utilities.any():
             self._warn_of_equal_fitness()
 
-        fitness = mean(rewards, axis=1)
+        by_member = fitness(rewards)
         self.state.num_input_tokens_seen += sum(summary.num_tokens for summary in summaries)
         self._step_metrics.update(completion_metrics(summaries, self.scorer.names, self.processes.count))
         self._step_metrics.update(
             {
-                "reward": float(mean(fitness)),
-                "reward_std": float(deviation(fitness)),
-                "reward_max": float(np.nanmax(fitness, initial=-np.inf)),
-                "reward_min": float(np.nanmin(fitness, initial=np.inf)),
+                "reward": mean(by_member),
+                "reward_std": deviation(by_member),
+                "reward_max": float(np.nanmax(by_member, initial=-np.inf)),
+                "reward_min": float(np.nanmin(by_member, initial=np.inf)),
                 "num_tokens": self.state.num_input_tokens_seen,
             }
         )
@@ -479,7 +479,7 @@ class ESTrainer(Trainer):
     def _evaluate_population(
         self, population: Population, rows: list[dict[str, Any]]
     ) -> tuple[np.ndarray, list[Summary]]:
-        """Rewards of all members, of shape (members, prompts) or (members, 1) for their means, and what to log."""
+        """Rewards of all members, of shape (members, prompts), and what to log."""
         prompt_ids = self._tokenize(rows)
         self._check_same_prompts(rows)
         seed = population.members[0].seed
@@ -502,8 +502,6 @@ class ESTrainer(Trainer):
             for member, future in scoring.items():
                 rollout = future.result()
                 rewards = rollout.prompt_rewards(self.num_generations, self.args.mask_truncated_completions)
-                if self.args.fitness_shaping != "prompt_z_score":
-                    rewards = mean(rewards, axis=0)[None]
                 summaries[member] = summarize(rollout, rewards)
                 if self.args.log_completions:
                     self._rollouts[member] = rollout
@@ -730,9 +728,9 @@ class ESTrainer(Trainer):
     def _warn_of_equal_fitness(self) -> None:
         if not self._warned_of_equal_fitness:
             logger.warning(
-                f"Step {self.state.global_step + 1}: all members have the same fitness, so the weights stay as they "
-                "are. If this goes on, use a reward that tells completions apart, more prompts or a larger sigma. "
-                "(Shown once.)"
+                f"Step {self.state.global_step + 1}: all members have the same fitness (or rewards for less than half "
+                "of the prompts), so the weights stay as they are. If this goes on, use a reward that applies to all "
+                "completions and tells them apart, more prompts or a larger sigma. (Shown once.)"
             )
             self._warned_of_equal_fitness = True
 
@@ -821,9 +819,9 @@ class ESTrainer(Trainer):
         rewards = np.concatenate([values for values, _ in batches])
         summaries = [summary for _, parts in batches for summary in parts]
         metrics = {
-            "loss": -float(mean(rewards)),
-            "reward": float(mean(rewards)),
-            "reward_std": float(deviation(rewards)),
+            "loss": -mean(rewards),
+            "reward": mean(rewards),
+            "reward_std": deviation(rewards),
             **completion_metrics(summaries, self.scorer.names, self.processes.count),
             "num_tokens": self.state.num_input_tokens_seen,
         }

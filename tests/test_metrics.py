@@ -1,9 +1,10 @@
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from es_trainer.metrics import Moments
+from es_trainer.metrics import Moments, average
 
 
 VALUES = np.array([1.0, 2.0, np.nan, 4.0, 1e6, 1e6 + 1, np.nan])
@@ -24,3 +25,30 @@ def test_equal_values_do_not_deviate():
 def test_nothing_has_no_mean():
     nothing = Moments.of_all([Moments.of(np.array([np.nan])), Moments.of(np.array([]))])
     assert nothing.count == 0 and math.isnan(nothing.mean) and math.isnan(nothing.deviation)
+
+
+LARGEST = sys.float_info.max
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "deviation"),
+    [
+        ([-LARGEST, 0.0, LARGEST], 0.0, LARGEST * math.sqrt(2 / 3)),
+        ([1e200, 0.0, -1e200], 0.0, 1e200 * math.sqrt(2 / 3)),
+        ([-LARGEST] * 3, -LARGEST, 0.0),
+    ],
+)
+def test_the_largest_numbers_do_not_overflow(values, mean, deviation):
+    moments = Moments.of_all([Moments.of(np.array(values)), Moments.of(np.array(values[::-1]))])
+    assert moments == (6, pytest.approx(mean), pytest.approx(deviation))
+
+
+@pytest.mark.parametrize("values", [[math.inf, 1.0], [math.inf, -math.inf], [-math.inf, -math.inf]])
+def test_infinite_numbers_have_no_finite_mean(values):
+    parts = Moments.of_all([Moments.of(np.array(values)), *(Moments.of(np.array([value])) for value in values)])
+    assert parts.count == 4 and not math.isfinite(parts.mean) and not math.isfinite(parts.deviation)
+
+
+def test_averages_leave_out_what_is_unknown_and_do_not_overflow():
+    steps = [{"reward": LARGEST, "std": None}, {"reward": None, "std": None}, {"reward": LARGEST, "own": 2.0}]
+    assert average(steps) == {"reward": LARGEST, "std": None, "own": 2.0}

@@ -2,6 +2,7 @@ import functools
 import json
 import logging
 import re
+import sys
 import threading
 import time
 
@@ -35,7 +36,13 @@ def test_it_learns(trainer):
 
 
 @pytest.mark.parametrize(
-    "options", [{"antithetic": True}, {"es_optimizer": "adam"}, {"fitness_shaping": "prompt_z_score"}]
+    "options",
+    [
+        {"antithetic": True},
+        {"es_optimizer": "adam"},
+        {"fitness_shaping": "prompt_z_score"},
+        {"fitness_shaping": "prompt_centered"},
+    ],
 )
 def test_it_learns_by_every_variant(trainer, options):
     learning_rate = 0.02 if options.get("es_optimizer") == "adam" else 0.05
@@ -273,6 +280,35 @@ def test_truncated_completions_can_be_masked(trainer):
         assert 0 < log["completions/clipped_ratio"] < 1
         rewards.append(log["reward_max"])
     assert rewards[0] > 0 == rewards[1]
+
+
+@pytest.mark.parametrize("shaping", ["z_score", "prompt_centered", "none"])
+def test_members_that_lost_a_prompt_are_compared_on_the_others(trainer, shaping):
+    """All members get one for the first prompt and nothing for the second, where that counts."""
+    calls = []
+
+    def reward(prompts, **kwargs):
+        calls.append(prompts)
+        return [1.0, None] if len(calls) % 3 == 1 else [1.0, 0.0]
+
+    run = trainer(reward_funcs=reward, fitness_shaping=shaping, max_steps=2)
+    before = weights(run.model)
+    run.train()
+    assert_same(weights(run.model), before)
+    for log in logs(run):
+        assert log["reward"] == log["reward_max"] == log["reward_min"] == 0.5 and log["reward_std"] == 0.0
+
+
+def test_a_penalty_of_the_largest_float_is_a_reward(trainer):
+    def penalty(completions, **kwargs):
+        return [-sys.float_info.max if len(text) % 2 else float(len(text)) for text in completions]
+
+    run = trainer(reward_funcs=penalty, max_steps=2)
+    before = weights(run.model)
+    run.train()
+    assert all(log["update_norm"] > 0 for log in logs(run))
+    assert all(torch.isfinite(after).all() for after in weights(run.model).values())
+    assert not torch.equal(weights(run.model)["model.norm.weight"], before["model.norm.weight"])
 
 
 def test_all_completions_masked_is_no_update(trainer, caplog):

@@ -1,24 +1,48 @@
 """From rewards to utilities, the numbers by which the members' noises are weighted."""
 
-import warnings
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import numpy as np
 
 
-FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "none"]
+FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "prompt_centered", "none"]
+
+# Numbers are equal if they differ by less than this, relative to the rewards that they are made of. A reward is a
+# weighted sum of functions and a mean over generations: each of its roundings is off by at most half an epsilon of
+# what is summed up, and this is room for 64 of them. Sums here add next to nothing, as they are exact before they are
+# rounded once (`math.fsum`), which also makes them the same in every order.
+ROUNDING = 32 * np.finfo(np.float64).eps
 
 
-def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """Mean of the numbers that count; NaN where none does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        return np.nanmean(values, axis=axis)
+def mean(values: np.ndarray, axis: int | None = None) -> np.ndarray | float:
+    """Mean of the numbers that count; NaN where none does. The largest floats do not overflow."""
+    return _mean(values.ravel()) if axis is None else np.apply_along_axis(_mean, axis, values)
 
 
-def deviation(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """Standard deviation of the numbers that count; NaN where none does."""
-    return np.sqrt(mean((values - mean(values, axis=axis)) ** 2, axis=axis))
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return math.nan
+    if np.isinf(known).any():
+        with np.errstate(invalid="ignore"):
+            return float(known.sum())
+    scale = _scale(known)
+    return math.fsum((known / scale).tolist()) / known.size * scale
+
+
+def deviation(values: np.ndarray) -> float:
+    """Standard deviation of the numbers that count; NaN where none does. The largest floats do not overflow."""
+    scale = _scale(values)
+    with np.errstate(invalid="ignore"):  # infinite ones have none
+        centered = values / scale - mean(values / scale)
+    return math.sqrt(mean(centered**2)) * scale
+
+
+def _scale(values: np.ndarray) -> float:
+    """A power of two near the largest of the numbers: a division by it is exact, and squares do not overflow then."""
+    largest = np.nanmax(np.abs(values), initial=0.0)
+    return 2.0 ** (math.frexp(largest)[1] - 1) if math.isfinite(largest) else 1.0
 
 
 def total_reward(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -27,33 +51,104 @@ def total_reward(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     Args:
         rewards (`np.ndarray`):
-            Shape `(..., functions)`; NaN where a function does not apply.
+            Shape `(completions, functions)`; NaN where a function does not apply.
         weights (`np.ndarray`):
             Shape `(functions,)`.
 
     Returns:
-        `np.ndarray`: Shape `(...)`; NaN where no function applies.
+        `np.ndarray`: Shape `(completions,)`; NaN where no function applies.
+
+    Raises:
+        `ValueError`: If a sum is larger than floats can be.
     """
-    total = np.nansum(rewards * weights, axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.nansum(rewards * weights, axis=-1)
+    for row in np.flatnonzero(~np.isfinite(total)):
+        raise ValueError(
+            f"The weighted sum of the rewards of completion {row} is larger than a float can be: the rewards are "
+            f"{rewards[row].tolist()}, their weights {weights.tolist()}. Return smaller ones, or lower "
+            "`reward_weights`."
+        )
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, total)
 
 
-def z_score(values: np.ndarray) -> np.ndarray:
-    """(value - mean) / standard deviation over the first axis, leaving out NaN; zeros where all values are equal."""
-    centered, spread = values - mean(values, axis=0), deviation(values, axis=0)
-    # Equal values can differ from their own mean by a rounding error, which must not be blown up to a z-score of one
-    equal = np.nanmax(values, axis=0, initial=-np.inf) <= np.nanmin(values, axis=0, initial=np.inf)
-    return np.where(equal, 0.0, centered / np.where(equal | np.isnan(spread), 1.0, spread))
+def fitness(rewards: np.ndarray, magnitudes: np.ndarray | None = None) -> np.ndarray:
+    """
+    How good the members are: the mean of a member's rewards, less how much easier its prompts were than all prompts.
+
+    How easy a prompt is, its mean over the members that have it says. Where nothing is missing, fitness is the mean
+    of the rewards.
+
+    Args:
+        rewards (`np.ndarray`):
+            Shape `(members, prompts)`; NaN where a completion does not count.
+        magnitudes (`np.ndarray`, *optional*):
+            What the rewards' rounding errors are relative to, of the same shape. If `None`, the rewards.
+
+    Returns:
+        `np.ndarray`: Shape `(members,)`. It is the same number for members whose fitness differs by rounding errors
+        only, and NaN for a member that has less than half of the prompts that any member has.
+    """
+    rewards = _of_judged(rewards)
+    scale = _scale(rewards)
+    rewards = rewards / scale  # so that differences do not overflow
+    magnitudes = np.where(np.isnan(rewards), np.nan, np.abs(rewards) if magnitudes is None else magnitudes / scale)
+
+    ease = mean(rewards, axis=0)
+    own_ease = np.where(np.isnan(rewards), np.nan, ease)
+    values = mean(rewards, axis=1) - (mean(own_ease, axis=1) - mean(ease))
+    # Where nothing is missing, the bracket is exactly zero, and has no errors of other members' rewards
+    missing = (np.isnan(rewards) & ~np.isnan(ease)).any(axis=1)
+    errors = mean(magnitudes, axis=1) + 2 * missing * np.nanmax(mean(magnitudes, axis=0), initial=0.0)
+    return _merge_ties(values, ROUNDING * errors) * scale
 
 
-def centered_rank(values: np.ndarray) -> np.ndarray:
-    """Ranks spread evenly over [-0.5, 0.5], leaving out NaN; equal values share their mean rank."""
+def _of_judged(rewards: np.ndarray) -> np.ndarray:
+    """The rewards without those of members that have less than half of the prompts that any member has."""
+    known = ~np.isnan(rewards)
+    judged = 2 * known.sum(axis=1) >= known.any(axis=0).sum()
+    return np.where(judged[:, None], rewards, np.nan)
+
+
+def _merge_ties(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Give values that differ by no more than their errors, and by no more from the next, their common mean."""
+    order = np.argsort(values)[: np.count_nonzero(~np.isnan(values))]  # NaN comes last
+    apart = np.diff(values[order]) > np.maximum(errors[order][1:], errors[order][:-1])
+    merged = np.full(len(values), np.nan)
+    for tied in np.split(order, np.flatnonzero(apart) + 1):
+        merged[tied] = mean(values[tied])
+    return merged
+
+
+def _all_equal(values: np.ndarray) -> bool:
+    return np.unique(values[~np.isnan(values)]).size <= 1
+
+
+def _z_scores(values: np.ndarray) -> np.ndarray:
+    """(value - mean) / standard deviation of one-dimensional values that are not all equal."""
+    return (values - mean(values)) / deviation(values)
+
+
+def _centered_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks of values that are not all equal, spread evenly over [-0.5, 0.5]; equal ones share their mean rank."""
     ranks = np.full(len(values), np.nan)
     known = ~np.isnan(values)
     _, group, count = np.unique(values[known], return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     ranks[known] = (last - (count + 1) / 2)[group]
-    return ranks / max(known.sum() - 1, 1) - 0.5 if len(count) > 1 else np.zeros(len(values))
+    return ranks / (known.sum() - 1) - 0.5
+
+
+def _prompt_z_scores(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Z-scores of each prompt's rewards, zeros where those are equal, and the magnitudes of which [`fitness`] asks."""
+    values, magnitudes = np.zeros_like(rewards), np.zeros_like(rewards)
+    for prompt, column in enumerate(rewards.T):
+        column = _merge_ties(column, ROUNDING * np.abs(column))
+        if _all_equal(column):
+            values[:, prompt] = np.where(np.isnan(column), np.nan, 0.0)
+        else:
+            values[:, prompt], magnitudes[:, prompt] = _z_scores(column), np.abs(column) / deviation(column)
+    return values, magnitudes
 
 
 def utilities(rewards: np.ndarray, shaping: FitnessShaping) -> np.ndarray:
@@ -62,35 +157,46 @@ def utilities(rewards: np.ndarray, shaping: FitnessShaping) -> np.ndarray:
 
     Args:
         rewards (`np.ndarray`):
-            Shape `(members, prompts)` or `(members,)`; NaN where a completion does not count. A member's fitness is
-            the mean of its rewards.
+            Shape `(members, prompts)` or `(members,)`; NaN where a completion does not count.
         shaping (`str`):
-            - `"z_score"`: fitness minus its mean over the population, divided by its standard deviation (equation 4
-              of arXiv 2509.24372).
+            - `"z_score"`: [`fitness`] minus its mean over the population, divided by its standard deviation (equation
+              4 of arXiv 2509.24372).
             - `"centered_rank"`: the rank of the fitness, spread over [-0.5, 0.5] (arXiv 1703.03864).
             - `"prompt_z_score"`: the z-score of each prompt's reward over the population, then the mean over the
               prompts, so that easy and hard prompts weigh the same.
-            - `"none"`: the fitness.
+            - `"prompt_centered"`: each prompt's reward minus its mean over the population, divided by the standard
+              deviation of all these differences, then the mean over the prompts (as EGGROLL, arXiv 2511.16652, whose
+              code takes the deviation of the rewards). With one prompt it is the z-score; with more, the less
+              their rewards agree about the members, the smaller are the utilities.
+            - `"none"`: the same without the division.
 
     Returns:
-        `np.ndarray`: Shape `(members,)`; all zeros where every member has the same fitness, and zero for a member
-        that has no rewards.
+        `np.ndarray`: Shape `(members,)`. All are zero where every member has the same fitness, up to rounding. A
+        member without fitness has zero: it takes part in no mean, deviation or rank, and weighs like an average one.
+
+    Raises:
+        `ValueError`: If `shaping` is unknown, or a reward is infinite.
     """
+    if shaping not in get_args(FitnessShaping):
+        names = ", ".join(map(repr, get_args(FitnessShaping)))
+        raise ValueError(f"fitness_shaping={shaping!r} is unknown; choose one of {names}.")
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim == 1:
         rewards = rewards[:, None]
-    fitness = mean(rewards, axis=1)
-    if shaping == "prompt_z_score":
-        values = mean(z_score(rewards), axis=1)
+    if np.isinf(rewards).any():
+        raise ValueError(f"Rewards must be finite, or NaN where they do not count, but are {rewards.tolist()}.")
+    rewards = _of_judged(rewards)
+    scale = _scale(rewards)
+    rewards = rewards / scale
+    values = fitness(*_prompt_z_scores(rewards)) if shaping == "prompt_z_score" else fitness(rewards)
+    if _all_equal(values):
+        return np.zeros(len(values))
+    if shaping == "z_score":
+        values = _z_scores(values)
     elif shaping == "centered_rank":
-        values = centered_rank(fitness)
-    elif shaping == "z_score":
-        values = z_score(fitness)
-    elif shaping == "none":
-        known = fitness[~np.isnan(fitness)]
-        values = fitness if known.size and known.max() > known.min() else np.zeros_like(fitness)
-    else:
-        raise ValueError(
-            f"fitness_shaping={shaping!r} is unknown; choose 'z_score', 'centered_rank', 'prompt_z_score' or 'none'."
-        )
-    return np.nan_to_num(values, nan=0.0)
+        values = _centered_ranks(values)
+    elif shaping in ("prompt_centered", "none"):
+        ease = mean(rewards, axis=0)
+        values = values - mean(ease)
+        values = values * scale if shaping == "none" else values / deviation(rewards - ease)
+    return np.where(np.isnan(values), 0.0, values)

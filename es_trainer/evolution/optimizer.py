@@ -44,6 +44,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
         weights += -lr * weight_decay * weights - lr * anchor_decay * (weights - initial weights)
 
+    N is the size of the population, however many members have a fitness: one without weighs like an average member,
+    so the less is known, the shorter is the step.
+
     Args:
         params (`Iterable[tuple[str, nn.Parameter]]` or parameter groups of such):
             Named parameters. Names key the noise.

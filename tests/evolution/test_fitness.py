@@ -1,26 +1,40 @@
+import sys
+from typing import get_args
+
 import numpy as np
 import pytest
 import scipy.stats
 
-from es_trainer.evolution.fitness import total_reward, utilities
+from es_trainer.evolution.fitness import FitnessShaping, deviation, fitness, mean, total_reward, utilities
 
 
 NAN = float("nan")
+LARGEST = sys.float_info.max
+
+SHAPINGS = get_args(FitnessShaping)
+# Those in which a reward counts the same, whatever prompt it is for
+LINEAR = [shaping for shaping in SHAPINGS if shaping != "prompt_z_score"]
+
+every_shaping = pytest.mark.parametrize("shaping", SHAPINGS)
+every_linear_shaping = pytest.mark.parametrize("shaping", LINEAR)
+
+
+def populations(count: int = 30):
+    """Rewards of random populations: of few levels, so that there are ties, and with some that do not count."""
+    for seed in range(count):
+        random = np.random.default_rng(seed)
+        members, prompts = random.integers(2, 9, size=2)
+        rewards = random.choice([0.0, 0.1, 1.0, 1.1], size=(members, prompts)) * random.choice([1e-9, 1.0, 1e9])
+        rewards[random.random(rewards.shape) < random.choice([0.0, 0.2, 0.5])] = NAN
+        yield random, rewards
+
+
+# ---- each shaping ----
 
 
 def test_z_score():
     rewards = np.array([[1.0, 3.0], [4.0, 6.0], [0.0, 1.0]])
     np.testing.assert_allclose(utilities(rewards, "z_score"), scipy.stats.zscore([2.0, 5.0, 0.5]))
-
-
-def test_z_score_leaves_out_members_without_rewards():
-    values = utilities(np.array([1.0, NAN, 3.0]), "z_score")
-    np.testing.assert_allclose(values, [-1.0, 0.0, 1.0])
-
-
-def test_a_member_is_judged_by_the_prompts_that_count():
-    values = utilities(np.array([[1.0, NAN], [2.0, 4.0], [NAN, 5.0]]), "none")
-    np.testing.assert_allclose(values, [1.0, 3.0, 5.0])
 
 
 def test_centered_rank_is_symmetric_and_shares_ties():
@@ -37,12 +51,16 @@ def test_prompt_z_score_weighs_prompts_alike():
     np.testing.assert_allclose(utilities(easy_and_hard, "prompt_z_score"), expected)
 
 
-@pytest.mark.parametrize("shaping", ["z_score", "centered_rank", "prompt_z_score", "none"])
-@pytest.mark.parametrize("reward", [0.1, -7.3, 0.0, 1e300, NAN])
-def test_equal_fitness_gives_no_update(shaping, reward):
-    # 0.1 * 7 / 7 is not 0.1: equal values must not become z-scores of one by rounding
-    with np.errstate(all="raise", under="ignore", over="ignore", invalid="ignore"):
-        assert not utilities(np.full((7, 3), reward), shaping).any()
+def test_prompt_centered_divides_by_one_deviation_of_all():
+    rewards = np.array([[0.0, 1000.0], [100.0, 1001.0], [50.0, 1002.0]])
+    centered = np.array([[-50.0, -1.0], [50.0, 0.0], [0.0, 1.0]])
+    np.testing.assert_allclose(utilities(rewards, "prompt_centered"), centered.mean(axis=1) / centered.std())
+    one_prompt = np.array([3.0, 1.0, -2.0])
+    np.testing.assert_allclose(utilities(one_prompt, "prompt_centered"), scipy.stats.zscore(one_prompt))
+
+
+def test_none_has_a_baseline():
+    np.testing.assert_allclose(utilities(np.array([101.0, 99.0, 100.0, 100.0]), "none"), [1.0, -1.0, 0.0, 0.0])
 
 
 def test_unknown_shaping():
@@ -50,6 +68,181 @@ def test_unknown_shaping():
         utilities(np.array([1.0, 2.0]), "rank")
 
 
+# ---- rewards that do not count ----
+
+
+@every_shaping
+def test_a_member_that_lost_a_hard_prompt_is_not_better(shaping):
+    assert not utilities(np.array([[1.0, NAN], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), shaping).any()
+
+
+@every_shaping
+def test_masking_leaves_equal_members_equal(shaping):
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        rewards = np.tile(random.normal(size=7), (6, 1))  # prompts of unequal difficulty
+        rewards[random.random(rewards.shape) < 0.3] = NAN
+        assert not utilities(rewards, shaping).any()
+
+
+@every_shaping
+def test_masking_hides_little_of_how_good_members_are(shaping):
+    correlations = []
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        quality, difficulty = random.normal(size=30), 5 * random.normal(size=8)
+        rewards = quality[:, None] + difficulty + 0.5 * random.normal(size=(30, 8))
+        rewards[random.random(rewards.shape) < 0.2] = NAN
+        correlations.append(np.corrcoef(utilities(rewards, shaping), quality)[0, 1])
+    assert np.mean(correlations) > 0.9
+
+
+def test_fitness_is_the_mean_less_how_easy_its_prompts_were():
+    # Prompts have means of 1.5 and 4.5: the first is 1.5 easier than both together, the second is 1.5 harder
+    rewards = np.array([[1.0, NAN], [2.0, 4.0], [NAN, 5.0]])
+    np.testing.assert_allclose(fitness(rewards), [1.0 + 1.5, 3.0, 5.0 - 1.5])
+    np.testing.assert_allclose(utilities(rewards, "none"), [-0.5, 0.0, 0.5])
+
+
+@every_shaping
+def test_a_member_with_less_than_half_of_the_prompts_counts_nothing(shaping):
+    rewards = np.array([[1.0, 5.0, 2.0], [0.0, 6.0, 4.0], [2.0, NAN, 3.0], [99.0, NAN, NAN]])
+    values = utilities(rewards, shaping)
+    assert values[3] == 0.0 and values[:3].any()
+    np.testing.assert_array_equal(values[:3], utilities(rewards[:3], shaping))
+
+
+@every_shaping
+def test_a_prompt_without_rewards_is_none(shaping):
+    rewards = np.array([[1.0, NAN, NAN, NAN], [3.0, NAN, NAN, NAN]])
+    np.testing.assert_array_equal(utilities(rewards, shaping), utilities(rewards[:, 0], shaping))
+
+
+def test_a_member_without_rewards_takes_part_in_nothing():
+    np.testing.assert_allclose(utilities(np.array([1.0, NAN, 3.0]), "z_score"), [-1.0, 0.0, 1.0])
+
+
+# ---- ties ----
+
+
+@every_shaping
+@pytest.mark.parametrize("reward", [0.1, -7.3, 0.0, 1e300, LARGEST, 5e-324, NAN])
+def test_equal_fitness_gives_no_update(shaping, reward):
+    # 0.1 * 7 / 7 is not 0.1: equal values must not become z-scores of one by rounding
+    with np.errstate(all="raise", under="ignore"):
+        assert not utilities(np.full((7, 3), reward), shaping).any()
+
+
+@every_linear_shaping
+def test_rewards_in_another_order_are_as_good(shaping):
+    rewards = np.array([[1.1, 0.1, 0.1], [0.1, 0.1, 1.1], [0.1, 1.1, 0.1], [1.1, 0.1, 0.1]])
+    assert not utilities(rewards, shaping).any()
+
+
+@every_linear_shaping
+def test_members_with_equal_totals_have_equal_utilities(shaping):
+    for seed in range(50):
+        random = np.random.default_rng(seed)
+        tenths = random.choice([0, 1, 10, 11], size=(30, 20))
+        rewards = 0.1 * (tenths % 10) + tenths // 10  # a format and an answer reward: 1.1 is rounded
+        values = utilities(rewards, shaping)
+        totals = tenths.sum(axis=1)
+        for one in range(30):
+            np.testing.assert_array_equal(values == values[one], totals == totals[one])
+        assert (np.argsort(np.unique(values)) == np.arange(len(np.unique(totals)))).all()
+
+
+def test_equal_rewards_of_a_prompt_are_none_of_its_z_scores():
+    sums = np.array([[0.1 + 0.2, 1.0], [0.3, 2.0]])  # which differ in the last bit
+    np.testing.assert_array_equal(utilities(sums, "prompt_z_score"), [-0.5, 0.5])
+
+
+def test_small_differences_count():
+    values = utilities(np.array([[1e6, 1.0], [1e6 + 1e-6, 1.0], [1e6, 1.0 + 1e-6]]), "centered_rank")
+    np.testing.assert_allclose(values, [-0.5, 0.25, 0.25])
+
+
+# ---- what the mathematics says of any rewards ----
+
+
+@every_shaping
+def test_members_and_prompts_have_no_order(shaping):
+    for random, rewards in populations():
+        members, prompts = random.permutation(rewards.shape[0]), random.permutation(rewards.shape[1])
+        values = utilities(rewards, shaping)
+        np.testing.assert_array_equal(utilities(rewards[members], shaping), values[members])
+        np.testing.assert_array_equal(utilities(rewards[:, prompts], shaping), values)
+
+
+@every_shaping
+def test_how_easy_prompts_are_does_not_matter(shaping):
+    for random, rewards in populations():
+        easier = rewards + np.nanmax(np.abs(rewards), initial=0.0) * random.normal(size=rewards.shape[1])
+        values = utilities(rewards, shaping)
+        np.testing.assert_allclose(utilities(easier, shaping), values, rtol=1e-9, atol=1e-9 * abs(values).max())
+
+
+@every_shaping
+@pytest.mark.parametrize("factor", [3.7, 1e-200, 1e200])
+def test_the_unit_of_rewards_does_not_matter(shaping, factor):
+    for _, rewards in populations():
+        expected = utilities(rewards, shaping) * (factor if shaping == "none" else 1.0)
+        np.testing.assert_allclose(utilities(factor * rewards, shaping), expected, rtol=1e-9, atol=0.0)
+
+
+@every_shaping
+def test_where_all_rewards_count_utilities_add_up_to_nothing(shaping):
+    for random, rewards in populations():
+        values = utilities(np.where(np.isnan(rewards), random.normal(size=rewards.shape), rewards), shaping)
+        assert abs(values.sum()) < 1e-9 * max(abs(values).max(), 1.0)
+
+
+@every_linear_shaping
+def test_a_better_reward_makes_no_member_worse(shaping):
+    for random, rewards in populations():
+        complete = np.nan_to_num(rewards, nan=0.0)
+        member, prompt = (random.integers(size) for size in complete.shape)
+        better = complete.copy()
+        better[member, prompt] += max(complete.max(), 1e-9)
+        before, after = (scipy.stats.rankdata(utilities(values, shaping))[member] for values in (complete, better))
+        assert after >= before
+
+
+# ---- the largest numbers ----
+
+
+@every_linear_shaping
+def test_a_penalty_of_the_largest_float(shaping):
+    values = utilities(np.array([[1.0, 3.0], [-LARGEST, 2.0], [2.0, 1.0], [-LARGEST, 5.0]]), shaping)
+    assert np.isfinite(values).all()
+    assert values[0] >= values[2] > 0 > values[1] and values[1] == values[3]
+
+
+def test_ranks_tell_apart_what_an_outlier_is_far_from():
+    rewards = np.array([[1.0, 3.0], [2.0, 2.5], [-LARGEST, LARGEST / 2], [2.0, 1.0]])
+    np.testing.assert_allclose(utilities(rewards, "centered_rank"), [1 / 6, 0.5, -0.5, -1 / 6])
+
+
+def test_infinite_rewards_are_refused():
+    with pytest.raises(ValueError, match="must be finite.*inf"):
+        utilities(np.array([1.0, -np.inf]), "z_score")
+
+
+def test_means_and_deviations_do_not_overflow():
+    values = np.array([-LARGEST, LARGEST, NAN, LARGEST, -LARGEST])
+    assert mean(values) == 0.0 and deviation(values) == LARGEST
+    assert mean(np.full((2, 3), LARGEST), axis=1).tolist() == [LARGEST] * 2
+    assert np.isnan(mean(np.array([np.inf, -np.inf]))) and mean(np.array([np.inf, 1.0])) == np.inf
+    assert not np.isfinite(deviation(np.array([np.inf, 1.0])))
+
+
 def test_total_reward_sums_what_applies():
     rewards = np.array([[1.0, 2.0], [NAN, 3.0], [NAN, NAN]])
     np.testing.assert_allclose(total_reward(rewards, np.array([10.0, 1.0])), [12.0, 3.0, NAN])
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, -2.0]])
+def test_a_total_that_no_float_can_hold_is_refused(weights):
+    rewards = np.array([[1.0, 2.0], [LARGEST, LARGEST]])
+    with pytest.raises(ValueError, match="rewards of completion 1 .*1.79.*reward_weights"):
+        total_reward(rewards, np.array(weights))

@@ -139,6 +139,23 @@ def test_step_is_the_papers_update(master_weights):
     assert optimizer.distance_from_start() == pytest.approx(squares**0.5, rel=1e-4)
 
 
+def test_a_member_without_fitness_weighs_like_an_average_one():
+    """The sum over the others is divided by the size of the population, so the step is shorter."""
+    parameters, optimizer = make(lr=0.5, population_size=4)
+    before = snapshot(parameters)
+    population = optimizer.ask()
+    utilities = optimizer.tell(population, [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan], [4.0, 2.0]])
+    optimizer.step()
+    # Of the prompts' means 10/3 and 5/2, the member with the first alone has that which is 5/12 easier than both
+    fitness = np.array([2.0, 5.0 - 5 / 12, 3.0])
+    expected = (fitness - fitness.mean()) / fitness.std()
+    np.testing.assert_allclose(utilities, [expected[0], expected[1], 0.0, expected[2]])
+    members = [population.members[i] for i in (0, 1, 3)]
+    for name, parameter in parameters.items():
+        update = 0.5 / 4 * sum(u * noise_of(m.seed, name) for u, m in zip(expected, members, strict=True))
+        torch.testing.assert_close(parameter.data, before[name] + update, rtol=0, atol=2e-6)
+
+
 @both
 def test_antithetic_step_weighs_a_noise_by_the_difference_of_its_pair(perturbation):
     parameters, optimizer = make(
