@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import ESConfig
 from .fingerprint import package_version
+from .frozen import is_quantized
 
 
 VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release
@@ -56,6 +57,13 @@ def check_arguments(
             "`quantization_config` without `peft_config`: quantized weights cannot be perturbed. Give a `peft_config` "
             "to train an adapter."
         )
+    if isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model):
+        quantized = next((name for name, module in model.named_modules() if is_quantized(module)), None)
+        if quantized is not None:
+            raise ValueError(
+                f"The model is quantized (`{quantized}`), and quantized weights cannot be perturbed. Give a "
+                "`peft_config` to train an adapter, or load the model without quantization."
+            )
     if rollout_func is not None and args.num_generations_eval not in (None, args.num_generations):
         raise ValueError(
             f"`rollout_func` with `num_generations_eval={args.num_generations_eval}`: it could not tell evaluations "

@@ -177,7 +177,7 @@ def make_optimizer(
     named_parameters: list[tuple[str, torch.nn.Parameter]],
     decayed: set[str],
     config: dict[str, Any],
-    frozen: Iterable[torch.nn.Parameter] = (),
+    frozen: Iterable[torch.Tensor] = (),
     homes: dict[torch.nn.Parameter, Home] | None = None,
     kind: type[T] = EvolutionStrategy,
 ) -> T:
@@ -191,8 +191,8 @@ def make_optimizer(
             Names of those that `weight_decay` applies to.
         config (`dict[str, Any]`):
             What `run_config` returned.
-        frozen (`Iterable[nn.Parameter]`, *optional*):
-            The model's other parameters.
+        frozen (`Iterable[torch.Tensor]`, *optional*):
+            The model's other parameters, and buffers.
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the parameters.
         kind (`type`, *optional*, defaults to `EvolutionStrategy`):

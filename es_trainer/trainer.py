@@ -42,7 +42,8 @@ from .checks import by_name, check_arguments, check_datasets, require_pad_token
 from .config import ESConfig
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
-from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config
+from .frozen import frozen_tensors
+from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config, working_dtype
 from .metrics import Rollout, Summary, average, completion_metrics, json_number, summarize
 from .model_card import REWARD_PLOT, model_card
 from .plots import plot_rewards
@@ -345,12 +346,13 @@ class ESTrainer(Trainer):
                 if self.args.vllm_lora:
                     self._freeze_what_adapters_cannot_carry()
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            frozen = [p for p in self.model.parameters() if not p.requires_grad]
             decayed = set(self.get_decay_parameter_names(self.model))
             if self.on_servers:
                 self.optimizer = self.engine.begin(named, decayed)
             else:
-                self.optimizer = make_optimizer(named, decayed, run_config(self.args), frozen, homes)
+                config = run_config(self.args)
+                frozen = frozen_tensors(self.model, working_dtype(config))
+                self.optimizer = make_optimizer(named, decayed, config, frozen, homes)
             self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
             self.optimizer.register_step_post_hook(lambda *_: self._after_update())
         return self.optimizer

@@ -79,8 +79,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Seed of the run.
         perturbation ([`Gaussian`] or [`LowRank`], *optional*, defaults to `Gaussian()`):
             Shape of the noise.
-        frozen (`Iterable[nn.Parameter]`, *optional*):
-            The model's other parameters; see [`parameters.Weights`].
+        frozen (`Iterable[torch.Tensor]`, *optional*):
+            The model's other parameters, and buffers; see [`parameters.Weights`].
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the working weights; see [`parameters.Weights`].
     """
@@ -102,7 +102,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
         seed: int = 42,
         perturbation: Gaussian | None = None,
-        frozen: Iterable[nn.Parameter] = (),
+        frozen: Iterable[torch.Tensor] = (),
         homes: dict[nn.Parameter, Home] | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})

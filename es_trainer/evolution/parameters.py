@@ -17,6 +17,8 @@ from .population import Member
 
 MasterWeights = Literal["device", "host", "none"]
 
+WORKING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights are computed with
+
 
 @dataclass(frozen=True)
 class Home:
@@ -122,15 +124,19 @@ class Weights:
               memory; each evaluation leaves a rounding error behind.
         perturbation ([`Gaussian`], *optional*):
             Shape of the noise.
-        frozen (`Iterable[nn.Parameter]`, *optional*):
-            The model's other parameters. They are computed with in the working dtype, too, and never change; if that
-            rounds them, the originals wait in host memory for the model to be saved.
+        frozen (`Iterable[torch.Tensor]`, *optional*):
+            The model's other parameters, and buffers. They are computed with in the working dtype, too, and never
+            change; if that rounds them, the originals wait in host memory for the model to be saved. Quantized ones
+            stay as they are.
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the working weights of the parameters. They are written and read there, and
             a parameter that lies there whole becomes a view of it.
 
     Of parameters that DeepSpeed ZeRO-3 has partitioned, or of which an engine has a part in each process, each process
     keeps, perturbs and updates its own part.
+
+    Raises:
+        `ValueError`: If a parameter to train is quantized; names it.
     """
 
     def __init__(
@@ -139,10 +145,16 @@ class Weights:
         dtype: torch.dtype | None = None,
         master_weights: MasterWeights = "device",
         perturbation: Gaussian | None = None,
-        frozen: Iterable[nn.Parameter] = (),
+        frozen: Iterable[torch.Tensor] = (),
         homes: dict[nn.Parameter, Home] | None = None,
     ):
         parameters, frozen, homes = list(parameters), list(frozen), homes or {}
+        for name, parameter in parameters:
+            if parameter.dtype not in WORKING_DTYPES:
+                raise ValueError(
+                    f"The parameter `{name}` is of {parameter.dtype}: quantized weights cannot be perturbed. Load the "
+                    "model without quantization, or train an adapter on top of it with `peft_config`."
+                )
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
         self.shards = [
@@ -152,7 +164,7 @@ class Weights:
         self._frozen = [
             (parameter, _round(parameter, dtype))
             for parameter in frozen
-            if dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype
+            if dtype is not None and parameter.dtype in WORKING_DTYPES and parameter.dtype != dtype
         ]
         self._frozen_parts = [parameter for parameter in frozen if is_partitioned(parameter)]
         self._inside: tuple[Member, float] | None = None  # what the working weights hold
@@ -276,7 +288,7 @@ class Weights:
 
     def checksums(self) -> list[int]:
         """A number for each parameter, which is another one if a bit of the trained weights is."""
-        return [torch.hash_tensor(shard.trained).view(torch.int64).item() for shard in self.shards]
+        return [checksum(shard.trained, shard.start) for shard in self.shards]
 
     @contextlib.contextmanager
     def as_given(self) -> Iterator[None]:
@@ -306,6 +318,34 @@ class Weights:
             loaded = shard.parameter.data.reshape(-1)
             shard.trained.copy_(loaded)
             shard.working.copy_(loaded)
+
+
+# Odd, and without a pattern: the 64 bits of the golden ratio, and a multiplier of SplitMix64
+MULTIPLIER_0, MULTIPLIER_1 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(values: torch.Tensor, start: int = 0) -> int:
+    """
+    A 64-bit number that another one takes the place of if a bit or the order of the values is another.
+
+    It is the sum, modulo 2**64, of the values' bits times odd multipliers that are hashes of their indices. So the
+    checksums of a tensor's slices add up to its own, and neither the size of pieces nor the device count.
+
+    Args:
+        values (`torch.Tensor`):
+            Flat tensor.
+        start (`int`, *optional*, defaults to `0`):
+            Flat index of the first of them.
+    """
+
+    def piece(low: int, high: int) -> int:
+        index = torch.arange(start + low, start + high, dtype=torch.int64, device=values.device)
+        index.mul_(MULTIPLIER_0)
+        index.bitwise_xor_(index >> 32).mul_(MULTIPLIER_1).bitwise_or_(1)
+        return index.mul_(values[low:high].view(BITS[values.itemsize])).sum().item()
+
+    return sum(noise.for_pieces(piece, values.numel(), values.device)) % (1 << 64)
 
 
 def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products | Scattered) -> None:
@@ -378,13 +418,13 @@ def _gathered(part: Shard, master: bool) -> Shard:
 # ---- dtypes and masters ----
 
 
-def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+def _cast(parameter: torch.Tensor, dtype: torch.dtype) -> None:
     parameter.data = parameter.data.to(dtype).contiguous()
     if is_partitioned(parameter):
         parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
 
 
-def _round(parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+def _round(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Make the parameter's data one of `dtype` and return the original."""
     original = local_part(parameter)[0].cpu() if is_partitioned(parameter) else parameter.data.cpu()
     _cast(parameter, dtype)
