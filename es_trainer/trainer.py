@@ -31,6 +31,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from trl import GRPOConfig
@@ -117,9 +118,11 @@ class ESTrainer(Trainer):
               [`~transformers.PreTrainedModel.save_pretrained`]. The model is loaded with the keyword arguments in
               `args.model_init_kwargs`, in `float32` unless they have a `dtype`.
             - A [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] object. Only causal language models are
-              supported. Parameters with `requires_grad=False` are left alone. The object is trained in place; its
-              parameters become those of the working dtype (`args.bf16`, `args.fp16`), and `save_model` writes them in
-              the dtype they had.
+              supported. Parameters with `requires_grad=False` are left alone. The object is trained in place. While
+              the trainer trains or evaluates, its parameters are of the working dtype (`args.bf16`, `args.fp16`);
+              before and after, they hold the trained weights in the dtype in which they were given, and what you
+              change in them is trained from then on. Parameters that were given in neither float32 nor the working
+              dtype, and those with `master_weights="host"`, take the memory of a copy then.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Reward functions, whose weighted sum is maximised. Each can be:
 
@@ -250,8 +253,8 @@ class ESTrainer(Trainer):
 
         if args.n_gpu > 1:
             logger.warning(
-                f"This process uses one of {args.n_gpu} GPUs. To use all, start the script with `accelerate launch` and "
-                "recipes/accelerate_configs/multi_gpu.yaml: the members of a population are shared out."
+                f"This process uses one of {args.n_gpu} GPUs. To use all, start the script with `accelerate "
+                "launch` and recipes/accelerate_configs/multi_gpu.yaml: the members of a population are shared out."
             )
             args._n_gpu = 1  # torch's DataParallel has no use here
         super().__init__(
@@ -263,6 +266,10 @@ class ESTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if args.use_liger_kernel:  # before it is found out how the model computes; train() does it again, to no effect
+            apply_liger_kernel(self.model, args.liger_kernel_config)
+        if args.bf16_full_eval or args.fp16_full_eval:  # for which the Trainer leaves this to train()
+            self._move_model_to_device(self.model, args.device)
         _, self.lr_scheduler = optimizers
         self.model.add_model_tags(self._tag_names)
         if not args.disable_tqdm:
@@ -279,6 +286,7 @@ class ESTrainer(Trainer):
                 self._check_prompts(dataset)
         self.create_optimizer()
         self.population_batch = self._make_population_batch()
+        self._forwards = _forwards(self.model)
         self._check_drift()
         self.history = History(Path(args.output_dir) / HISTORY_NAME)
         self.completions_log = CompletionsLog(args) if args.log_completions and args.process_index == 0 else None
@@ -293,6 +301,9 @@ class ESTrainer(Trainer):
         self._best_utility = 0.0
         self._warned_of_equal_fitness = False
         self._warned_of_memory = False
+        self._evaluating_members = False
+        if not self.on_servers:
+            self.optimizer.weights.hand_out()
 
     def _distribute_weights(self) -> Zero3 | None:
         """Give every process the weights of process 0: all of them, or its part if they are to be partitioned."""
@@ -437,24 +448,72 @@ class ESTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have."""
+        self._check_model()
+        with self._at_work():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         if self.args.push_to_hub and self.optimizer.updates == 0:
             self._before = self._answer_samples()
         if not resume_from_checkpoint and self.optimizer.updates == 0 and self.is_world_process_zero():
             self.history.create(describe(self.optimizer, self.args))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _check_model(self) -> None:
+        """
+        Raises:
+            `RuntimeError`: If perturbations would not reach the model, because it was changed after the trainer was
+                made.
+        """
+        if self.on_servers:
+            return
+        self.optimizer.weights.check(self.model)
+        if isinstance(self.population_batch, PopulationBatch) and _forwards(self.model) != self._forwards:
+            raise RuntimeError(
+                "The model's modules compute in another way than when the trainer was made (`forward` was replaced or "
+                "compiled), so it is not known whether perturbations would reach them. Change the model first, and "
+                "make the trainer of it then; or set population_batch_size=1 and perturbation='gaussian'."
+            )
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Inside, the model computes with the unperturbed weights in the working dtype."""
+        if self.on_servers:
+            yield
+            return
+        if self._evaluating_members:
+            if self.processes.count > 1 or self.zero3 is not None:
+                raise RuntimeError(
+                    "The model cannot be evaluated or saved while several processes evaluate the members of a "
+                    "population, each at its own pace. Do it in `on_step_end` instead of `on_substep_end`."
+                )
+            self.optimizer.restore()
+        with self.optimizer.weights.at_work() as changed:
+            if changed:
+                logger.warning(
+                    f"{len(changed)} parameters ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}) were changed "
+                    "outside of training, and their new values are trained from now on. `replay` needs the model as "
+                    "it is now."
+                )
+            yield
+
     def training_step(
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Evaluate a population on the prompts and tell the optimizer how it did. Returns minus the mean reward."""
+        self._check_model()
         self._step_start = time.perf_counter()
         population = self.optimizer.ask()
         self._step_metrics["noise_seconds"] = 0.0
         self._reported = 0
         self._rollouts = {}
+        self._evaluating_members = True
         try:
             rewards, summaries = self._evaluate_population(population, inputs)
         finally:
+            self._evaluating_members = False
             with self._timed_noise():
                 self.optimizer.restore()
         self._report_members(len(population))
@@ -809,6 +868,10 @@ class ESTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer the dataloader's prompts with the unperturbed weights and average the rewards."""
+        with self._at_work():
+            return self._evaluate_dataloader(dataloader, metric_key_prefix)
+
+    def _evaluate_dataloader(self, dataloader: DataLoader, metric_key_prefix: str) -> EvalLoopOutput:
         if self.lockstep:
             parts = [self._evaluate_batches_in_lockstep(dataloader)]
         else:
@@ -905,6 +968,9 @@ class ESTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained weights in the dtype that the model was given in."""
         self._plot_rewards()
+        if self._evaluating_members:
+            with self._at_work():  # refuses it, or takes the member out
+                pass
         with self.optimizer.weights.as_given():
             self._whole = self._collect_weights()
             try:
@@ -1035,12 +1101,15 @@ class ESTrainer(Trainer):
         rows = self._sample_rows()
         if not rows:
             return []
-        prompt_ids = self._tokenize(rows)
+        with self._at_work():
+            return self._answer(self._tokenize(rows))
+
+    def _answer(self, prompt_ids: list[list[int]]) -> list[str]:
         if self.lockstep:
             with self.zero3.lockstep():
                 completions = self.engine.generate(prompt_ids, seed=0)
             parts = self.processes.exchange(lambda: [completion.text for completion in completions])
-            return [parts[i % len(parts)][i // len(parts)] for i in range(len(rows))]
+            return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompt_ids))]
         with self.engine.awake(), self.optimizer.weights.gathered(masters=False):
             replies = self.processes.exchange(
                 lambda: self.engine.generate(prompt_ids, seed=0) if self.processes.rank < self.group_size else []
@@ -1077,7 +1146,8 @@ class ESTrainer(Trainer):
         card = model_card(
             self.args,
             self.model,
-            self.optimizer.weights.shards[0].working.dtype,  # to ask the model would gather weights, here alone
+            self.optimizer.weights.dtype
+            or self.optimizer.weights.shards[0].given,  # to ask the model would gather weights, here alone
             self.state.log_history,
             name=model_name,
             repository=self.hub_model_id,
@@ -1119,6 +1189,14 @@ class ESTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The weights themselves are bf16 or fp16: no autocast, no gradient scaler
         return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}
+
+
+def _forwards(model: nn.Module) -> dict[str, Any]:
+    """What each module computes with, compiled or not."""
+    return {
+        name: (getattr(module.forward, "__func__", module.forward), module._compiled_call_impl)
+        for name, module in model.named_modules()
+    }
 
 
 def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:

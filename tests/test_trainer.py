@@ -198,14 +198,16 @@ def test_frozen_parameters_never_change(trainer, tmp_path):
 def test_working_and_saved_dtypes(trainer, tmp_path, given, options, working):
     run = trainer(make_model(dtype=given), **options)
     run.train()
-    assert {parameter.dtype for parameter in run.model.parameters()} == {working}
-    assert run.model(torch.tensor([[1]])).logits.dtype == working  # no autocast, which gives float32
-    run.save_model(str(tmp_path / "out"))
+    assert {parameter.dtype for parameter in run.model.parameters()} == {given}
+    with run.optimizer.weights.at_work():
+        assert {parameter.dtype for parameter in run.model.parameters()} == {working}
+        assert run.model(torch.tensor([[1]])).logits.dtype == working  # no autocast, which gives float32
+        run.save_model(str(tmp_path / "out"))
+        assert {parameter.dtype for parameter in run.model.parameters()} == {working}
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert saved.dtype == given
     for shard in run.optimizer.weights.shards:
         assert torch.equal(saved.get_parameter(shard.name).data.flatten(), shard.master.to(given))
-    assert {parameter.dtype for parameter in run.model.parameters()} == {working}
 
 
 def test_a_model_named_by_a_string_is_loaded_in_float32(trainer, tmp_path):
@@ -431,10 +433,11 @@ def test_best_adapter_is_loaded_at_the_end(trainer):
     rewards = [log["eval_reward"] for log in run.state.log_history if "eval_reward" in log]
     assert max(rewards) > rewards[-1]
     assert run.evaluate()["eval_reward"] == pytest.approx(max(rewards))
-    before = weights(run.model)
-    run.optimizer.perturb(run.optimizer.ask().members[0])
-    run.optimizer.restore()
-    assert_same(weights(run.model), before)
+    with run.optimizer.weights.at_work():
+        before = weights(run.model)
+        run.optimizer.perturb(run.optimizer.ask().members[0])
+        run.optimizer.restore()
+        assert_same(weights(run.model), before)
 
 
 def test_early_stopping(trainer):
@@ -791,9 +794,12 @@ def test_population_batches_leave_the_trained_weights(trainer, reward, dataset, 
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for shard in run.optimizer.weights.shards:
         assert torch.equal(saved.get_parameter(shard.name).flatten(), shard.master), shard.name
-        assert torch.equal(shard.working, shard.master.to(shard.working.dtype)), shard.name
-    engine = trainer(saved, bf16=bf16).engine
-    texts = [c.text for c in engine.generate(engine.tokenize(list(dataset["prompt"])), seed=0)]
+    loaded = trainer(saved, bf16=bf16)
+    with run.optimizer.weights.at_work(), loaded.optimizer.weights.at_work():
+        for shard in run.optimizer.weights.shards:
+            assert torch.equal(shard.working, shard.master.to(shard.working.dtype)), shard.name
+        engine = loaded.engine
+        texts = [c.text for c in engine.generate(engine.tokenize(list(dataset["prompt"])), seed=0)]
     assert run.evaluate()["eval_reward"] == pytest.approx(np.mean(reward(texts)))
     evaluated = [log["eval_reward"] for log in run.state.log_history if "eval_reward" in log]
     assert evaluated[2] == pytest.approx(np.mean(reward(texts)))

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import numpy as np
@@ -46,8 +46,11 @@ def for_spans(function: Callable[[int, int], T], size: int) -> list[T]:
     if count <= 1:
         return [function(0, size)]
     length = -(-size // (count * CPU_PIECE)) * CPU_PIECE
-    starts = range(0, size, length)
-    return list(_threads(count).map(lambda start: function(start, min(start + length, size)), starts))
+    spans = [_threads(count).submit(function, i, min(i + length, size)) for i in range(0, size, length)]
+    try:
+        return [span.result() for span in spans]
+    finally:
+        wait(spans)  # if this is interrupted, nobody is to write behind the back of what undoes it
 
 
 def for_pieces(function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:

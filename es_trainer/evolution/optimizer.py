@@ -192,6 +192,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 "step() needs fitness: call ask(), evaluate the members and tell() their rewards first."
             )
         seeds, coefficients = self._coefficients(self.told)
+        self.weights.take_back()
         self.restore()
         self.update_norm = 0.0
         if seeds:
@@ -328,6 +329,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
         """
         self._check_runs(parts)
+        self.weights.take_back()
+        self.restore()
         offsets = self._offsets()
         for name, tensors in self._tensors().items():
             for key, tensor in tensors.items():
@@ -344,6 +347,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def load_weights(self, parts: Sequence[dict[str, Any]]) -> None:
         """Copy the trained weights of a state, as `load_parts` does, and nothing else of it."""
         self._check_runs(parts)
+        self.weights.take_back()
+        self.restore()
         for shard in self.weights.shards:
             _copy(parts, shard.name, "weights", shard.trained, shard.start)
         self.weights.refresh()

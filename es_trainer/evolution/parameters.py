@@ -167,15 +167,23 @@ class Weights:
             if dtype is not None and parameter.dtype in WORKING_DTYPES and parameter.dtype != dtype
         ]
         self._frozen_parts = [parameter for parameter in frozen if is_partitioned(parameter)]
+        self.dtype = dtype
+        self.handed_out = False  # whether the model's parameters hold the weights as they were given
         self._inside: tuple[Member, float] | None = None  # what the working weights hold
+        # Without masters: from which weight to which it is in them, all shards counted through
+        self._written = (0, 0)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the working weights those of `member`, whatever member they held before."""
+        self.take_back()
         if self._inside is not None and self.drifts:
             self.restore()
         # Set before the first weight changes: if this is interrupted, there is something to restore
         self._inside = (member, sigma)
-        self._write(member.seed, sigma * member.sign)
+        if self.drifts:
+            self._add_in_place(member.seed, sigma * member.sign)
+        else:
+            self._write(member.seed, sigma * member.sign)
 
     def restore(self) -> None:
         """Make the working weights the unperturbed ones: bit-identical with a master, up to rounding without."""
@@ -183,10 +191,45 @@ class Weights:
             return
         member, sigma = self._inside
         if self.drifts:
-            self._write(member.seed, -sigma * member.sign)
+            self._take_out(member.seed, -sigma * member.sign)
         else:
             self.refresh()
         self._inside = None
+
+    def _add_in_place(self, seed: int, coefficient: float) -> None:
+        self._written = (0, 0)
+        for stop in self._in_place(seed, coefficient, 0, self._count()):
+            self._written = (0, stop)
+
+    def _take_out(self, seed: int, coefficient: float) -> None:
+        """Undo as much as was written, if that was interrupted, and no more."""
+        start, stop = self._written
+        for done in self._in_place(seed, coefficient, start, stop):
+            self._written = (done, stop)
+
+    def _in_place(self, seed: int, coefficient: float, start: int, stop: int) -> Iterator[int]:
+        """Add noise to the weights from `start` to `stop`, all shards counted through; yields how far it has come."""
+        offset = 0
+        for shard in self.shards:
+            terms = None
+            size = shard.working.numel()
+            for low in range(0, size, noise.CUDA_PIECE):
+                high = min(low + noise.CUDA_PIECE, size)
+                if offset + low < start or offset + high > stop:
+                    continue
+                terms = terms or self.terms(shard, [seed], [coefficient])
+                piece = shard.working[low:high]
+                before = piece.clone()
+                try:
+                    terms.add(piece, piece, shard.start + low)
+                except BaseException:
+                    piece.copy_(before)
+                    raise
+                yield offset + high
+            offset += size
+
+    def _count(self) -> int:
+        return sum(shard.working.numel() for shard in self.shards)
 
     def refresh(self) -> None:
         """Round the masters to the working weights."""
@@ -290,12 +333,116 @@ class Weights:
         """A number for each parameter, which is another one if a bit of the trained weights is."""
         return [checksum(shard.trained, shard.start) for shard in self.shards]
 
+    def check(self, model: nn.Module) -> None:
+        """
+        Raises:
+            `RuntimeError`: If `model` does not compute with these weights, so that perturbations would not reach it;
+                names the parameter.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for shard in self.shards:
+            whole = shard.is_part or shard.parameter.shape == shard.shape
+            if parameters.get(shard.name) is not shard.parameter or not whole:
+                raise RuntimeError(
+                    f"The model {'has another' if shard.name in parameters else 'has no'} parameter `{shard.name}` "
+                    "than when the trainer was made, so training would not reach it. Change the model "
+                    "(resize_token_embeddings, adapters, torch.compile, another model) first, and make the trainer of "
+                    "it then."
+                )
+            if not self.handed_out and not _is_working(shard):
+                raise RuntimeError(
+                    f"The parameter `{shard.name}` was moved, cast or replaced while the trainer works with it, so "
+                    "perturbations would not reach the model. Leave out what does so (model.to(...), model.half(), "
+                    "parameter.data = ...) in callbacks, reward functions and rollout functions."
+                )
+
+    # ---- the model outside of training ----
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[list[str]]:
+        """
+        Inside, the model computes with the working weights; afterwards, its parameters hold the trained weights in the
+        dtype in which they were given, unless they did not before. Yields what `take_back` returned.
+        """
+        if not self.handed_out:
+            yield []
+            return
+        try:
+            yield self.take_back()
+        finally:
+            self.hand_out()
+
+    @torch.no_grad()
+    def hand_out(self) -> None:
+        """
+        Let the model's parameters hold the trained weights in the dtype in which they were given: what users see,
+        change and save. Parts of parameters stay as they are.
+
+        Memory: parameters that were given in float32 become their masters, and those that were given in the working
+        dtype stay what they are. Others are copied, and take the place of the working weights where those follow from
+        them.
+        """
+        if self.handed_out:
+            return
+        self.restore()
+        for shard in self.shards:
+            if shard.is_part or shard.given == shard.working.dtype:
+                continue
+            dtype = shard.working.dtype
+            given = shard.trained.to(shard.working.device, shard.given)
+            shard.parameter.data = given.view(shard.shape)
+            follows = shard.master is not None or torch.promote_types(dtype, shard.given) == shard.given
+            if shard.home is None and follows:
+                shard.working = given
+        for parameter, original in self._frozen:
+            if not is_partitioned(parameter):
+                parameter.data = original.to(parameter.device)
+        self.handed_out = True
+
+    @torch.no_grad()
+    def take_back(self) -> list[str]:
+        """
+        Let the model compute with the working weights again. What was changed in its parameters meanwhile are the
+        trained weights from now on.
+
+        Returns:
+            `list[str]`: names of the parameters whose values are others than before.
+        """
+        if not self.handed_out:
+            return []
+        changed = []
+        for shard in self.shards:
+            if shard.is_part:
+                continue
+            data = shard.parameter.data.reshape(-1).to(shard.trained.device)
+            if not _same_memory(data, shard.trained) and not torch.equal(
+                data.to(shard.given), shard.trained.to(shard.given)
+            ):
+                shard.trained.copy_(data)
+                changed.append(shard.name)
+            dtype = self.dtype or shard.given
+            if shard.home is None and shard.working.dtype != dtype:
+                shard.working = shard.trained.to(shard.working.device, dtype)
+            elif shard.master is not None:
+                shard.working.copy_(shard.master)
+            shard.parameter.data = shard.working.view(shard.shape)
+        self._frozen = [
+            (parameter, original if is_partitioned(parameter) else _round(parameter, self.dtype))
+            for parameter, original in self._frozen
+        ]
+        self.handed_out = False
+        return changed
+
     @contextlib.contextmanager
     def as_given(self) -> Iterator[None]:
         """
         Inside, the model's parameters hold the trained weights in the dtype in which they were given. Partitioned ones
         hold nothing, but are of that dtype.
         """
+        if self.handed_out:
+            yield
+            return
+        self.restore()
         held = [(shard.parameter, shard.parameter.data) for shard in self.shards]
         held += [(parameter, parameter.data) for parameter, _ in self._frozen]
         for shard in self.shards:
@@ -346,6 +493,19 @@ def checksum(values: torch.Tensor, start: int = 0) -> int:
         return index.mul_(values[low:high].view(BITS[values.itemsize])).sum().item()
 
     return sum(noise.for_pieces(piece, values.numel(), values.device)) % (1 << 64)
+
+
+def _is_working(shard: Shard) -> bool:
+    """Whether the parameter's data are the working weights."""
+    if is_partitioned(shard.parameter):
+        return _same_memory(local_part(shard.parameter)[0], shard.working)
+    if shard.is_part:
+        return True  # the engine computes with them, and the parameter has nothing
+    return _same_memory(shard.parameter.data, shard.working)
+
+
+def _same_memory(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (mine.data_ptr(), mine.dtype, mine.device) == (theirs.data_ptr(), theirs.dtype, theirs.device)
 
 
 def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products | Scattered) -> None:

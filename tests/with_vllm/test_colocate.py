@@ -59,7 +59,8 @@ def test_bfloat16_weights_are_the_masters_rounded(start, tmp_path):
     mine.train()
     theirs.train()
     assert_alike(mine, theirs)
-    assert {parameter.dtype for parameter in mine.model.parameters()} == {torch.bfloat16}
+    assert {shard.working.dtype for shard in mine.optimizer.weights.shards} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in mine.model.parameters()} == {torch.float32}
     mine.save_model(str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
