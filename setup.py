@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
-    package_data={"es_trainer": ["py.typed", "model_card.md", "accelerate_configs/*.yaml"]},
+    package_data={"es_trainer": ["py.typed", "model_card.md", "accelerate_configs/*.yaml", "cli/train_help.txt"]},
     entry_points={"console_scripts": ["es-trainer=es_trainer.cli:main"]},
     install_requires=[
         "torch>=2.9.1,<3",

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
@@ -48,7 +49,10 @@ class Parser(TrlParser):
         """See [`~trl.TrlParser.parse_args_and_config`]. `--config=FILE` is the same as `--config FILE`."""
         args = sys.argv[1:] if args is None else args
         split = (arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args)
-        return super().parse_args_and_config([part for parts in split for part in parts], **kwargs)
+        args = [part for parts in split for part in parts]
+        if args.count("--config") > 1:
+            self.error("`--config` is given twice: put all options into one file, or some on the command line.")
+        return super().parse_args_and_config(args, **kwargs)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """See [`~trl.TrlParser.set_defaults_with_config`]."""
@@ -79,6 +83,21 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error about an unknown name."""
     nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1)
     return f": did you mean {prefix + nearest[0]!r}?" if nearest else "."
+
+
+FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".yaml", ".yml"}
+
+
+def check_local(option: str, name: str | None) -> None:
+    """
+    Raises:
+        `FileNotFoundError`: If the value of an option can only be a local path, and there is nothing there. What could
+            be the name of a repository on the Hub is left to the Hub.
+    """
+    if name is None or Path(name).expanduser().exists():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES:
+        raise FileNotFoundError(f"`{option}={name!r}`: there is no such file or folder.")
 
 
 @dataclass
@@ -220,9 +239,12 @@ class GenerationArguments:
 
         Raises:
             `ValueError`: If a value is not valid.
+            `FileNotFoundError`: If a model's folder does not exist.
         """
         from ..config import ESConfig
 
+        for option in ("model_name_or_path", "compare_to"):
+            check_local(option, getattr(self, option))
         if self.batch_size < 1:
             raise ValueError(f"`batch_size={self.batch_size}` is not valid: it must be at least 1.")
         same = "trust_remote_code use_cpu max_completion_length temperature top_p top_k min_p generation_kwargs seed"

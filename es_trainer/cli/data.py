@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ScriptArguments
 
-from .arguments import RewardArguments, suggestion
+from .arguments import RewardArguments, check_local, suggestion
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ def check_data(arguments: "ESScriptArguments | EvalArguments", mixture: DatasetM
 
     Raises:
         `ValueError`: If no data or no reward is named, data is named twice, or a name is unknown.
+        `FileNotFoundError`: If a local file or folder does not exist.
     """
+    check_local("dataset_name", arguments.dataset_name)
+    check_local("reward_model_name_or_path", arguments.reward_model_name_or_path)
     if mixture.datasets and (arguments.task or arguments.dataset_name):
         raise ValueError("`datasets` is given together with `task` or `dataset_name`: leave out one of them.")
     if arguments.task is not None:

@@ -1,5 +1,8 @@
 """Processes, started by `accelerate launch`."""
 
+import os
+import subprocess
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -73,15 +76,20 @@ def launch(script: str, script_args: list[str], launch_args: list[str]) -> None:
             Options of `accelerate launch`, and `--accelerate_config`.
 
     Raises:
+        `SystemExit`: If the script fails, and with its exit status if it is one process.
         `ValueError`: If `launch_args` has a value that belongs to no option, or an `--accelerate_config` that does
             not exist.
     """
     import torch
+    from accelerate.commands.config import default_config_file
     from accelerate.commands.launch import launch_command
 
-    if not launch_args and torch.cuda.device_count() <= 1:
-        # One process, for which accelerate would set OMP_NUM_THREADS=1
-        launch_args = ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    if not launch_args and torch.cuda.device_count() <= 1 and not os.path.isfile(default_config_file):
+        # Nothing to launch, for which accelerate would set OMP_NUM_THREADS=1 and hide the exit status
+        status = subprocess.run([sys.executable, script, *script_args]).returncode
+        if status != 0:
+            raise SystemExit(status)
+        return
     args = launch_parser().parse_args([*launch_args, script, *script_args])
     if args.training_script != script:
         raise ValueError(f"{args.training_script!r} belongs to no option. Options are given as --name value.")

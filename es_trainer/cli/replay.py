@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .arguments import Parser
+from .arguments import Parser, check_local
 
 
 @dataclass
@@ -47,6 +47,7 @@ class ReplayArguments:
 def main(argv: list[str]) -> None:
     """Replay a run and save the model."""
     (arguments,) = Parser(ReplayArguments, prog="es-trainer replay").parse_args_and_config(argv)
+    check_local("model_name_or_path", arguments.model_name_or_path)
     from transformers import AutoTokenizer
 
     from .. import replay

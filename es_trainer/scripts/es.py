@@ -17,11 +17,16 @@ python es.py \
     --output_dir SmolLM2-brief
 """
 
-from es_trainer.cli.arguments import Parser
+from es_trainer.cli.arguments import Parser, check_local
 from es_trainer.cli.data import ESScriptArguments, check_data, load_data, pick_split
+from es_trainer.cli.mistakes import told_in_one_line
 
 
 def main(script_args, training_args, model_args, dataset_args):
+    train(make_trainer(script_args, training_args, model_args, dataset_args), script_args.dataset_name)
+
+
+def make_trainer(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from es_trainer import ESTrainer
@@ -41,8 +46,7 @@ def main(script_args, training_args, model_args, dataset_args):
     if training_args.eval_strategy != "no":
         eval_dataset = pick_split(dataset, "dataset_test_split", script_args.dataset_test_split)
 
-    # Initialize the trainer
-    trainer = ESTrainer(
+    return ESTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -52,17 +56,19 @@ def main(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
 
+
+def train(trainer, dataset_name):
     # Train the model; `--resume_from_checkpoint true` goes on from the last checkpoint
-    resume = training_args.resume_from_checkpoint
+    resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.accelerator.print("✅ Training completed.")
 
     # Save and push to Hub
-    trainer.save_model(training_args.output_dir)
+    trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
-    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.print(f"💾 Model saved to {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
 
     # Finish the trackers and destroy the process group
@@ -73,6 +79,7 @@ def check(script_args, training_args, model_args, dataset_args):
     """What can be told before anything is loaded."""
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give the name or folder of a causal language model.")
+    check_local("model_name_or_path", model_args.model_name_or_path)
     check_data(script_args, dataset_args)
 
 
@@ -85,5 +92,8 @@ def make_parser(prog: str | None = None) -> Parser:
 
 
 if __name__ == "__main__":
-    # Options of `accelerate launch` may stand in the YAML file, too
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    with told_in_one_line("es.py"):
+        # Options of `accelerate launch` may stand in the YAML file, too
+        arguments = make_parser().parse_args_and_config(fail_with_unknown_args=False)
+        trainer = make_trainer(*arguments)
+    train(trainer, arguments[0].dataset_name)

@@ -1,12 +1,14 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 
-from es_trainer.cli import COMMANDS, main
-from es_trainer.cli.arguments import GenerationArguments, Parser
+from es_trainer import __version__
+from es_trainer.cli import COMMANDS, _take_debug, main
+from es_trainer.cli.arguments import GenerationArguments, Parser, check_local
 
 
 @dataclass
@@ -116,7 +118,9 @@ def test_an_unknown_command_is_an_error_that_names_all(capsys):
     assert "invalid choice: 'trian' (choose from " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["eval", "--help"], ["plot", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["eval", "--help"], ["plot", "--help"], ["generate", "--help"]]
+)
 def test_help_imports_no_torch(argv):
     code = (
         f"import sys; from es_trainer.cli import main\ntry: main({argv})\nfinally: assert 'torch' not in sys.modules"
@@ -139,3 +143,43 @@ def test_invalid_generation_arguments(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"`{name}="):
         GenerationArguments("model", use_cpu=True, **option).to_config()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"es-trainer {__version__}\n"
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["plot", str(tmp_path)])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"es-trainer plot: error: '{tmp_path}' is not the folder of a run")
+    assert error.endswith("(--debug shows where.)\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_shows_the_traceback(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    argv = ["plot", str(tmp_path)]
+    argv.insert(place, "--debug")
+    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+        main(argv)
+
+
+def test_debug_with_a_value_is_the_trainers():
+    assert _take_debug(["train", "--debug", "underflow_overflow"]) == ["train", "--debug", "underflow_overflow"]
+
+
+@pytest.mark.parametrize("name", ["./model", "~/nothing/here", "runs/brief/model", "rows.jsonl", "data/rows.parquet"])
+def test_a_path_where_nothing_is(name):
+    with pytest.raises(FileNotFoundError, match=f"`some_option='{name}'`: there is no such file or folder"):
+        check_local("some_option", name)
+
+
+@pytest.mark.parametrize("name", [None, "gpt2", "user/model-0.5b", "user/data.v1", "tests"])
+def test_what_may_be_on_the_hub_or_is_here(name):
+    check_local("some_option", name)

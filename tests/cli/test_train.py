@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import yaml
 from conftest import TINY_RUN
 from hub_server import TOKEN, serve
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
-from es_trainer import replay
+from es_trainer import ESConfig, replay
 from es_trainer.cli import main
+from es_trainer.cli.help import GROUPS, TRAIN_HELP, train_help
 from es_trainer.cli.launch import accelerate_configs, find_accelerate_config, from_yaml
 from es_trainer.scripts import es
 
@@ -40,7 +43,7 @@ def letters(completions, trainer_state, **kwargs):
 
 
 def fail(completions, **kwargs):
-    Path("threads-" + os.environ["OMP_NUM_THREADS"]).touch()
+    Path("threads-" + os.environ.get("OMP_NUM_THREADS", "free")).touch()
     raise OSError("out of ink")
 """
 
@@ -146,21 +149,20 @@ def test_launched_as_two_processes(folder, options, run):
 
 def test_a_failure_ends_with_the_scripts_error_alone(folder, options, capfd, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     config = write(folder / "failing.yaml", **{**options, "reward_funcs": "my_rewards.fail"}, output_dir="failing")
     with pytest.raises(SystemExit) as exit:
         main(["train", "--config", config])
     assert exit.value.code == 1
     error = capfd.readouterr().err.rstrip()
     assert error.endswith("RuntimeError: Reward function 'fail' raised OSError: out of ink")
-    assert (folder / "threads-3").exists()  # as many as torch takes by itself
+    assert (folder / "threads-free").exists()  # as many as torch takes by itself
 
 
 def test_a_copy_of_the_example_is_a_script(folder, options, run, monkeypatch):
     assert (ROOT / "examples" / "scripts" / "es.py").resolve() == Path(es.__file__)
-    script = shutil.copy(ROOT / "examples" / "scripts" / "es.py", folder / "copy.py")
+    script = shutil.copy(ROOT / "examples" / "scripts" / "es.py", folder / "my_es.py")
     config = write(folder / "copy.yaml", **options, num_processes=8)
-    monkeypatch.setattr(sys, "argv", ["copy.py", "--config", config, "--output_dir", "copied"])
+    monkeypatch.setattr(sys, "argv", ["my_es.py", "--config", config, "--output_dir", "copied"])
     runpy.run_path(str(script), run_name="__main__")
     assert_same(folder / "copied", run)
 
@@ -207,10 +209,13 @@ def refused(folder, options, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(subprocess, "Popen", None)
         config = {**options, "output_dir": str(tmp_path / "run"), **changes}
         config = {name: value for name, value in config.items() if value is not None}
-        with pytest.raises((SystemExit, ValueError)) as error:
+        with pytest.raises(SystemExit) as exit:
             main(["train", "--config", write(tmp_path / "config.yaml", **config), *argv])
+        assert exit.value.code == 2
         assert not (tmp_path / "run").exists()
-        return capsys.readouterr().err if error.type is SystemExit else str(error.value)
+        error = capsys.readouterr().err
+        assert error.startswith("es-trainer train: error: ") and error.count("\n") == 1
+        return error
 
     return try_it
 
@@ -233,6 +238,54 @@ def test_values(refused):
         *("--accelerate_config", "zero_3")
     )
     assert "'nine' belongs to no option" in refused("--num_processes", "1", "nine")
+
+
+def test_what_does_not_exist(refused):
+    assert "`dataset_name='missing.jsonl'`: there is no such file" in refused(
+        "--dataset_name", "missing.jsonl", task=None
+    )
+    assert "`model_name_or_path='a/b/c'`: there is no such file" in refused(model_name_or_path="a/b/c")
+    assert "`--config` is given twice" in refused("--config", "nowhere.yaml")
+
+
+def test_a_config_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", "nowhere.yaml"])
+    assert exit.value.code == 2
+    assert "No such file or directory: 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_a_mistake_that_the_script_finds_is_one_line(folder, options):
+    (folder / "questions.jsonl").write_text('{"question": "Say one"}\n')
+    given = {**options, "task": None, "dataset_name": "questions.jsonl", "eval_strategy": "no"}
+    config = write(folder / "questions.yaml", **given, output_dir="questions")
+    result = launch(folder, config)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("es.py: error: `train_dataset` has no column 'prompt'")
+    assert "Traceback" not in result.stderr
+    shown = launch(folder, config, "--debug")
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr and "ValueError: `train_dataset` has no column" in shown.stderr
+
+
+# ---- help ----
+
+
+def test_help_has_the_options_of_a_run_in_groups():
+    parser = es.make_parser()
+    assert TRAIN_HELP.read_text() == train_help(parser), "run `python -m es_trainer.cli.help`"
+    shown = [name for names in GROUPS.values() for name in names]
+    assert len(shown) == len(set(shown))
+    own = {field.name for field in fields(ESConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert own <= set(shown)
+
+
+def test_help_all_has_every_option(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help-all"])
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{field.name}" in printed for field in fields(ESConfig) if field.init)
 
 
 # ---- options of accelerate ----
