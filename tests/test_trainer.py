@@ -519,6 +519,21 @@ def test_the_history_rebuilds_the_weights(trainer, model_folder, tmp_path, optio
     assert_same(weights(rebuilt), weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
 
 
+def test_the_history_rebuilds_the_weights_after_steps_of_equal_fitness(trainer, model_folder, tmp_path):
+    run = None
+
+    def reward(completions, **kwargs):
+        first = run.state.global_step in (0, 2)
+        return [0.5 if first else float(sum(map(ord, text)) % 7) for text in completions]
+
+    run = trainer(reward_funcs=reward, es_optimizer="adam", max_steps=4)
+    run.train()
+    assert [log["update_norm"] > 0 for log in logs(run)] == [False, True, False, True]
+    run.save_model(str(tmp_path / "model"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert_same(weights(replay(model_folder, tmp_path / "run")), weights(saved))
+
+
 def test_a_history_holds_what_updates_were_made_of(trainer, tmp_path):
     run = trainer()
     run.train()

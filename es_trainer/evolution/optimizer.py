@@ -12,7 +12,7 @@ from torch import nn
 
 from . import noise
 from .fitness import FitnessShaping, utilities
-from .parameters import Home, MasterWeights, Shard, Weights, whole_shape
+from .parameters import Home, MasterWeights, Shard, Weights
 from .perturbation import Gaussian, Noises, Products, Scattered
 from .population import Member, Population
 
@@ -22,7 +22,7 @@ Rule = Literal["sgd", "momentum", "adam"]
 # The state that a rule keeps for each weight, float32
 RULE_STATE: dict[Rule, tuple[str, ...]] = {"sgd": (), "momentum": ("exp_avg",), "adam": ("exp_avg", "exp_avg_sq")}
 
-DISTANCE_SAMPLE = 1 << 20  # weights from which the distance from the start is measured
+DISTANCE_SAMPLE = 1 << 20  # least number of weights from which the distance from the start is measured
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.anchor_decay = anchor_decay
         self.seed = seed
         self.updates = 0  # steps done
+        self.moves = 0  # those of them that moved the weights: what Adam's averages are made of
         self.update_norm = 0.0  # of the last step
         self.told: Told | None = None
 
@@ -124,9 +125,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        total = sum(whole_shape(parameter).numel() for _, parameter in named)
         self.weights = Weights(named, dtype, master_weights, perturbation, frozen, homes)
-        self._stride = max(1, total // DISTANCE_SAMPLE)
+        self._stride = _stride([shard.shape for shard in self.weights.shards])
         for shard in self.weights.shards:
             self.state[shard.parameter] = self._initial_state(shard)
 
@@ -140,6 +140,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def _sample(self, shard: Shard) -> torch.Tensor:
         """Every k-th weight, whatever part of the parameter the shard is."""
         return shard.trained[-shard.start % self._stride :: self._stride]
+
+    def _sample_every(self, stride: int) -> None:
+        """Measure the distance from the start on another sample from now on."""
+        if stride != self._stride:
+            self._stride = stride
+            for shard in self.weights.shards:
+                self.state[shard.parameter]["start"] = self._sample(shard).clone()
 
     # ---- ask, tell, step ----
 
@@ -197,6 +204,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.update_norm = 0.0
         if seeds:
             self.update_norm = math.sqrt(math.fsum(self._update(seeds, coefficients)))
+            self.moves += 1
         self.updates += 1
         self.told = None
 
@@ -259,8 +267,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             average, square = averages
             average.lerp_(g, 1 - beta1)
             square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            correction1 = 1 - beta1 ** (self.updates + 1)
-            correction2 = 1 - beta2 ** (self.updates + 1)
+            correction1 = 1 - beta1 ** (self.moves + 1)
+            correction2 = 1 - beta2 ** (self.moves + 1)
             denominator = (square / correction2).sqrt_().add_(self.eps)
             torch.div(average / correction1, denominator, out=g)
 
@@ -268,7 +276,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """
         Euclidean distance between the weights and those that the optimizer was made with.
 
-        Measured on every k-th weight and scaled up, with k = 1 up to 2**20 weights: noise spreads the distance evenly
+        Measured on every k-th weight and scaled up, with k = 1 up to 2**21 weights: noise spreads the distance evenly
         over the weights, so the error is about 0.1 %. Of partitioned parameters, it is the distance of this process's
         parts.
         """
@@ -301,6 +309,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """
         return {
             "updates": self.updates,
+            "moves": self.moves,
+            "stride": self._stride,
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
             "state": self._tensors(),
             "offsets": self._offsets(),
@@ -331,6 +341,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self._check_runs(parts)
         self.weights.take_back()
         self.restore()
+        # States that do not say it are of a time when it was the spacing
+        self._sample_every(parts[0].get("stride", _spacing(shard.shape for shard in self.weights.shards)))
         offsets = self._offsets()
         for name, tensors in self._tensors().items():
             for key, tensor in tensors.items():
@@ -341,6 +353,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, parts[0]["param_groups"], strict=True):
             group.update(loaded)
         self.updates = parts[0]["updates"]
+        self.moves = parts[0].get("moves", self.updates)  # states had no such number once
         self.weights.refresh()
 
     @torch.no_grad()
@@ -359,6 +372,24 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 "The optimizer state is of weights that were shared out differently: resume with the "
                 "vllm_tensor_parallel_size that it was saved with."
             )
+
+
+def _spacing(shapes: Iterable[torch.Size]) -> int:
+    """From how many of the parameters' weights one is taken for a sample of them."""
+    return max(1, sum(shape.numel() for shape in shapes) // DISTANCE_SAMPLE)
+
+
+def _stride(shapes: Sequence[torch.Size]) -> int:
+    """
+    Which weights make a sample: every k-th.
+
+    All weights of a column share a factor of low-rank noise, so all columns of a matrix have to be met equally often:
+    k has no divisor in common with their number.
+    """
+    stride, columns = _spacing(shapes), math.lcm(*(shape[-1] for shape in shapes if len(shape) >= 2))
+    while math.gcd(stride, columns) > 1:
+        stride -= 1
+    return stride
 
 
 def _copy(parts: Sequence[dict[str, Any]], name: str, key: str, own: torch.Tensor, first: int) -> None:

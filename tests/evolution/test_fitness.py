@@ -80,7 +80,8 @@ def test_a_member_that_lost_a_hard_prompt_is_not_better(shaping):
 def test_masking_leaves_equal_members_equal(shaping):
     for seed in range(30):
         random = np.random.default_rng(seed)
-        rewards = np.tile(random.normal(size=7), (6, 1))  # prompts of unequal difficulty
+        difficulty = random.normal(size=7) * 10.0 ** random.integers(0, 7, size=7)
+        rewards = np.tile(difficulty, (6, 1))
         rewards[random.random(rewards.shape) < 0.3] = NAN
         assert not utilities(rewards, shaping).any()
 
@@ -155,6 +156,9 @@ def test_members_with_equal_totals_have_equal_utilities(shaping):
 def test_equal_rewards_of_a_prompt_are_none_of_its_z_scores():
     sums = np.array([[0.1 + 0.2, 1.0], [0.3, 2.0]])  # which differ in the last bit
     np.testing.assert_array_equal(utilities(sums, "prompt_z_score"), [-0.5, 0.5])
+    # Z-scores of 1.22, 0, -1.22, which are a thousand times less exact in the first column
+    opposite = np.array([[1000.3, 0.1], [1000.2, 0.2], [1000.1, 0.3]])
+    assert not utilities(opposite, "prompt_z_score").any()
 
 
 def test_small_differences_count():

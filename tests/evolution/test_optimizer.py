@@ -239,6 +239,40 @@ def test_equal_fitness_moves_nothing_but_counts_as_a_step():
     assert optimizer.ask() != first
 
 
+@pytest.mark.parametrize("equal_steps", [0, 5, 20, 1000])
+def test_adams_first_step_is_the_learning_rate_however_late_it_comes(equal_steps):
+    parameters, optimizer = make(rule="adam", lr=0.1)
+    for _ in range(equal_steps):
+        optimizer.tell(optimizer.ask(), [2.0] * 5)
+        optimizer.step()
+    before = snapshot(parameters)
+    run_steps(optimizer, 1, evaluate=False)
+    assert optimizer.updates == equal_steps + 1 and optimizer.moves == 1
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(
+            (parameter.data - before[name]).abs(), torch.full(SHAPES[name], 0.1), rtol=1e-3, atol=0
+        )
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_steps_of_equal_fitness_change_no_later_step(rule):
+    """Whether they come before, between or after a break: the same noises are told of, with and without them."""
+    runs = []
+    for with_equal_steps in (False, True):
+        parameters, optimizer = make(rule=rule, lr=0.1)
+        for step in range(4):
+            if with_equal_steps:
+                optimizer.tell(optimizer.ask(), [step] * 5)
+                optimizer.step()
+                state = copy.deepcopy(optimizer.state_dict())
+                parameters, optimizer = make(rule=rule, lr=0.1)
+                optimizer.load_state_dict(state)
+            optimizer.told = Told(seeds=[step, 100], signs=[1, -1], utilities=[1.0, 0.5])
+            optimizer.step()
+        runs.append(snapshot(parameters))
+    assert_same(runs[1], runs[0])
+
+
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(noise, "CPU_PIECE", 4096)  # so that small tensors are shared, too
     results, norms = [], []
@@ -340,6 +374,36 @@ def test_distance_is_measured_well_on_a_sample(monkeypatch):
     exact = sum(float((parameters[name].data - start[name]).square().sum()) for name in start) ** 0.5
     assert optimizer.distance_from_start() == pytest.approx(exact, rel=0.03)
     assert optimizer.distance_from_start() != exact
+
+
+@pytest.mark.parametrize("population_size", [4, 30])
+def test_distance_is_measured_well_after_low_rank_updates(monkeypatch, population_size):
+    # One of 72 weights: with that for a stride, 8 of the 576 columns would stand for all. The error of 2**20 weights,
+    # 0.1 %, is eight times as much on a 64th of them
+    monkeypatch.setattr(optimizer_module, "DISTANCE_SAMPLE", 2**14)
+    for seed in range(6):
+        matrix = nn.Parameter(torch.zeros(2048, 576))
+        options = {"population_size": population_size, "seed": seed, "perturbation": LowRank(1)}
+        _, optimizer = make({"weight": matrix}, lr=1.0, **options)
+        run_steps(optimizer, 1, evaluate=False)
+        exact = float(torch.linalg.vector_norm(matrix.data))
+        assert optimizer.distance_from_start() == pytest.approx(exact, rel=3 * 8 * 0.001)
+        assert optimizer.distance_from_start() != exact
+
+
+def test_a_state_says_on_which_weights_the_distance_is_measured(monkeypatch):
+    monkeypatch.setattr(optimizer_module, "DISTANCE_SAMPLE", 2000)
+    with monkeypatch.context() as former:
+        former.setattr(optimizer_module, "_stride", optimizer_module._spacing)
+        parameters, optimizer = make()
+        run_steps(optimizer, 2)
+    state = optimizer.state_dict()
+    formerly = {key: value for key, value in state.items() if key not in ("moves", "stride")}
+    for saved in (state, formerly):
+        _, loaded = make()
+        loaded.load_state_dict(saved)
+        assert loaded.distance_from_start() == optimizer.distance_from_start() > 0
+        assert loaded.moves == loaded.updates == 2
 
 
 def test_learning_rate_schedulers_drive_it():
