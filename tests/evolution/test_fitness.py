@@ -153,6 +153,14 @@ def test_members_with_equal_totals_have_equal_utilities(shaping):
         assert (np.argsort(np.unique(values)) == np.arange(len(np.unique(totals)))).all()
 
 
+@every_linear_shaping
+def test_ties_of_members_that_lack_a_prompt_of_large_rewards(shaping):
+    for seed in range(400):
+        a, b, c = np.random.default_rng(seed).random(3)
+        values = utilities(np.array([[a, b + c, NAN], [a + b, c, NAN], [0.0, 0.4, 100.0]]), shaping)
+        assert values[0] == values[1]
+
+
 def test_equal_rewards_of_a_prompt_are_none_of_its_z_scores():
     sums = np.array([[0.1 + 0.2, 1.0], [0.3, 2.0]])  # which differ in the last bit
     np.testing.assert_array_equal(utilities(sums, "prompt_z_score"), [-0.5, 0.5])
