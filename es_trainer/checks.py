@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
 from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .config import ESConfig
+from .evolution.parameters import whole_shape
 from .fingerprint import package_version
 from .frozen import is_quantized
 
@@ -19,10 +20,55 @@ from .frozen import is_quantized
 VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release
 
 
+def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """
+    Raises:
+        `TypeError`: If the model is no causal language model.
+        `ValueError`: If it has no name to find its tokenizer by, and no tokenizer is given.
+    """
+    if isinstance(model, str):
+        return
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) and not (isinstance(model, nn.Module) and is_peft_model(model)):
+        raise TypeError(
+            f"`model` is a {kind}, but must be the name or folder of a model, a `PreTrainedModel` or a `PeftModel`. "
+            "If it holds such a model (a pipeline, a wrapper for several devices), give the model itself."
+        )
+    base = model.get_base_model() if is_peft_model(model) else model
+    kind = type(base).__name__
+    if not base.can_generate():
+        raise TypeError(
+            f"`model` is a {kind}, which cannot generate: it has no head for causal language modelling. Load it with "
+            "`AutoModelForCausalLM`."
+        )
+    if base.config.is_encoder_decoder:
+        raise TypeError(f"`model` is a {kind}, an encoder-decoder. Only causal language models are supported.")
+    if base.main_input_name != "input_ids":
+        raise TypeError(
+            f"`model` is a {kind}, which goes on from `{base.main_input_name}` rather than from a text. Only causal "
+            "language models are supported."
+        )
+    masked = base.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and base.config.to_dict().get("is_decoder") is False:
+        raise TypeError(
+            f"`model` is a {kind} with `is_decoder=False`, an encoder, in which tokens see those after them. Only "
+            "causal language models are supported."
+        )
+    if tokenizer is None and not base.config._name_or_path:
+        raise ValueError(
+            f"`processing_class` is missing: `model` is a {kind} without a name (`model.config._name_or_path`) to "
+            "load its tokenizer by. Give the tokenizer."
+        )
+
+
 def check_arguments(
     args: ESConfig, model: Any, optimizers: Any, quantization_config: Any, peft_config: Any, rollout_func: Any
 ) -> None:
     """What can be told before a model is loaded."""
+    if args.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"The device is {args.device.type!r}, but noise can be made on 'cpu' and 'cuda' only. Set use_cpu=True."
+        )
     optimizer, scheduler = optimizers
     if optimizer is not None:
         raise ValueError(
@@ -122,43 +168,6 @@ def check_vllm_version() -> None:
         )
 
 
-def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """What can be told about datasets without reading them."""
-    if isinstance(train_dataset, dict):
-        raise TypeError(
-            f"`train_dataset` is a {type(train_dataset).__name__} with the splits {list(train_dataset)}: give one of "
-            "them, for instance train_dataset=dataset['train']."
-        )
-    for name, dataset in {"train_dataset": train_dataset, **by_name(eval_dataset)}.items():
-        _check_dataset(name, dataset)
-    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise ValueError(
-            f"`max_steps={args.max_steps}`: the length of an `IterableDataset` is not known. Set `max_steps` to the "
-            "number of updates."
-        )
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    if dataset is None:
-        return
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, but is a {type(dataset).__name__}.")
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: give at least one row.")
-    if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Rename the one with the "
-            "prompts: dataset.rename_column(..., 'prompt')."
-        )
-
-
-def by_name(eval_dataset: Any) -> dict[str, Any]:
-    """Evaluation datasets by the names that errors call them."""
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
 def require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the end-of-sequence token the padding token of a tokenizer that has none."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -170,3 +179,32 @@ def require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
                 "`tokenizer.eos_token` to tokens of its vocabulary."
             )
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of tokens that the model has an embedding for."""
+    return whole_shape(model.get_input_embeddings().weight)[0]
+
+
+def check_token_ids(rows: int, tokenizer: PreTrainedTokenizerBase, ids: list[int], what: str) -> None:
+    """
+    Raises:
+        `ValueError`: If a token is beyond the embedding's rows, as those that were added to the tokenizer alone are.
+    """
+    if ids and max(ids) >= rows:
+        raise ValueError(
+            f"{what} {tokenizer.convert_ids_to_tokens(max(ids))!r} with the id {max(ids)}, but the model's embedding "
+            f"has {rows} rows. Give the model's own tokenizer as `processing_class`, or call "
+            "`model.resize_token_embeddings(len(tokenizer))` and give that model."
+        )
+
+
+def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        `ValueError`: If the model has no embedding for a token that the trainer itself adds or waits for.
+    """
+    rows = embedding_rows(model)
+    for name in ("pad_token", "eos_token"):
+        token = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name))
+        check_token_ids(rows, tokenizer, [token] if token is not None else [], f"`tokenizer.{name}` is")

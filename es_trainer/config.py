@@ -184,7 +184,7 @@ class ESConfig(TrainingArguments):
             Whether to only keep the column `"prompt"` in the dataset. If you use a reward function that requires any
             other column, keep this `False`.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
-            Whether to shuffle the training dataset.
+            Whether to shuffle the training dataset; an iterable one in a buffer of 1000 rows.
 
         > Parameters that control generation
 

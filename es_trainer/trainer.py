@@ -39,8 +39,9 @@ from trl.data_utils import is_conversational
 
 from . import fingerprint
 from .callbacks import CompletionsLog, MemberProgressCallback
-from .checks import by_name, check_arguments, check_datasets, require_pad_token
+from .checks import check_arguments, check_model, check_special_tokens, require_pad_token
 from .config import ESConfig
+from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
 from .frozen import frozen_tensors
@@ -62,6 +63,7 @@ from .rollout import (
     VLLMServers,
     call_rollout_func,
 )
+from .text_only import freeze_other_modalities
 from .zero3 import Zero3
 
 
@@ -110,7 +112,7 @@ class ESTrainer(Trainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str` or `Path` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model to be trained. Can be either:
 
             - A string, being the *model id* of a pretrained model hosted inside a model repo on huggingface.co, or a
@@ -118,8 +120,9 @@ class ESTrainer(Trainer):
               [`~transformers.PreTrainedModel.save_pretrained`]. The model is loaded with the keyword arguments in
               `args.model_init_kwargs`, in `float32` unless they have a `dtype`.
             - A [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] object. Only causal language models are
-              supported. Parameters with `requires_grad=False` are left alone. The object is trained in place. While
-              the trainer trains or evaluates, its parameters are of the working dtype (`args.bf16`, `args.fp16`);
+              supported. Parameters with `requires_grad=False` are left alone, and so are those that no completion of a
+              text depends on (the vision tower of a multimodal model). The object is trained in place. While the
+              trainer trains or evaluates, its parameters are of the working dtype (`args.bf16`, `args.fp16`);
               before and after, they hold the trained weights in the dtype in which they were given, and what you
               change in them is trained from then on. Parameters that were given in neither float32 nor the working
               dtype, and those with `master_weights="host"`, take the memory of a copy then.
@@ -143,7 +146,8 @@ class ESTrainer(Trainer):
             Dataset to use for training. It must include a column `"prompt"` with
             [standard](https://huggingface.co/docs/trl/dataset_formats#standard) (text) or
             [conversational](https://huggingface.co/docs/trl/dataset_formats#conversational) (messages) prompts. Its
-            other columns are passed to the reward functions.
+            other columns are passed to the reward functions. An iterable dataset is shuffled in a buffer if
+            `args.shuffle_dataset=True`. Images, video and audio are not supported.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a `dict` of them, *optional*):
             Dataset to use for evaluation, like `train_dataset`. It is answered with the unperturbed weights. Metrics
             of several datasets are named after them: `eval_<name>_reward`.
@@ -187,7 +191,7 @@ class ESTrainer(Trainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | os.PathLike | PreTrainedModel | PeftModel",
         reward_funcs: RewardFunc | list[RewardFunc],
         args: ESConfig | GRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -205,8 +209,11 @@ class ESTrainer(Trainer):
         peft_config: "PeftConfig | None" = None,
         rollout_func: RolloutFunc | None = None,
     ):
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
+        check_model(model, processing_class)
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = ESConfig(f"{Path(name).name}-ES")
         elif isinstance(args, GRPOConfig):
             args = ESConfig.from_grpo_config(args)
@@ -237,10 +244,13 @@ class ESTrainer(Trainer):
                 padding_side="left",
             )
         require_pad_token(processing_class)
+        check_model(model, processing_class)
+        check_special_tokens(model, processing_class)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
+        freeze_other_modalities(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "All parameters of the model are frozen (requires_grad=False), so there is nothing to train. Set "
@@ -260,7 +270,7 @@ class ESTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_identity,
+            data_collator=functools.partial(collate, name="train_dataset"),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -282,8 +292,8 @@ class ESTrainer(Trainer):
         self.leads = self.processes.rank % self.group_size == 0
         self.engine = self._make_engine()
         if rollout_func is None:
-            for dataset in datasets.values():
-                self._check_prompts(dataset)
+            for name, dataset in datasets.items():
+                self._check_prompts(name, dataset)
         self.create_optimizer()
         self.population_batch = self._make_population_batch()
         self._forwards = _forwards(self.model)
@@ -340,11 +350,13 @@ class ESTrainer(Trainer):
                     "'host', or perturbation='low_rank', which does not write members into the weights."
                 )
 
-    def _check_prompts(self, dataset: Dataset | IterableDataset | None) -> None:
+    def _check_prompts(self, name: str, dataset: Dataset | IterableDataset | None) -> None:
         """Raise now what generation would raise about a prompt."""
         if isinstance(dataset, Dataset):
-            for number, batch in enumerate(dataset.select_columns("prompt").iter(1000)):
-                self.engine.tokenize(batch["prompt"], first_row=1000 * number)
+            lengths: list[int] = []
+            for batch in prompts(name, dataset):
+                lengths += map(len, self.engine.encode(batch, first_row=len(lengths)))
+            self.engine.check_lengths(lengths, conversational=isinstance(batch[0], list), name=name)
 
     # ---- the evolution strategy in the Trainer's loop ----
 
@@ -411,10 +423,13 @@ class ESTrainer(Trainer):
     ) -> DataLoader:
         # Every process gets all batches: members are shared out, or whole batches of an evaluation
         collator = self.data_collator
-        if isinstance(dataset, Dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description=description)
+        if not is_training:
+            check_eval_dataset("eval_dataset", dataset, self.args)
+            collator = functools.partial(collate, name="eval_dataset")
+        elif isinstance(dataset, IterableDataset) and self.args.shuffle_dataset:
+            dataset = shuffled(dataset, self.args)
+        # Not from the dataset: a transform may need them
+        collator = self._get_collator_with_removed_columns(collator, description=description)
         # All of the Trainer's options for it, of which older versions have fewer
         options = {
             field.name.removeprefix("dataloader_"): getattr(self.args, field.name)
@@ -436,6 +451,19 @@ class ESTrainer(Trainer):
             use_seedable_sampler=self.accelerator.use_seedable_sampler,
             data_seed=self.args.data_seed,
         )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # What the trainer reads of a row; the Trainer would keep what the model's `forward` takes
+        self._signature_columns = ["prompt"]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[dict[str, Any]]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[dict[str, Any]]], torch.Tensor | int | None]:
+        """The prompts of a step; see [`~transformers.Trainer.get_batch_samples`]."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches and self.state.global_step == 0:
+            raise ValueError("`train_dataset` is empty: the stream has no rows.")
+        return batches, count
 
     def get_total_train_batch_size(self, args: ESConfig) -> int:
         """Prompts of a step, however many processes there are."""
@@ -879,7 +907,7 @@ class ESTrainer(Trainer):
                 parts = self.processes.exchange(lambda: self._evaluate_batches(dataloader))
         by_batch = {step: batch for part in parts for step, batch in part.items()}
         if not by_batch:
-            raise ValueError("There is nothing to evaluate: the evaluation dataset has no rows.")
+            raise ValueError("`eval_dataset` is empty: the stream has no rows to evaluate.")
         batches = [by_batch[step] for step in range(len(by_batch))]
         rewards = np.concatenate([values for values, _ in batches])
         summaries = [summary for _, parts in batches for summary in parts]
@@ -1120,7 +1148,7 @@ class ESTrainer(Trainer):
         dataset = next(iter(by_name(self.eval_dataset).values()), self.train_dataset)
         if self.rollout_func is not None or dataset is None:
             return []
-        return list(itertools.islice(dataset, SAMPLES))
+        return collate(list(itertools.islice(dataset, SAMPLES)), name="dataset")
 
     def create_model_card(
         self,
@@ -1231,7 +1259,3 @@ def _optimizer_files(checkpoint: Path) -> list[Path]:
     if files:
         return files if len(files) == int(files[0].stem.split("-of-")[1]) else []
     return [file for file in [checkpoint / "optimizer.pt"] if file.is_file()]
-
-
-def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return rows

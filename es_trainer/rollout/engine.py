@@ -4,10 +4,14 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from ..checks import check_token_ids, embedding_rows
 from ..config import ESConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,29 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = args.chat_template_kwargs or {}
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        self.context = model.config.get_text_config().to_dict().get("max_position_embeddings")
+        self.context = context_length(model.config)
+        self.embedding_rows = embedding_rows(model)
+        begin = tokenizer.bos_token_id
+        self.adds_begin = begin is not None and tokenizer(text="")["input_ids"][:1] == [begin]
 
-    def tokenize(self, prompts: list[str] | list[list[dict[str, Any]]], first_row: int = 0) -> list[list[int]]:
+    def tokenize(self, prompts: list[str] | list[list[dict[str, Any]]]) -> list[list[int]]:
         """
         Tokens of the prompts: by the chat template if they are conversational, as plain text otherwise.
+
+        Args:
+            prompts (`list`):
+                Texts or lists of messages.
+
+        Raises:
+            `ValueError`: If a prompt is refused by `encode` or `check_lengths`.
+        """
+        ids = self.encode(prompts)
+        self.check_lengths([len(tokens) for tokens in ids], isinstance(prompts[0], list))
+        return ids
+
+    def encode(self, prompts: list[str] | list[list[dict[str, Any]]], first_row: int = 0) -> list[list[int]]:
+        """
+        The same, however many tokens they are.
 
         Args:
             prompts (`list`):
@@ -70,10 +92,14 @@ class Engine:
                 Number of the first prompt, for errors.
 
         Raises:
-            `ValueError`: If a conversational prompt meets a tokenizer without chat template, or a prompt leaves no
-                room for a completion in the model's context.
+            `TypeError`: If a prompt is neither a text nor a list of messages.
+            `ValueError`: If a conversational prompt meets a tokenizer without chat template, a message has a part
+                that is no text, or the model has no embedding for a token.
         """
-        if is_conversational({"prompt": prompts[0]}):
+        conversational = isinstance(prompts[0], list)
+        for row, prompt in enumerate(prompts, first_row):
+            _check_prompt(row, prompt, conversational)
+        if conversational:
             if self.tokenizer.chat_template is None:
                 raise ValueError(
                     "The prompts are conversational, but the tokenizer has no chat template. Set "
@@ -83,20 +109,53 @@ class Engine:
                 prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
             )["input_ids"]
         else:
-            ids = self.tokenizer(text=prompts)["input_ids"]
-        self._check_lengths(ids, first_row)
+            ids = [self._with_one_begin(tokens) for tokens in self.tokenizer(text=prompts)["input_ids"]]
+        for row, tokens in enumerate(ids, first_row):
+            check_token_ids(self.embedding_rows, self.tokenizer, tokens, f"Prompt {row} has the token")
         return ids
 
-    def _check_lengths(self, prompt_ids: list[list[int]], first_row: int) -> None:
-        for row, ids in enumerate(prompt_ids, first_row):
-            if not ids:
-                raise ValueError(f"Prompt {row} is empty: the model needs at least one token to go on from.")
-            if self.context is not None and len(ids) + self.max_new_tokens > self.context:
-                raise ValueError(
-                    f"Prompt {row} has {len(ids)} tokens; with `max_completion_length={self.max_new_tokens}` that is "
-                    f"more than the context of {self.context} tokens. Shorten or drop such prompts, or lower "
-                    "`max_completion_length`."
-                )
+    def _with_one_begin(self, ids: list[int]) -> list[int]:
+        begin = self.tokenizer.bos_token_id
+        if not self.adds_begin or ids[:2] != [begin, begin]:
+            return ids
+        logger.warning_once(
+            f"Prompts begin with {self.tokenizer.bos_token!r}, as texts that were made by a chat template do, and the "
+            "tokenizer adds another: it is left out."
+        )
+        return ids[1:]
+
+    def check_lengths(self, lengths: list[int], conversational: bool, name: str = "dataset") -> None:
+        """
+        Args:
+            lengths (`list[int]`):
+                Numbers of tokens of prompts.
+            conversational (`bool`):
+                Whether they are conversational.
+            name (`str`, *optional*, defaults to `"dataset"`):
+                What errors call the dataset.
+
+        Raises:
+            `ValueError`: If a prompt is empty or leaves no room for a completion in the model's context. Says how many
+                do, and what drops them.
+        """
+        if 0 in lengths:
+            raise ValueError(f"Prompt {lengths.index(0)} is empty: the model needs at least one token to go on from.")
+        if self.context is None or max(lengths) + self.max_new_tokens <= self.context:
+            return
+        room = self.context - self.max_new_tokens
+        too_long = [row for row, length in enumerate(lengths) if length > room]
+        tokens = 'tokenizer(row["prompt"])'
+        if conversational:
+            options = f", **{self.chat_template_kwargs!r}" if self.chat_template_kwargs else ""
+            arguments = f'row["prompt"], add_generation_prompt=True, return_dict=True{options}'
+            tokens = f"tokenizer.apply_chat_template({arguments})"
+        drop = f'`{name} = {name}.filter(lambda row: len({tokens}["input_ids"]) <= {room})`'
+        raise ValueError(
+            f"Prompt {too_long[0]} has {lengths[too_long[0]]} tokens; with "
+            f"`max_completion_length={self.max_new_tokens}` that is more than the context of {self.context} tokens. "
+            f"Too long are {len(too_long)} of {len(lengths)} prompts, the longest with {max(lengths)} tokens. Lower "
+            f"`max_completion_length`{f', or drop them: {drop}' if room > 0 else ''}."
+        )
 
     def forget(self) -> None:
         """Drop what was computed with weights that have changed since."""
@@ -112,6 +171,41 @@ class Engine:
     def _completion(self, ids: list[int]) -> Completion:
         truncated = len(ids) == self.max_new_tokens and ids[-1] not in self.eos_token_ids
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model can read, or `None` if nothing bounds them (ALiBi, recurrent models)."""
+    config = config.get_text_config()
+    if getattr(config, "alibi", False):  # Falcon, which has a number of positions nevertheless
+        return None
+    # Attributes, not entries: most names of other models (`n_positions`, ...) are mapped to the first. MPT's is not
+    for name in ("max_position_embeddings", "max_seq_len"):
+        length = getattr(config, name, None)
+        if length is not None:
+            return length if length > 0 else None
+    return None
+
+
+def _check_prompt(row: int, prompt: Any, conversational: bool) -> None:
+    if isinstance(prompt, str) and not conversational:
+        return
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) and "role" in m for m in prompt):
+        raise TypeError(
+            f"Prompt {row} is {str(prompt)[:60]!r}, of type {type(prompt).__name__}, but prompts must be texts or "
+            "lists of messages with 'role' and 'content'."
+        )
+    if not conversational:
+        raise TypeError(f"Prompt {row} is a list of messages, but others are texts: make them all of one kind.")
+    if not prompt:
+        raise ValueError(f"Prompt {row} is empty: it has no messages.")
+    for message in prompt:
+        if isinstance(message.get("content"), list):
+            for part in message["content"]:
+                if part["type"] != "text":
+                    raise ValueError(
+                        f"Prompt {row} has a part of type {part['type']!r}, but images, video and audio are not "
+                        "supported: the model would not see them. Leave such parts out to train on the text alone."
+                    )
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,7 +1,7 @@
 """`train_dataset`, `eval_dataset` and prompts, as GRPOTrainer documents them."""
 
 import pytest
-from conftest import logs, make_tokenizer
+from conftest import letters, logs, make_tokenizer
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 
@@ -117,3 +117,215 @@ def test_more_completions_in_evaluations(trainer, dataset):
     counts.clear()
     run.evaluate()
     assert sum(counts) == 3 * len(dataset)
+
+
+class Recorder:
+    """A reward that keeps what it was given."""
+
+    __name__ = "recorder"
+
+    def __init__(self):
+        self.prompts: list[list] = []
+        self.columns: set[str] = set()
+
+    def __call__(self, prompts, completions, **kwargs):
+        self.prompts.append(prompts)
+        self.columns |= kwargs.keys()
+        return letters(completions)
+
+
+@pytest.mark.parametrize("kind", [lambda dataset: dataset, stream])
+def test_unused_columns_are_removed(trainer, dataset, kind):
+    recorder = Recorder()
+    run = trainer(
+        train_dataset=kind(dataset),
+        eval_dataset=kind(dataset),
+        reward_funcs=recorder,
+        remove_unused_columns=True,
+        max_steps=1,
+    )
+    run.train()
+    run.evaluate()
+    assert "answer" not in recorder.columns
+    assert recorder.prompts and set(sum(recorder.prompts, [])) <= set(dataset["prompt"])
+
+
+def solve(batch):
+    return {"prompt": [f"Solve {question}" for question in batch["question"]], "question": batch["question"]}
+
+
+@pytest.mark.parametrize("stored", [["prompt", "question"], ["question"]])
+@pytest.mark.parametrize("remove_unused_columns", [False, True])
+def test_transforms(trainer, stored, remove_unused_columns):
+    rows = Dataset.from_dict({name: [f"Q{i}" for i in range(4)] for name in stored}).with_transform(solve)
+    recorder = Recorder()
+    run = trainer(
+        train_dataset=rows,
+        eval_dataset=rows,
+        reward_funcs=recorder,
+        remove_unused_columns=remove_unused_columns,
+        max_steps=2,
+    )
+    run.train()
+    assert set(sum(recorder.prompts, [])) == {f"Solve Q{i}" for i in range(4)}
+    assert ("question" in recorder.columns) != remove_unused_columns
+
+
+def test_a_transform_that_makes_no_prompts(trainer, dataset):
+    rows = dataset.with_transform(lambda batch: {"answer": batch["answer"]})
+    with pytest.raises(ValueError, match=r"`train_dataset` has no column 'prompt'; its columns are \['answer'\]"):
+        trainer(model="no/such-model", train_dataset=rows)
+
+
+def test_a_format_that_leaves_the_prompts_out(trainer, dataset):
+    with pytest.raises(ValueError, match="`train_dataset` has no column 'prompt'"):
+        trainer(model="no/such-model", train_dataset=dataset.with_format("torch", columns=["answer"]))
+
+
+@pytest.mark.parametrize("kind", [lambda dataset: dataset, stream])
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+@pytest.mark.parametrize("prompts", [["one", "two"], [conversation("one"), conversation("two")]])
+def test_formats(trainer, kind, format, prompts):
+    recorder = Recorder()
+    rows = kind(Dataset.from_dict({"prompt": prompts})).with_format(format)
+    run = trainer(train_dataset=rows, eval_dataset=rows, reward_funcs=recorder, shuffle_dataset=False, max_steps=1)
+    run.train()
+    run.evaluate()
+    assert all(seen == prompts and type(seen[0]) is type(prompts[0]) for seen in recorder.prompts)
+
+
+@pytest.mark.parametrize("format", ["arrow", "pandas"])
+def test_formats_of_tables(trainer, dataset, format):
+    with pytest.raises(ValueError, match=f"`train_dataset` has the format '{format}'.*Give dataset.with_format"):
+        trainer(model="no/such-model", train_dataset=dataset.with_format(format))
+
+
+def order(trainer, rows: Dataset, **options) -> list[str]:
+    recorder = Recorder()
+    run = trainer(train_dataset=rows, reward_funcs=recorder, **options)
+    run.train()
+    steps = recorder.prompts[:: run.args.population_size]
+    assert len(steps) == run.args.max_steps
+    return sum(steps, [])
+
+
+def test_streams_are_shuffled(trainer):
+    rows = stream(Dataset.from_list([{"prompt": f"q{i}"} for i in range(20)]))
+    in_order = [f"q{i}" for i in range(20)]
+    assert order(trainer, rows, shuffle_dataset=False, max_steps=10) == in_order
+    shuffled = order(trainer, rows, max_steps=10)
+    assert shuffled != in_order and sorted(shuffled) == sorted(in_order)
+    assert order(trainer, rows, max_steps=3) == shuffled[:6]
+    assert order(trainer, rows, max_steps=3, seed=7) != shuffled[:6]
+    assert order(trainer, rows, max_steps=3, seed=7, data_seed=42) == shuffled[:6]  # 42 is the default `seed`
+
+
+def test_a_stream_that_goes_on_is_shuffled_as_before(trainer):
+    rows = stream(Dataset.from_list([{"prompt": f"q{i}"} for i in range(20)]))
+    whole = order(trainer, rows, max_steps=4)
+    order(trainer, rows, max_steps=2, save_strategy="steps", save_steps=2)
+    recorder = Recorder()
+    run = trainer(train_dataset=rows, reward_funcs=recorder, max_steps=4)
+    run.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-2")
+    assert sum(recorder.prompts[::4], []) == whole[4:]
+
+
+@pytest.mark.parametrize("column", ["image", "images", "video", "audio"])
+def test_what_a_text_model_cannot_see(trainer, dataset, column):
+    rows = dataset.add_column(column, ["a file"] * len(dataset))
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=rf"`{name}` has the column '{column}'.*remove_columns\(\['{column}'\]\)"):
+            trainer(model="no/such-model", **{name: rows})
+
+
+def test_messages_with_parts(trainer):
+    def rows(*types: str) -> Dataset:
+        parts = [{"type": kind, "text": "What is this?"} for kind in types]
+        return Dataset.from_list([{"prompt": [{"role": "user", "content": parts}]}] * 2)
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
+    trainer(train_dataset=rows("text"), processing_class=tokenizer)
+    for given in (rows("text", "image"), stream(rows("text", "image"))):
+        with pytest.raises(ValueError, match="Prompt 0 has a part of type 'image', but images.* not supported"):
+            trainer(train_dataset=given, processing_class=tokenizer, max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["one", None], "Prompt 1 is 'None', of type NoneType"),
+        ([1, 2], "Prompt 0 is '1', of type int"),
+        ([["one"], ["two"]], "Prompt 0 is .*, of type list"),
+        ([conversation("one"), []], "Prompt 1 is empty"),
+        (["one", ""], "Prompt 1 is empty"),
+    ],
+)
+def test_what_is_no_prompt(trainer, prompts, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer(train_dataset=Dataset.from_dict({"prompt": prompts}))
+
+
+@pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_fewer_rows_than_a_batch_that_must_be_full(trainer, dataset, length):
+    with pytest.raises(ValueError, match="`train_dataset` has 6 rows, fewer than `num_prompts_per_step=10`.*drop"):
+        trainer(
+            model="no/such-model",
+            num_prompts_per_step=10,
+            per_device_train_batch_size=10,
+            dataloader_drop_last=True,
+            **length,
+        )
+    with pytest.raises(ValueError, match="`eval_dataset` has 6 rows, fewer than `per_device_eval_batch_size=7`"):
+        trainer(model="no/such-model", per_device_eval_batch_size=7, dataloader_drop_last=True, **length)
+
+
+def nothing():
+    yield from ()
+
+
+def test_empty_streams(trainer):
+    empty = IterableDataset.from_generator(nothing)
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        trainer(train_dataset=empty).train()
+    with pytest.raises(ValueError, match="`eval_dataset` is empty"):
+        trainer(eval_dataset=empty).evaluate()
+
+
+def test_no_training_set(trainer):
+    with pytest.raises(ValueError, match="train_dataset"):
+        trainer(train_dataset=None).train()
+
+
+def test_evaluations_of_other_datasets_are_checked(trainer, dataset):
+    run = trainer()
+    without = dataset.rename_column("prompt", "question")
+    for call in (run.evaluate, run.predict):
+        with pytest.raises(ValueError, match="`eval_dataset` has no column 'prompt'"):
+            call(without)
+        with pytest.raises(ValueError, match="`eval_dataset` has no column 'prompt'"):
+            call(IterableDataset.from_generator(lambda: iter([{"question": "a"}])))
+    with pytest.raises(TypeError, match="`eval_dataset` must be a `Dataset`"):
+        run.evaluate([{"prompt": "a"}])
+
+
+def test_how_many_prompts_are_too_long_and_what_drops_them(trainer):
+    rows = Dataset.from_dict({"prompt": ["a" * 10, "a" * 249, "a" * 248, "a" * 300]})
+    with pytest.raises(ValueError, match="Prompt 1 has 249 tokens") as refused:
+        trainer(train_dataset=rows)
+    message = str(refused.value)
+    assert "context of 256 tokens. Too long are 2 of 4 prompts, the longest with 300 tokens." in message
+    namespace = {"train_dataset": rows, "tokenizer": make_tokenizer()}
+    exec(message.split("drop them: `")[1].removesuffix("`."), namespace)
+    assert namespace["train_dataset"]["prompt"] == ["a" * 10, "a" * 248]
+    trainer(train_dataset=namespace["train_dataset"])
+
+
+def test_what_drops_conversations_that_are_too_long(trainer):
+    rows = Dataset.from_dict({"prompt": [conversation("a"), conversation("a" * 210), conversation("a" * 300)]})
+    options = {"chat_template_kwargs": {"shout": True}}
+    with pytest.raises(ValueError, match="Too long are 2 of 3 prompts") as refused:
+        trainer(eval_dataset=rows, **options)
+    namespace = {"eval_dataset": rows, "tokenizer": make_tokenizer()}
+    exec(str(refused.value).split("drop them: `")[1].removesuffix("`."), namespace)
+    assert namespace["eval_dataset"]["prompt"] == [conversation("a")]

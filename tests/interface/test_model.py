@@ -1,12 +1,28 @@
 """`model`, `quantization_config`, `peft_config` and `trust_remote_code`, as GRPOTrainer documents them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import logs, make_model, make_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import BitsAndBytesConfig
+from conftest import TINY, letters, logs, make_judge, make_model, make_tokenizer
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
+
+from es_trainer import ESConfig, ESTrainer
 
 
 def adapter() -> LoraConfig:
@@ -94,3 +110,110 @@ def test_code_of_a_models_repository_runs_only_when_trusted(trainer, own_code):
     run.train()
     with pytest.raises(ValueError, match="trust_remote_code"):
         trainer(own_code, processing_class=None)
+
+
+def test_a_path(trainer, model_folder):
+    assert type(trainer(Path(model_folder)).model).__name__ == "LlamaForCausalLM"
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        trainer(Path("/no/such/folder"))
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+def bert(**options) -> BertLMHeadModel:
+    return BertLMHeadModel(BertConfig(**SIZES, num_attention_heads=4, **options))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (t5, "T5ForConditionalGeneration, an encoder-decoder"),
+        (make_judge, "LlamaForSequenceClassification, which cannot generate"),
+        (lambda: LlamaModel(LlamaConfig(**TINY)), "LlamaModel, which cannot generate"),
+        (
+            lambda: get_peft_model(make_judge(), LoraConfig(target_modules=["q_proj"])),
+            "LlamaForSequenceClassification",
+        ),
+        (bert, "BertLMHeadModel with `is_decoder=False`"),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "Sequential, but must be"),
+        (lambda: torch.nn.DataParallel(make_model()), "DataParallel, but must be.*give the model itself"),
+        (lambda: pipeline("text-generation", make_model(), tokenizer=make_tokenizer()), "TextGenerationPipeline"),
+        (lambda: None, "NoneType, but must be"),
+    ],
+)
+def test_what_is_no_causal_language_model(dataset, make, message):
+    for args in (None, ESConfig("run", use_cpu=True, bf16=False)):
+        with pytest.raises(TypeError, match=f"`model` is a {message}"):
+            ESTrainer(make() or None, letters, args, train_dataset=dataset, processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bert(is_decoder=True),
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, num_attention_heads=4)),
+        lambda: BartForCausalLM(BartConfig(vocab_size=259, d_model=32, decoder_layers=1, decoder_attention_heads=4)),
+    ],
+)
+def test_causal_language_models_whose_config_looks_like_another(trainer, make):
+    trainer(make())
+
+
+def test_a_folder_with_an_encoder(trainer, tmp_path):
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="`model` is a BertLMHeadModel with `is_decoder=False`"):
+        trainer(str(tmp_path))
+
+
+def test_a_model_without_a_name(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ESConfig, "device", torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match="`processing_class` is missing: `model` is a LlamaForCausalLM without a name"
+    ):
+        ESTrainer(make_model(), letters, train_dataset=dataset)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_devices_without_noise(config, dataset, monkeypatch, device):
+    args = config()
+    monkeypatch.setattr(ESConfig, "device", torch.device(device))
+    with pytest.raises(ValueError, match=f"The device is '{device}'.*Set use_cpu=True"):
+        ESTrainer("no/such-model", letters, args, train_dataset=dataset)
+
+
+@pytest.mark.parametrize("name", ["pad_token", "eos_token"])
+def test_special_tokens_beyond_the_embedding(trainer, name):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({name: "[NEW]"})
+    with pytest.raises(ValueError, match=rf"`tokenizer.{name}` is '\[NEW\]' with the id 259.*259 rows.*resize_tok"):
+        trainer(processing_class=tokenizer)
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer))
+    trainer(model, processing_class=tokenizer)
+
+
+def test_an_embedding_with_more_rows_than_tokens(trainer):
+    run = trainer(make_model(vocab_size=320), max_steps=1)
+    run.train()
+    assert len(logs(run)) == 1
+
+
+def test_prompts_with_tokens_beyond_the_embedding(trainer, dataset):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    trainer(processing_class=tokenizer)  # no prompt has it
+    rows = dataset.map(lambda row: {"prompt": row["prompt"] + "<think>"})
+    message = "Prompt 0 has the token '<think>' with the id 259"
+    with pytest.raises(ValueError, match=message):
+        trainer(processing_class=tokenizer, eval_dataset=rows)
+    run = trainer(processing_class=tokenizer, train_dataset=rows.to_iterable_dataset())
+    with pytest.raises(ValueError, match=message):
+        run.train()

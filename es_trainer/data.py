@@ -1,0 +1,133 @@
+"""Datasets: what is refused, and the rows of a batch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from .config import ESConfig
+
+
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+TABLE_FORMATS = ("arrow", "pandas", "polars")  # whose rows are tables
+
+
+def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """What can be told about datasets before a model is loaded."""
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__} with the splits {list(train_dataset)}: give one of "
+            "them, for instance train_dataset=dataset['train']."
+        )
+    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.num_prompts_per_step)
+    for name, dataset in by_name(eval_dataset).items():
+        check_eval_dataset(name, dataset, args)
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"`max_steps={args.max_steps}`: the length of an `IterableDataset` is not known. Set `max_steps` to the "
+            "number of updates."
+        )
+
+
+def check_eval_dataset(name: str, dataset: Any, args: ESConfig) -> None:
+    """Raise what speaks against an evaluation dataset."""
+    check_dataset(name, dataset, args, "per_device_eval_batch_size", args.eval_batch_size)
+
+
+def check_dataset(name: str, dataset: Any, args: ESConfig, batch_option: str, batch_size: int) -> None:
+    """
+    Raise what speaks against a dataset.
+
+    Args:
+        name (`str`):
+            What errors call it.
+        dataset (`Any`):
+            The dataset, or `None`.
+        args ([`ESConfig`]):
+            Says whether a last batch that is not full is dropped.
+        batch_option (`str`):
+            Name of the option for the number of rows in a batch.
+        batch_size (`int`):
+            Number of rows in a batch.
+    """
+    if dataset is None:
+        return
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, but is a {type(dataset).__name__}.")
+    if isinstance(dataset, Dataset):
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty: give at least one row.")
+        if args.dataloader_drop_last and len(dataset) < batch_size:
+            raise ValueError(
+                f"`{name}` has {len(dataset)} rows, fewer than `{batch_option}={batch_size}`, and with "
+                f"`dataloader_drop_last=True` they are all dropped. Lower `{batch_option}` or set "
+                "dataloader_drop_last=False."
+            )
+        if dataset.format["type"] in TABLE_FORMATS:
+            raise ValueError(
+                f"`{name}` has the format {dataset.format['type']!r}, in which rows are tables. Give "
+                "dataset.with_format(None)."
+            )
+    columns = _columns(dataset)
+    if columns is not None:
+        _check_columns(name, columns)
+
+
+def _columns(dataset: Dataset | IterableDataset) -> list[str] | None:
+    """Columns of the rows, or `None` if a stream only knows them when it is read."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.column_names
+    if dataset.format["type"] == "custom":  # a transform makes columns of its own
+        return list(dataset[0])
+    return dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
+
+
+def _check_columns(name: str, columns: list[str]) -> None:
+    if "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has no column 'prompt'; its columns are {columns}. Rename the one with the prompts: "
+            "dataset.rename_column(..., 'prompt')."
+        )
+    media = [column for column in columns if column in MEDIA_COLUMNS]
+    if media:
+        raise ValueError(
+            f"`{name}` has the column {media[0]!r}, but images, video and audio are not supported: the model would "
+            f"not see them. To train on the text alone, give dataset.remove_columns({media!r})."
+        )
+
+
+def by_name(eval_dataset: Any) -> dict[str, Any]:
+    """Evaluation datasets by the names that errors call them."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def prompts(name: str, dataset: Dataset, batch_size: int = 1000) -> Iterator[list[Any]]:
+    """The prompts of all rows, in batches."""
+    if dataset.format["type"] != "custom":  # a transform may need the other columns
+        dataset = dataset.select_columns("prompt")
+    for batch in dataset.iter(batch_size):
+        _check_columns(name, list(batch))
+        yield [_plain(prompt) for prompt in batch["prompt"]]
+
+
+def collate(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """A batch: the rows as they are, with prompts of Python's own types whatever the dataset's format."""
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise TypeError(f"`{name}` has rows of type {type(row).__name__}, but they must be dictionaries.")
+        _check_columns(name, list(row))
+    return [{**row, "prompt": _plain(row["prompt"])} for row in rows]
+
+
+def _plain(prompt: Any) -> Any:
+    if isinstance(prompt, np.ndarray):  # the messages of a dataset in NumPy's format
+        return prompt.tolist()
+    return str(prompt) if isinstance(prompt, np.str_) else prompt
+
+
+def shuffled(stream: IterableDataset, args: ESConfig) -> IterableDataset:
+    """The stream in an order that `args.data_seed` determines, or `args.seed` without it: shuffled in a buffer."""
+    return stream.shuffle(seed=args.seed if args.data_seed is None else args.data_seed)

@@ -1,0 +1,37 @@
+"""Multimodal models that are trained on text."""
+
+import re
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def freeze_other_modalities(model: nn.Module) -> None:
+    """
+    Freeze the parameters of a multimodal model that no completion of a text depends on, such as those of its vision
+    tower. A gradient would leave them as they are; without one, perturbations that no reward tells apart would add up.
+    """
+    base = model.get_base_model() if is_peft_model(model) else model
+    if base.input_modalities == "text":
+        return
+    kept: set[nn.Parameter] = set()
+    for part in (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()):
+        if part is not None:
+            kept.update(part.parameters())
+    for part in base.modules():  # some decoders have the towers inside
+        if isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
+            kept.difference_update(part.parameters())
+    frozen = [name for name, p in base.named_parameters() if p.requires_grad and p not in kept]
+    for name in frozen:
+        base.get_parameter(name).requires_grad = False
+    if frozen:
+        parts = dict.fromkeys(re.match(r"(model\.)?[^.]+", name).group() for name in frozen)
+        logger.warning(
+            f"{len(frozen)} parameters of `{', '.join(parts)}` stay as they are, because no completion of a text "
+            "depends on them."
+        )
