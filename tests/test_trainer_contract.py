@@ -22,11 +22,13 @@ PRIVATE = {
     "_save",
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
+    "_set_signature_columns_if_needed",
 }
 PUBLIC = {
     "create_optimizer",
     "evaluation_loop",
     "floating_point_ops",
+    "get_batch_samples",
     "get_total_train_batch_size",
     "log",
     "save_model",
@@ -36,7 +38,7 @@ PUBLIC = {
 OTHER_ARGUMENTS = {"__init__", "create_model_card", "push_to_hub"}  # as TRL's trainers have them
 
 # Of the Trainer, and used without being overridden
-USED = ("_get_collator_with_removed_columns", "_get_output_dir", "_remove_unused_columns", "get_decay_parameter_names")
+USED = ("_get_collator_with_removed_columns", "_get_output_dir", "get_decay_parameter_names")
 
 
 def overridden() -> set[str]:
