@@ -365,7 +365,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             (`"1e-3"`, as YAML reads `1e-3`) and those of numpy count as the numbers that they are.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["generation_kwargs", "chat_template_kwargs"]
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate; the paper's alpha."})

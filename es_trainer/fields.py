@@ -42,6 +42,7 @@ WITH_EFFECT = frozenset(
         *("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_in_order"),
         *("remove_unused_columns", "train_sampling_strategy", "length_column_name", "debug", "skip_memory_metrics"),
         *("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
+        *("logging_dir", "warmup_ratio"),  # of older versions
     )
 )
 

@@ -82,6 +82,7 @@ SHAPES = [
     {"eval_strategy": "steps", "eval_steps": 10, "num_generations_eval": 2, "save_steps": 20},
     {"push_to_hub": True, "hub_model_id": "org/name", "run_name": "grpo", "save_strategy": "no"},
 ]
+SHAPES = [shape for shape in SHAPES if shape.keys() <= {item.name for item in fields(GRPOConfig)}]  # of older versions
 BASE = {"output_dir": "grpo", "use_cpu": True}
 
 
@@ -130,7 +131,7 @@ def test_what_is_set_is_carried_or_named_with_a_grpo_config(shape, caplog):
         assert mine.num_prompts_per_step == 8
     for name in shape.keys() - GRPO_BATCH:
         value = getattr(theirs, name)  # it writes some values in another way
-        if value != defaults[name]:
+        if value != defaults[name]:  # one that is set to its default cannot be told from one that is not
             assert is_carried(mine, name, value) or written(name, value) in caplog.text, name
 
 
