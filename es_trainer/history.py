@@ -2,24 +2,24 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .adapters import add_adapter, from_json
 from .config import ESConfig
-from .evolution import EvolutionStrategy, Member
+from .evolution import EvolutionStrategy, Member, noise
 from .evolution.optimizer import Told
 from .evolution.parameters import Home
 from .evolution.perturbation import Gaussian, LowRank
+from .history_file import HISTORY_NAME, History
 
 
 T = TypeVar("T", bound=EvolutionStrategy)
-
-HISTORY_NAME = "history.jsonl"
 
 # Fields of the config that a resumed run must share with the run it resumes
 RUN_FIELDS = (
@@ -61,41 +61,17 @@ RUN_FIELDS = (
 UPDATE = ("seeds", "signs", "utilities", "learning_rate", "in_place")
 
 
-class History:
-    """
-    The file of a run: one line that describes the run, then one line for each update.
-
-    Args:
-        path (`str` or `Path`):
-            The JSON lines file.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def create(self, header: dict[str, Any]) -> None:
-        """Start the file anew."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(header) + "\n")
-
-    def append(self, step: dict[str, Any]) -> None:
-        """Add the line of an update."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(step) + "\n")
-
-    def copy_to(self, folder: str | Path) -> None:
-        """Copy the file into a folder."""
-        shutil.copyfile(self.path, Path(folder) / HISTORY_NAME)
-
-    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The line that describes the run, and those of the updates."""
-        header, *steps = map(json.loads, self.path.read_text().splitlines())
-        return header, steps
-
-
 def first_digest(header: dict[str, Any]) -> str:
     """What stands for a history that has no updates yet."""
     return _hash(json.dumps(header))
+
+
+def agree(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Whether the lines of two histories, as far as both go, say the same of the updates."""
+    return all(
+        {key: mine[key] for key in UPDATE} == {key: theirs[key] for key in UPDATE}
+        for mine, theirs in zip(lines, others, strict=False)
+    )
 
 
 def extend_digest(digest: str, line: dict[str, Any]) -> str:
@@ -120,6 +96,7 @@ def working_dtype(config: dict[str, Any]) -> torch.dtype | None:
 def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     """What a run is, apart from its base model and its updates: the first line of a history."""
     return {
+        "noise_version": noise.VERSION,
         "config": run_config(args),
         "parameters": {shard.name: list(shard.shape) for shard in optimizer.weights.shards},
         "decayed": [
@@ -130,7 +107,8 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
 
 def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How two runs differ, a sentence each; empty if one can go on from the other's checkpoint."""
-    found = [
+    found = [_other_noise(header)] if _other_noise(header) else []
+    found += [
         f"`{name}` is {other['config'][name]!r} but was {header['config'].get(name)!r}"
         for name in RUN_FIELDS
         if other["config"][name] != header["config"].get(name)
@@ -144,6 +122,16 @@ def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
             )
             break
     return found
+
+
+def _other_noise(header: dict[str, Any]) -> str | None:
+    version = header.get("noise_version", 1)
+    if version == noise.VERSION:
+        return None
+    return (
+        f"its noise has version {version}, but this version of es_trainer makes noise of version {noise.VERSION}: "
+        "install the es_trainer that the run was made with"
+    )
 
 
 def trained_parameters(
@@ -161,16 +149,29 @@ def trained_parameters(
             What errors call that.
 
     Raises:
-        `ValueError`: If the run is of another model.
+        `ValueError`: If the run is of another model, or its noise cannot be made.
     """
+    if _other_noise(header):
+        raise ValueError(f"The {source} cannot be replayed: {_other_noise(header)}.")
     parameters = dict(model.named_parameters())
     for name, shape in header["parameters"].items():
+        if name.startswith("base_model.model.") and not is_peft_model(model):
+            raise ValueError(
+                f"The {source} is of an adapter: it trained `{name}`. Give the `PeftModel` that the run started with, "
+                "with the weights its adapter had then."
+            )
         if name not in parameters or list(parameters[name].shape) != shape:
             raise ValueError(
                 f"The {source} is of another model: it trained `{name}` of shape {shape}, which the base model "
                 f"{'has in another shape' if name in parameters else 'does not have'}."
             )
     return [(name, parameters[name]) for name in header["parameters"]]
+
+
+def start_checksum(optimizer: EvolutionStrategy) -> int | None:
+    """A number for the weights that a run starts with, or `None` where this process has a part of them."""
+    weights = optimizer.weights
+    return None if weights.partitioned else sum(weights.checksums()) % (1 << 64)
 
 
 def make_optimizer(
@@ -231,7 +232,9 @@ def replay(
     Args:
         base_model (`str` or [`~transformers.PreTrainedModel`]):
             The model that the run started with, in the dtype it was given in then. A string is loaded as
-            [`ESTrainer`] loads it (in float32 unless `dtype` says otherwise); an object is changed in place.
+            [`ESTrainer`] loads it (in float32 unless `dtype` says otherwise); an object is changed in place. If the
+            trainer was given a `peft_config`, the adapter is added as it did. If it was given a
+            [`~peft.PeftModel`], give one with the adapter's weights from before training.
         history (`str` or `Path`):
             The run's `history.jsonl`, or the folder it is in.
         steps (`int`, *optional*):
@@ -244,7 +247,8 @@ def replay(
         of the run on the same kind of device, in the dtype it was given in.
 
     Raises:
-        `ValueError`: If the history is of another model, or has fewer updates than `steps`.
+        `ValueError`: If the history is of another model, other initial weights or another version of the noise, or has
+            fewer updates than `steps`.
     """
     path = Path(history)
     header, lines = History(path / HISTORY_NAME if path.is_dir() else path).read()
@@ -252,8 +256,15 @@ def replay(
         raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
     if isinstance(base_model, str):
         base_model = AutoModelForCausalLM.from_pretrained(base_model, **{"dtype": torch.float32, **model_init_kwargs})
+    if header.get("peft_config") is not None and not is_peft_model(base_model):
+        base_model = add_adapter(base_model, from_json(header["peft_config"]), header["config"]["seed"])
     trained = trained_parameters(base_model, header, f"history {path}")
     optimizer = make_optimizer(trained, set(header["decayed"]), header["config"])
+    if header.get("start") not in (None, start_checksum(optimizer)):
+        raise ValueError(
+            f"The history {path} started with other weights than the base model has. Give the model that the run "
+            "started with, in the dtype it was loaded in; of an adapter, the `PeftModel` with its initial weights."
+        )
     for line in lines[:steps]:
         replay_step(optimizer, line)
     with optimizer.weights.as_given():
@@ -268,9 +279,14 @@ def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     """Do the update of a line of the history."""
     for group in optimizer.param_groups:
         group["lr"] = line["learning_rate"]
+    tell_again(optimizer, line)
+    optimizer.step()
+
+
+def tell_again(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
+    """Tell the optimizer what a line of the history says, and do to the weights what evaluating the members did."""
     optimizer.told = Told(line["seeds"], line["signs"], line["utilities"])
     if optimizer.weights.drifts and line["in_place"]:
         # Every evaluation left its rounding error in the weights
         for seed, sign in zip(line["seeds"], line["signs"], strict=True):
             optimizer.perturb(Member(seed, sign))
-    optimizer.step()

@@ -6,9 +6,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from .history_file import HISTORY_NAME, History
+
 
 STATE_NAME = "trainer_state.json"
-HISTORY_NAME = "history.jsonl"  # as in history.py, which imports torch
 
 HELD_OUT = re.compile(r"eval_(?:(.+)_)?reward")
 
@@ -79,7 +80,11 @@ def read_run(folder: str | Path) -> list[dict[str, Any]]:
     steps = histories[0] if (folder / HISTORY_NAME).is_file() else max(histories, key=len, default=[])
     if not steps:
         return logs
-    return [*steps, *(log for log in logs if "reward" not in log and log["step"] <= steps[-1]["step"])]
+    # Another call of train() counts its steps from 1 again, and its logs do so
+    before = steps[-1]["step"] - steps[-1].pop("global_step")
+    steps = [{key: value for key, value in step.items() if key != "global_step"} for step in steps]
+    logs = [{**log, "step": log["step"] + before} for log in logs if "reward" not in log]
+    return [*steps, *(log for log in logs if log["step"] <= steps[-1]["step"])]
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -87,8 +92,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:
-    _, *lines = map(json.loads, path.read_text().splitlines())
-    return [{"step": line["step"], **line["metrics"]} for line in lines]
+    _, lines = History(path).read()
+    return [
+        {"step": line["step"], "global_step": line.get("global_step", line["step"]), **line["metrics"]}
+        for line in lines
+    ]
 
 
 def _columns(logs: list[dict[str, Any]], *keys: str) -> tuple[list[Any], ...]:

@@ -30,14 +30,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
-from . import fingerprint
+from . import adapters, fingerprint
 from .callbacks import CompletionsLog, MemberProgressCallback
 from .checks import check_arguments, check_model, check_special_tokens, require_pad_token
 from .config import ESConfig
@@ -45,7 +47,17 @@ from .data import by_name, check_datasets, check_eval_dataset, collate, prompts,
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
 from .frozen import frozen_tensors
-from .history import HISTORY_NAME, History, describe, differences, make_optimizer, run_config, working_dtype
+from .history import (
+    agree,
+    describe,
+    differences,
+    make_optimizer,
+    run_config,
+    start_checksum,
+    tell_again,
+    working_dtype,
+)
+from .history_file import HISTORY_NAME, History
 from .metrics import Rollout, Summary, average, completion_metrics, json_number, summarize
 from .model_card import REWARD_PLOT, model_card
 from .plots import plot_rewards
@@ -248,8 +260,10 @@ class ESTrainer(Trainer):
         check_special_tokens(model, processing_class)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
+        self._peft_config: dict[str, Any] | None = None  # of an adapter that is made here
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = _with_adapter(model, peft_config, args.seed)
+            self._peft_config = adapters.to_json(peft_config)
         freeze_other_modalities(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
@@ -302,6 +316,11 @@ class ESTrainer(Trainer):
         self.completions_log = CompletionsLog(args) if args.log_completions and args.process_index == 0 else None
         self._before: list[str] = []  # what the model answered to the prompts of its card before training
         self._after: list[str] = []
+        self._header: dict[str, Any] = {}  # of the history
+        self._done_before: list[dict[str, Any]] = []  # lines of updates after the checkpoint, to be done again
+        self._line: dict[str, Any] | None = None  # the one that is done again
+        self._member_rewards: list[float | None] = []  # of the step under way
+        self._go_on = False  # whether to go on from the last update instead of the last checkpoint
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
         self._step_metrics: dict[str, Any] = {}  # of the step under way
         self._reported = 0  # members of the step under way of which callbacks were told
@@ -405,12 +424,42 @@ class ESTrainer(Trainer):
             self.lr_scheduler = None
             self._created_lr_scheduler = False
         self.create_scheduler(num_training_steps=max_steps)
+        self._done_before = []
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if self.optimizer.updates == 0:
+            self._header = {**describe(self.optimizer, self.args), **self._origin()}
         self._check_consistency()
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
+
+    def _origin(self) -> dict[str, Any]:
+        """What the history says of the weights that the run starts with."""
+        start = None if self.on_servers else start_checksum(self.optimizer)
+        return {"start": start, **({"peft_config": self._peft_config} if self._peft_config is not None else {})}
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        epoch, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self.state.global_step >= max_steps:  # a finished run that was started again: there is no epoch left
+            return num_train_epochs, 0
+        if self.state.global_step > 0 and not isinstance(self.train_dataset, Dataset):
+            # The epochs of a stream are how often it has begun again; its batches since then count as that share of
+            # the steps of the run
+            epoch = math.ceil(self.state.epoch) - 1
+            batches = 0
+            if not self.args.ignore_data_skip:
+                batches = round((self.state.epoch - epoch) * self._steps_of_checkpoint)
+        return epoch, batches
 
     def _get_dataloader(
         self,
@@ -475,7 +524,13 @@ class ESTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have."""
+        """
+        Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have.
+
+        With `resume_from_checkpoint=True`, updates after the last checkpoint that are in `history.jsonl` are done
+        again from their seeds and utilities: no member is evaluated twice. Give the checkpoint's path to evaluate them
+        anew, for instance with another reward. A history that does not go on is kept under another name.
+        """
         self._check_model()
         with self._at_work():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -485,8 +540,7 @@ class ESTrainer(Trainer):
     ) -> TrainOutput:
         if self.args.push_to_hub and self.optimizer.updates == 0:
             self._before = self._answer_samples()
-        if not resume_from_checkpoint and self.optimizer.updates == 0 and self.is_world_process_zero():
-            self.history.create(describe(self.optimizer, self.args))
+        self._go_on = resume_from_checkpoint is True
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _check_model(self) -> None:
@@ -534,6 +588,9 @@ class ESTrainer(Trainer):
         self._check_model()
         self._step_start = time.perf_counter()
         population = self.optimizer.ask()
+        self._line = self._next_line(population)
+        if self._line is not None:
+            return self._step_again(self._line)
         self._step_metrics["noise_seconds"] = 0.0
         self._reported = 0
         self._rollouts = {}
@@ -550,6 +607,7 @@ class ESTrainer(Trainer):
             self._warn_of_equal_fitness()
 
         by_member = fitness(rewards)
+        self._member_rewards = [json_number(value) for value in by_member.tolist()]
         self.state.num_input_tokens_seen += sum(summary.num_tokens for summary in summaries)
         self._step_metrics.update(completion_metrics(summaries, self.scorer.names, self.processes.count))
         self._step_metrics.update(
@@ -564,6 +622,48 @@ class ESTrainer(Trainer):
         self._best = int(np.argmax(utilities))
         self._best_utility = float(utilities[self._best])
         return torch.tensor(-self._step_metrics["reward"], device=self.args.device)
+
+    def _next_line(self, population: Population) -> dict[str, Any] | None:
+        """The line of this step if its update was done before the run was interrupted."""
+        if not self._done_before:
+            return None
+        line = self._done_before.pop(0)
+        expected = {
+            "seeds": [member.seed for member in population],
+            "signs": [member.sign for member in population],
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "in_place": self._in_place(),
+        }
+        if {key: line[key] for key in expected} == expected:
+            return line
+        logger.warning(
+            f"The updates from {line['step']} on in {self.history.path} are of other settings than those given now: "
+            "their members are evaluated anew."
+        )
+        self._done_before = []
+        if self.is_world_process_zero():
+            header, lines = self.history.read()
+            self._keep_history()
+            self.history.write(header, lines[: self.optimizer.updates])
+        return None
+
+    def _step_again(self, line: dict[str, Any]) -> torch.Tensor:
+        """Tell the optimizer what came of the step before the run was interrupted."""
+        tell_again(self.optimizer, line)
+        self._rollouts = {}
+        self.state.num_input_tokens_seen = line["metrics"]["num_tokens"]
+        reward = line["metrics"]["reward"]
+        return torch.tensor(math.nan if reward is None else -reward, device=self.args.device)
+
+    def _in_place(self) -> bool:
+        """Whether members are written into the weights, which leaves rounding errors without masters."""
+        return self.population_batch is None and (self.zero3 is None or self.lockstep)
+
+    def _keep_history(self) -> None:
+        """Give the history another name, so that what follows does not replace it."""
+        kept = self.history.set_aside()
+        if kept is not None:
+            logger.warning(f"{self.history.path} was of an earlier run, or went on in another way: it is {kept} now.")
 
     def _evaluate_population(
         self, population: Population, rows: list[dict[str, Any]]
@@ -617,7 +717,7 @@ class ESTrainer(Trainer):
         self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
     ) -> Iterator[tuple[Sequence[int], list[Callable[[], Rollout]], int]]:
         """Groups of members, what scores each of them, and how many members have been taken by any process."""
-        size, batch_size = self._batch_sizes(prompt_ids, self.num_generations)
+        size, batch_size = self._batch_sizes(prompt_ids)
         with self.processes.queue(len(population), self.group_size) as queue:
             while group := queue.take(size):
                 with self._installed(population.members[group.start : group.stop]) as installed:
@@ -739,7 +839,7 @@ class ESTrainer(Trainer):
         self.engine.generation_config.disable_compile = True  # compiled code would not see the members
         return batch
 
-    def _batch_sizes(self, prompt_ids: list[list[int]], number: int) -> tuple[int, int | None]:
+    def _batch_sizes(self, prompt_ids: list[list[int]]) -> tuple[int, int | None]:
         """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
         batch_size = self.args.generation_batch_size
         if self.population_batch is None:
@@ -748,7 +848,7 @@ class ESTrainer(Trainer):
             return self.engine.most_members, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
-        rows = len(prompt_ids) * number
+        rows = len(prompt_ids) * self.num_generations
         tokens = max(map(len, prompt_ids)) + self.engine.max_new_tokens
         members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
         wanted = min(rows, batch_size or rows)
@@ -842,17 +942,24 @@ class ESTrainer(Trainer):
         self._step_metrics["step_time"] = time.perf_counter() - self._step_start
         metrics = {key: json_number(value) for key, value in self._step_metrics.items()}
         self._step_metrics = {}
-        self._pending.append(metrics)
-        if self.is_world_process_zero():
+        if self._line is not None:  # which is in the history already
+            metrics = self._line["metrics"]
+        elif self.is_world_process_zero():
+            if self.optimizer.updates == 1:
+                self._keep_history()
+                self.history.write(self._header, [])
             self.history.append(
                 {
                     "step": self.optimizer.updates,
+                    "global_step": self.state.global_step + 1,
                     **asdict(self._told),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
-                    "in_place": self.population_batch is None and (self.zero3 is None or self.lockstep),
+                    "in_place": self._in_place(),
+                    "rewards": self._member_rewards,
                     "metrics": metrics,
                 }
             )
+        self._pending.append(metrics)
         if self.optimizer.updates % self.args.consistency_check_steps == 0:
             self._check_consistency()
 
@@ -932,10 +1039,9 @@ class ESTrainer(Trainer):
             mine = queue.take()
             for step, rows in enumerate(dataloader):
                 if step in mine:
-                    number, prompt_ids = self.num_generations_eval, self._tokenize(rows)
-                    _, size = self._batch_sizes(prompt_ids, number)
+                    number, size = self.num_generations_eval, self.args.generation_batch_size
                     # Other random numbers for every batch, the same ones at every evaluation
-                    (score,) = self._generate(rows, prompt_ids, step, number, batch_size=size)
+                    (score,) = self._generate(rows, self._tokenize(rows), step, number, batch_size=size)
                     if self.leads:
                         rollout = score()
                         rewards = rollout.prompt_rewards(number)
@@ -972,6 +1078,8 @@ class ESTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         rollouts = [rollout for rollout in replies if rollout is not None]
+        if not rollouts:  # the step was done again without its members
+            return
         prompts = [row["prompt"] for rollout in rollouts for row in rollout.rows]
         rewards: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
@@ -1028,7 +1136,10 @@ class ESTrainer(Trainer):
             for file in folder.glob("optimizer*.pt"):  # of an earlier run on another number of processes
                 file.unlink()
             os.makedirs(folder, exist_ok=True)
-            self.history.copy_to(folder)  # before the checkpoint is pushed to the Hub
+            header, lines = self.history.read()
+            History(folder / HISTORY_NAME).write(
+                header, lines[: self.optimizer.updates]
+            )  # before the checkpoint is pushed to the Hub
         if self.args.push_to_hub:
             self._after = self._answer_samples()
         self.create_model_card((self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
@@ -1050,6 +1161,8 @@ class ESTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.processes.exchange(lambda: self._check_resumable(Path(resume_from_checkpoint)))
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self._steps_of_checkpoint = state.max_steps
         if self.on_servers or self.optimizer.weights.partitioned:
             return  # the optimizer's state has the weights, or says where in the history they are
         with self.optimizer.weights.as_given():
@@ -1082,8 +1195,7 @@ class ESTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        saved = History(Path(checkpoint) / HISTORY_NAME)
-        _, steps = saved.read()
+        header, steps = History(Path(checkpoint) / HISTORY_NAME).read()
         if self.on_servers:
             self.engine.lines = steps
         self.optimizer.load_parts(self._optimizer_parts(Path(checkpoint)))
@@ -1094,10 +1206,35 @@ class ESTrainer(Trainer):
         ):
             group["lr"] = learning_rate
         logged = max((log["step"] for log in self.state.log_history if "loss" in log), default=0)
+        # The history counts all updates, and the logs the steps of this call of train()
+        logged += self.optimizer.updates - self.state.global_step
         self._pending = [line["metrics"] for line in steps if line["step"] > logged]
-        if self.is_world_process_zero():
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            saved.copy_to(self.args.output_dir)
+        (self._done_before, *_) = self.processes.exchange(lambda: self._resume_history(header, steps))
+
+    def _resume_history(self, header: dict[str, Any], steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Let the history go on from the checkpoint's. Returns the lines of updates that are to be done again."""
+        if not self.is_world_process_zero():
+            return []
+        later: list[dict[str, Any]] = []
+        if self.history.path.is_file():
+            try:
+                there, lines = self.history.read()
+            except ValueError as error:
+                logger.warning(str(error))
+                there, lines = {}, []
+            if there == header and agree(steps, lines):
+                later = lines[len(steps) :]
+            if later and self._go_on:
+                self.history.write(header, lines)  # without a torn last line
+                logger.warning(
+                    f"Going on after update {lines[-1]['step']} of {self.history.path}: the updates after the "
+                    f"checkpoint, from {later[0]['step']} on, are done again from their seeds and utilities."
+                )
+                return later
+            if later or there != header or not agree(steps, lines):
+                self._keep_history()
+        self.history.write(header, steps)
+        return []
 
     def _load_best_model(self) -> None:
         if self.on_servers or self.optimizer.weights.partitioned:
@@ -1240,9 +1377,9 @@ def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftModel":
+def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig", seed: int) -> "PeftModel":
     # Imported where it is used: importing peft takes seconds
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, but is a {type(peft_config).__name__}.")
@@ -1251,7 +1388,7 @@ def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftMod
             "You passed a `PeftModel` together with a `peft_config`. Merge and unload the existing adapter first and "
             "pass the base model, or leave `peft_config` out to train the adapter that the model has."
         )
-    return get_peft_model(model, peft_config)
+    return adapters.add_adapter(model, peft_config, seed)
 
 
 def _optimizer_files(checkpoint: Path) -> list[Path]:

@@ -13,6 +13,7 @@ PRIVATE = {
     "_build_accelerator_args",
     "_finish_current_push",
     "_get_dataloader",
+    "_init_training_state",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",

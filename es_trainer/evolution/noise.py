@@ -19,6 +19,8 @@ import torch
 
 T = TypeVar("T")
 
+VERSION = 1  # of the contract: another number for whatever changes a bit of a perturbation or of an update
+
 CPU_PIECE = 32768  # weights: stays in the cache, and torch works on it without starting threads of its own
 CUDA_PIECE = 1 << 24
 
