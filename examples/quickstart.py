@@ -6,7 +6,6 @@ Run with `make quickstart`. Writes the history, a plot of the rewards and the tr
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,7 +27,6 @@ def main() -> None:
         perturbation="low_rank",
         sigma=0.01,
         learning_rate=0.02,
-        lr_scheduler_type="constant",
         num_prompts_per_step=8,
         max_completion_length=16,
         max_steps=8,
@@ -36,11 +34,8 @@ def main() -> None:
         eval_strategy="steps",
         eval_steps=2,
         eval_on_start=True,
-        logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=has_fast_bfloat16(),
     )
     trainer = ESTrainer(
         model=model_folder,
@@ -60,11 +55,6 @@ def main() -> None:
     print(f"Held-out reward: {rewards[0]:.1f} before, {rewards[-1]:.1f} after {args.max_steps} updates (best: 0.0).")
     print(f"Rewards are plotted in {OUTPUT / 'reward.png'}; the model is in {OUTPUT / 'model'}.")
     load_and_ask(OUTPUT / "model", "What is the capital of Poland?")
-
-
-def has_fast_bfloat16() -> bool:
-    """On CPUs without AVX-512, torch multiplies bfloat16 matrices several times slower than float32 ones."""
-    return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def answers(trainer: ESTrainer, task: Task) -> list[str]:
