@@ -1,7 +1,7 @@
 """What is logged about completions, under GRPOTrainer's names, from a few numbers for each member."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ class Rollout:
     scores: Scores
     num_tokens: int
     seconds: float  # of the generation
+    generated_by: Hashable  # the process or server, of which several work side by side
+    scored_by: Hashable
 
     def prompt_rewards(self, num_generations: int, mask_truncated: bool = False) -> np.ndarray:
         """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
@@ -76,7 +78,17 @@ class Summary(NamedTuple):
     num_tokens: int  # with the prompts
     own: dict[str, Moments]  # what reward functions gave to `log_metric`
     generation_seconds: float
+    generated_by: Hashable
     reward_seconds: float
+    scored_by: Hashable
+
+    def share(self, count: int) -> "Summary":
+        """That of one of `count` parts of a rollout that were made at the same time, one in each process."""
+        seconds = {
+            "generation_seconds": self.generation_seconds / count,
+            "reward_seconds": self.reward_seconds / count,
+        }
+        return self._replace(**seconds, generated_by="all processes", scored_by="all processes")
 
 
 def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
@@ -101,11 +113,19 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
         num_tokens=rollout.num_tokens,
         own={name: Moments.of(np.array(values)) for name, values in rollout.scores.metrics.items()},
         generation_seconds=rollout.seconds,
+        generated_by=rollout.generated_by,
         reward_seconds=rollout.scores.seconds,
+        scored_by=rollout.scored_by,
     )
 
 
-def completion_metrics(summaries: Sequence[Summary], names: Sequence[str], processes: int) -> dict[str, float]:
+def side_by_side(times: Iterable[tuple[Hashable, float]]) -> float:
+    """Seconds that some pieces of work took together, given who did each, and in how many seconds."""
+    doers, seconds = zip(*times, strict=True)
+    return sum(seconds) / len(set(doers))
+
+
+def completion_metrics(summaries: Sequence[Summary], names: Sequence[str]) -> dict[str, float]:
     """
     Metrics over all completions.
 
@@ -114,8 +134,6 @@ def completion_metrics(summaries: Sequence[Summary], names: Sequence[str], proce
             Of the rollouts, in an order that does not depend on who made them.
         names (`Sequence[str]`):
             Names of the reward functions.
-        processes (`int`):
-            Number of processes that generated side by side: seconds are those of one of them.
     """
     metrics = {}
     for i, name in enumerate(names):
@@ -130,7 +148,7 @@ def completion_metrics(summaries: Sequence[Summary], names: Sequence[str], proce
     # Zeros if none has ended, as with GRPOTrainer
     ended = [summary.ended for summary in summaries if summary.ended is not None] or [[0, 0, 0]]
     ended_tokens, shortest, longest = zip(*ended, strict=True)
-    seconds = sum(summary.generation_seconds for summary in summaries) / processes
+    seconds = side_by_side((summary.generated_by, summary.generation_seconds) for summary in summaries)
     return metrics | {
         "completions/mean_length": tokens / completions,
         "completions/min_length": float(min(summary.shortest for summary in summaries)),
@@ -141,7 +159,7 @@ def completion_metrics(summaries: Sequence[Summary], names: Sequence[str], proce
         "completions/max_terminated_length": float(max(longest)),
         "tokens_per_second": tokens / seconds,
         "generation_seconds": seconds,
-        "reward_seconds": sum(summary.reward_seconds for summary in summaries) / processes,
+        "reward_seconds": side_by_side((summary.scored_by, summary.reward_seconds) for summary in summaries),
     }
 
 

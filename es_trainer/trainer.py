@@ -58,7 +58,7 @@ from .history import (
     working_dtype,
 )
 from .history_file import HISTORY_NAME, History
-from .metrics import Rollout, Summary, average, completion_metrics, json_number, summarize
+from .metrics import Rollout, Summary, average, completion_metrics, json_number, side_by_side, summarize
 from .model_card import REWARD_PLOT, model_card
 from .plots import plot_rewards
 from .processes import ProcessError, Processes
@@ -424,6 +424,7 @@ class ESTrainer(Trainer):
             self.lr_scheduler = None
             self._created_lr_scheduler = False
         self.create_scheduler(num_training_steps=max_steps)
+        self._pending = []
         self._done_before = []
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         if self.optimizer.updates == 0:
@@ -609,7 +610,7 @@ class ESTrainer(Trainer):
         by_member = fitness(rewards)
         self._member_rewards = [json_number(value) for value in by_member.tolist()]
         self.state.num_input_tokens_seen += sum(summary.num_tokens for summary in summaries)
-        self._step_metrics.update(completion_metrics(summaries, self.scorer.names, self.processes.count))
+        self._step_metrics.update(completion_metrics(summaries, self.scorer.names))
         self._step_metrics.update(
             {
                 "reward": mean(by_member),
@@ -731,11 +732,13 @@ class ESTrainer(Trainer):
         repeated = [row for row in rows for _ in range(self.num_generations)]
         prompt_tokens = sum(map(len, prompt_ids)) * self.num_generations
         answers = self.engine.evaluate(population, self.optimizer.sigma, prompt_ids, seed, self.num_generations)
+        noise = []
         with contextlib.closing(answers):
             for done, answer in enumerate(answers, 1):
-                self._step_metrics["noise_seconds"] += answer.noise_seconds
-                scores = self._scores(repeated, answer.completions, prompt_tokens, answer.seconds)
+                noise.append((answer.server, answer.noise_seconds))
+                scores = self._scores(repeated, answer.completions, prompt_tokens, answer.seconds, answer.server)
                 yield [answer.member], scores, done
+        self._step_metrics["noise_seconds"] += side_by_side(noise)
 
     def _evaluate_in_lockstep(
         self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
@@ -779,7 +782,8 @@ class ESTrainer(Trainer):
         for rank, part in enumerate(parts):
             if part is not None:
                 rewards[rank :: len(parts)] = part.rewards
-        return rewards, [part for part in parts if part is not None], rollouts[0] if rollouts else None
+        made = [part for part in parts if part is not None]
+        return rewards, [part.share(len(made)) for part in made], rollouts[0] if rollouts else None
 
     def _report_members(self, done: int) -> None:
         """Tell callbacks of members that are done, here or elsewhere."""
@@ -895,10 +899,15 @@ class ESTrainer(Trainer):
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
         seconds = (time.perf_counter() - start) * len(repeated) / len(completions)
-        return self._scores(repeated, completions, prompt_tokens, seconds)
+        return self._scores(repeated, completions, prompt_tokens, seconds, self.processes.rank)
 
     def _scores(
-        self, rows: list[dict[str, Any]], completions: list[Completion], prompt_tokens: int, seconds: float
+        self,
+        rows: list[dict[str, Any]],
+        completions: list[Completion],
+        prompt_tokens: int,
+        seconds: float,
+        generated_by: int | str,
     ) -> list[Callable[[], Rollout]]:
         """For each member, what scores its completions of the rows."""
         conversational = is_conversational({"prompt": rows[0]["prompt"]})
@@ -909,7 +918,8 @@ class ESTrainer(Trainer):
                 messages = [[{"role": "assistant", "content": text}] for text in messages]
             scores = self.scorer(rows, messages, [completion.ids for completion in mine], self.state)
             num_tokens = prompt_tokens + sum(completion.length for completion in mine)
-            return Rollout(rows, mine, messages, scores, num_tokens, seconds)
+            rank = self.processes.rank
+            return Rollout(rows, mine, messages, scores, num_tokens, seconds, generated_by, scored_by=rank)
 
         members = [completions[i : i + len(rows)] for i in range(0, len(completions), len(rows))]
         return [functools.partial(score, mine) for mine in members]
@@ -1022,7 +1032,7 @@ class ESTrainer(Trainer):
             "loss": -mean(rewards),
             "reward": mean(rewards),
             "reward_std": deviation(rewards),
-            **completion_metrics(summaries, self.scorer.names, self.processes.count),
+            **completion_metrics(summaries, self.scorer.names),
             "num_tokens": self.state.num_input_tokens_seen,
         }
         return EvalLoopOutput(
@@ -1061,8 +1071,8 @@ class ESTrainer(Trainer):
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the metrics of the steps since the last log where `logs` are those of training steps."""
-        of_steps = "loss" in logs and bool(self._pending)
+        """Log, with the metrics of the steps since the last log where `logs` are of steps or of all of training."""
+        of_steps = bool(self._pending) and ("loss" in logs or "train_runtime" in logs)
         if of_steps:
             logs.pop("grad_norm", None)  # there are no gradients
             logs.update(average(self._pending))

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from es_trainer.metrics import Moments, average
+from es_trainer.metrics import Moments, Summary, average, completion_metrics
 
 
 VALUES = np.array([1.0, 2.0, np.nan, 4.0, 1e6, 1e6 + 1, np.nan])
@@ -52,3 +52,30 @@ def test_infinite_numbers_have_no_finite_mean(values):
 def test_averages_leave_out_what_is_unknown_and_do_not_overflow():
     steps = [{"reward": LARGEST, "std": None}, {"reward": None, "std": None}, {"reward": LARGEST, "own": 2.0}]
     assert average(steps) == {"reward": LARGEST, "std": None, "own": 2.0}
+
+
+def summary(generated_by, seconds: float = 10.0, scored_by=0, tokens: int = 100) -> Summary:
+    lengths = {"completions": 2, "truncated": 0, "shortest": 1, "longest": tokens, "ended": [tokens, 1, tokens]}
+    who = {"generated_by": generated_by, "scored_by": scored_by}
+    seconds = {"generation_seconds": seconds, "reward_seconds": 0.1 * seconds}
+    return Summary([0.0], [], tokens=tokens, num_tokens=tokens, own={}, **lengths, **who, **seconds)
+
+
+@pytest.mark.parametrize(
+    ("summaries", "generation", "reward"),
+    [
+        # 8 members on 4 servers, all scored by one process
+        ([summary(f"http://{member % 4}") for member in range(8)], 20.0, 8.0),
+        # 8 members in 2 groups of processes, whose first ones, 0 and 2, score
+        ([summary(2 * (member % 2), scored_by=2 * (member % 2)) for member in range(8)], 40.0, 4.0),
+        # Of many processes, the third has taken the only batch of an evaluation
+        ([summary(2, scored_by=2)], 10.0, 1.0),
+        # 3 processes complete their share of every member's prompts at the same time; of the last, two have one
+        ([summary(rank).share(3) for rank in range(3)] + [summary(rank).share(2) for rank in range(2)], 20.0, 2.0),
+    ],
+)
+def test_seconds_are_divided_among_those_that_work_side_by_side(summaries, generation, reward):
+    metrics = completion_metrics(summaries, [])
+    assert metrics["generation_seconds"] == pytest.approx(generation)
+    assert metrics["tokens_per_second"] == pytest.approx(100 * len(summaries) / generation)
+    assert metrics["reward_seconds"] == pytest.approx(reward)

@@ -1,18 +1,22 @@
 """What can be told about vLLM without it. Tests with vLLM itself are in with_vllm/."""
 
 import itertools
+import json
 import re
 import threading
 
+import httpx
 import pytest
 import torch
-from conftest import TINY_RUN, make_model
+from conftest import TINY_RUN, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from es_trainer import ESConfig, checks
 from es_trainer.cli import main
+from es_trainer.evolution import Population
+from es_trainer.history import first_digest
 from es_trainer.rollout.vllm_sampling import common_seed, sampling_options
-from es_trainer.rollout.vllm_server import Jobs
+from es_trainer.rollout.vllm_server import Jobs, VLLMServers
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
@@ -138,6 +142,62 @@ def test_seeds_of_completions():
     seeds = {common_seed(step, prompt, number) for step in range(3) for prompt in range(4) for number in range(5)}
     assert len(seeds) == 60 and all(0 <= seed < 2**63 for seed in seeds)
     assert common_seed(1, 2, 3) == common_seed(1, 2, 3)
+
+
+class Calls:
+    """Answers as vLLM servers do that have `choices` for any prompt."""
+
+    def __init__(self, *choices: dict):
+        self.choices = choices
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        content = json.loads(request.content) if request.content else {}
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"max_model_len": 256}]})
+        if request.url.path == "/v1/completions":
+            choices = [{"index": i, **choice} for i, choice in enumerate(self.choices)]
+            return httpx.Response(200, json={"choices": choices[::-1]})
+        if request.url.path != "/collective_rpc":
+            return httpx.Response(200, json={"success": True})
+        result = {}
+        if content["method"] == "begin":
+            result = {"updates": 0, "digest": first_digest(content["args"][0]), "checksum": [1]}
+        return httpx.Response(200, json={"results": [result]})
+
+
+@pytest.fixture
+def servers(config, monkeypatch):
+    """Make the engine of some servers."""
+
+    def make(calls: Calls, count: int = 1, **options) -> VLLMServers:
+        options["vllm_server_base_url"] = [f"http://server-{i}" for i in range(count)]
+        client = httpx.Client
+        with monkeypatch.context() as patched:
+            transport = httpx.MockTransport(calls)
+            patched.setattr(httpx, "Client", lambda **keywords: client(**keywords, transport=transport))
+            engine = VLLMServers(make_model(), make_tokenizer(), config(**SERVER, **options))
+        engine.go_to([], None)
+        return engine
+
+    return make
+
+
+def test_a_completion_of_a_server_is_truncated_if_the_server_says_so(servers):
+    length = {"token_ids": [70, 71, 72], "finish_reason": "length"}
+    stop = {"token_ids": [70, 71, 73], "finish_reason": "stop"}  # a stop string, with the last token there may be
+    engine = servers(Calls(length, stop), max_completion_length=3, generation_kwargs={"stop_strings": ["x"]})
+    completions = engine.generate([[5], [5]], seed=0)
+    assert [(completion.ids, completion.truncated) for completion in completions] == [
+        ([70, 71, 72], True),
+        ([70, 71, 73], False),
+    ]
+
+
+def test_answers_say_which_server_they_are_of(servers):
+    engine = servers(Calls({"token_ids": [70], "finish_reason": "length"}), count=2)
+    answers = list(engine.evaluate(Population.sample(6, 42, 0, False), 0.1, [[5]], seed=0, num_generations=1))
+    assert sorted(answer.member for answer in answers) == list(range(6))
+    assert {answer.server for answer in answers} <= {"http://server-0", "http://server-1"}
 
 
 def test_a_job_that_was_given_back_is_done_by_another():

@@ -25,7 +25,7 @@ class Completion:
         text (`str`):
             The decoded tokens without special ones.
         truncated (`bool`):
-            Whether it was cut at the maximum length.
+            Whether it was cut at the maximum length, and did not end there by itself.
         others (`int`, *optional*, defaults to `0`):
             How many of the tokens are not the model's own, but an environment's.
     """
@@ -60,7 +60,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.chat_template_kwargs = args.chat_template_kwargs or {}
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer, args)
         self.context = context_length(model.config)
         self.embedding_rows = embedding_rows(model)
         begin = tokenizer.bos_token_id
@@ -168,8 +168,7 @@ class Engine:
         """Which of so many prompts this process completes."""
         return range(count)
 
-    def _completion(self, ids: list[int]) -> Completion:
-        truncated = len(ids) == self.max_new_tokens and ids[-1] not in self.eos_token_ids
+    def _completion(self, ids: list[int], truncated: bool) -> Completion:
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated)
 
 
@@ -208,8 +207,14 @@ def _check_prompt(row: int, prompt: Any, conversational: bool) -> None:
                     )
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: those that the model declares (an end-of-turn token) and the tokenizer's."""
-    declared = model.generation_config.eos_token_id
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig) -> list[int]:
+    """
+    Every token that ends a completion: those of `generation_kwargs`, or else those that the model declares (an
+    end-of-turn token) and the tokenizer's.
+    """
+    given = (args.generation_kwargs or {}).get("eos_token_id")
+    declared = model.generation_config.eos_token_id if given is None else given
     ids = declared if isinstance(declared, list) else [declared]
-    return [token for token in dict.fromkeys([*ids, tokenizer.eos_token_id]) if token is not None]
+    if given is None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return [token for token in dict.fromkeys(ids) if token is not None]

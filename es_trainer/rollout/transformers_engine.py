@@ -55,6 +55,7 @@ class TransformersEngine(Engine):
         }
         # `generate` makes this one from the options only for decoding methods of its own
         stop_strings = options.pop("stop_strings", None)
+        options.pop("eos_token_id", None)  # it is among `eos_token_ids`
         self.stopping_criteria = [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
         self.sampling: dict[str, Any] = {key: options.pop(key) for key in ("temperature", "top_k", "top_p", "min_p")}
         self.generation_config = GenerationConfig(
@@ -168,7 +169,17 @@ class TransformersEngine(Engine):
         )
         if not self.drops_finished_rows:
             output = [self._without_padding(ids) for ids in output[:, width:].tolist()]
-        return [self._completion(ids) for ids in output]
+        return [
+            self._completion(
+                ids, truncated=len(ids) == self.max_new_tokens and not self._ends(prompt_ids[row.prompt], ids)
+            )
+            for row, ids in zip(rows, output, strict=True)
+        ]
+
+    def _ends(self, prompt_ids: list[int], ids: list[int]) -> bool:
+        """Whether the last token ends a completion, however long that might be."""
+        tokens = torch.tensor([prompt_ids + ids], device=self.model.device)
+        return ids[-1] in self.eos_token_ids or any(stop(tokens, None).any() for stop in self.stopping_criteria)
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         """The tokens up to and with the one that ended them."""

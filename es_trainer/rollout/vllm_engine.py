@@ -202,7 +202,8 @@ class VLLMEngine(Engine):
                 lora_request=adapters,
                 use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
             )
-        return [self._completion(list(output.outputs[0].token_ids)) for output in outputs]
+        completions = [output.outputs[0] for output in outputs]
+        return [self._completion(list(made.token_ids), made.finish_reason == "length") for made in completions]
 
 
 class Adapters:

@@ -48,6 +48,8 @@ class Answer:
     Args:
         member (`int`):
             Its number.
+        server (`str`):
+            URL of the server.
         completions (`list[Completion]`):
             Of the first prompt, then of the second, and so on.
         seconds (`float`):
@@ -57,6 +59,7 @@ class Answer:
     """
 
     member: int
+    server: str
     completions: list[Completion]
     seconds: float
     noise_seconds: float
@@ -112,20 +115,25 @@ class Server:
         """Drop keys and values that were computed with weights that have changed since."""
         self._send("POST", "/reset_prefix_cache")
 
-    def complete(self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None]) -> list[list[int]]:
-        """Tokens for each prompt. Those with a seed are asked for one by one, as a request has one seed."""
+    def complete(
+        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None]
+    ) -> list[dict[str, Any]]:
+        """
+        For each prompt, the `"token_ids"` of its completion and the `"finish_reason"`. Those with a seed are asked for
+        one by one, as a request has one seed.
+        """
         if seeds[0] is None:
             return self._complete(prompts, options)
         with ThreadPoolExecutor(len(prompts)) as requests:
             answers = requests.map(
                 lambda prompt, seed: self._complete([prompt], {**options, "seed": seed}), prompts, seeds
             )
-            return [ids for (ids,) in answers]
+            return [choice for (choice,) in answers]
 
-    def _complete(self, prompts: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
+    def _complete(self, prompts: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
         request = {"prompt": prompts, "return_token_ids": True, **options}
         choices = self._send("POST", "/v1/completions", request)["choices"]
-        return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return sorted(choices, key=lambda choice: choice["index"])
 
     def _send(self, verb: str, path: str, content: dict[str, Any] | None = None) -> Any:
         try:
@@ -426,7 +434,7 @@ class VLLMServers(Engine):
             server.forget()
             perturbed = time.perf_counter()
             completions = self._complete(server, rows, prompt_ids, seed)
-            return Answer(number, completions, time.perf_counter() - perturbed, perturbed - start)
+            return Answer(number, server.url, completions, time.perf_counter() - perturbed, perturbed - start)
 
         yield from self._hand_out(len(population), answer)
 
@@ -460,9 +468,8 @@ class VLLMServers(Engine):
     ) -> list[Completion]:
         samples = self.sampling["temperature"] > 0
         seeds = [common_seed(seed, *row) if samples else None for row in rows]
-        return list(
-            map(self._completion, server.complete([prompt_ids[prompt] for prompt, _ in rows], self.sampling, seeds))
-        )
+        choices = server.complete([prompt_ids[prompt] for prompt, _ in rows], self.sampling, seeds)
+        return [self._completion(choice["token_ids"], choice["finish_reason"] == "length") for choice in choices]
 
     def _hand_out(self, count: int, do: Callable[[int, Server], T]) -> Iterator[T]:
         """Do `count` jobs, each on a server that is free, and yield what comes of them as it comes."""

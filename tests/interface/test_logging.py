@@ -39,6 +39,40 @@ def test_what_grpo_logs_and_es_has_bears_the_same_key(trainer, dataset, tmp_path
     assert "own/metric" in train_keys[0]
 
 
+def test_what_was_not_logged_yet_is_in_the_closing_log(trainer, tmp_path):
+    every, seldom, second = (
+        trainer(logging_steps=steps, output_dir=str(tmp_path / str(steps)), log_completions=True)
+        for steps in (1, 10, 2)
+    )
+    for run in (every, seldom, second):
+        run.train()
+    single, closing = logs(every), seldom.state.log_history
+    assert len(single) == 3 and "reward" not in every.state.log_history[-1]
+    assert len(closing) == 1 and closing[0]["train_runtime"] > 0 and closing[0]["step"] == 3
+    assert closing[0]["reward"] == pytest.approx(sum(log["reward"] for log in single) / 3)
+    assert closing[0]["loss"] == -closing[0]["reward"] == pytest.approx(closing[0]["train_loss"])
+    assert closing[0]["num_tokens"] == single[-1]["num_tokens"]
+    assert [log["step"] for log in logs(second)] == [2, 3]
+    assert logs(second)[1]["reward"] == single[2]["reward"]  # of the third step alone
+    files = sorted((tmp_path / "2" / "completions").iterdir())
+    assert [file.name for file in files] == [f"completions_0000{step}.parquet" for step in (2, 3)]
+
+
+def test_steps_of_a_run_that_failed_are_not_logged_by_the_next(trainer):
+    def reward(completions, **kwargs):
+        if run.state.global_step == 1 and not failed:
+            failed.append(True)
+            raise RuntimeError("once")
+        return [100.0 if not failed else 1.0] * len(completions)
+
+    failed: list[bool] = []
+    run = trainer(reward_funcs=reward, logging_steps=10)
+    with pytest.raises(RuntimeError, match="once"):
+        run.train()
+    run.train()
+    assert run.state.log_history[-1]["reward"] == 1.0
+
+
 def test_lengths_of_completions_that_ended(trainer):
     def rollout_func(prompts, trainer):
         return {"prompt_ids": [[5]] * 2, "completion_ids": [[10, 11, 2], [10, 11, 12, 13]]}

@@ -133,6 +133,27 @@ def test_generation_kwargs_override(engine):
     assert sampled != plain
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["decoding", "transformers"])
+def test_what_ends_at_the_limit_is_not_truncated(engine, options):
+    prompts = ["Say seven", "Say four"]
+    plain = generate(engine(max_completion_length=3), prompts)
+    first, second = (completion.ids for completion in plain)
+    assert [completion.truncated for completion in plain] == [True, True]
+    last = engine().tokenizer.decode(first[2])
+    assert last.isascii() and first[2] not in first[:2] + second  # it can end the first, and at the limit
+    for given in ({"stop_strings": [last]}, {"eos_token_id": first[2]}, {"eos_token_id": [first[2]]}):
+        completions = generate(engine(max_completion_length=3, generation_kwargs=given, **options), prompts)
+        assert [completion.ids for completion in completions] == [first, second]
+        assert [completion.truncated for completion in completions] == [False, True]
+
+
+def test_end_tokens_that_are_given_take_the_place_of_others(engine):
+    (plain,) = generate(engine(max_completion_length=8), ["Say one"])
+    (ended,) = generate(engine(max_completion_length=8, generation_kwargs={"eos_token_id": plain.ids[1]}), ["Say one"])
+    assert ended.ids == plain.ids[:2] and not ended.truncated
+    assert engine(generation_kwargs={"eos_token_id": 5}).eos_token_ids == [5]
+
+
 def test_repetition_penalty_and_cache_implementation_reach_generate(engine):
     engine = engine(repetition_penalty=1.7, cache_implementation="static")
     assert engine.generation_config.repetition_penalty == 1.7
