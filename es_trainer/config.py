@@ -1,29 +1,32 @@
 import difflib
+import json
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, get_args, get_type_hints
 
+import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import GenerationConfig, TrainingArguments
-from transformers.utils import logging
+from transformers import GenerationConfig, SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
+from trl import GRPOConfig
 
 from . import zero3
 from .evolution.fitness import FitnessShaping
 from .evolution.optimizer import Rule
 from .evolution.parameters import MasterWeights
 from .evolution.perturbation import PerturbationName
+from .fields import REFUSED, GRPOFields, asks_for_something, default, listing, was_set, without_effect
 from .processes import launched_processes
-
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
+from .values import converted, plain, with_schemas
 
 
 logger = logging.get_logger(__name__)
 
 # `generation_kwargs` that would fight with how the trainer generates, and what to write instead
 REFUSED_GENERATION_KWARGS = {
-    "do_sample": "set `temperature` (0.0 is greedy)",
+    "do_sample": "`temperature` says it (0.0 is greedy)",
     "num_return_sequences": "set `num_generations`",
     "max_length": "set `max_completion_length`",
     "typical_p": "use `top_p`, `top_k` or `min_p`",
@@ -45,37 +48,25 @@ SAMPLING_PARAMS = (
     *("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
 )
 
+# What holds of parameters that generation_kwargs may override
+SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda t: t >= 0, "use 0.0 for greedy decoding or a positive number for sampling."),
+    "top_p": (lambda p: 0 < p <= 1, "it must be in (0, 1]."),
+    "top_k": (lambda k: k >= 0, "it must not be negative; 0 keeps all tokens."),
+    "min_p": (lambda p: p is None or 0 <= p <= 1, "it must be in [0, 1]."),
+    "repetition_penalty": (lambda p: p > 0, "it must be positive; 1.0 is no penalty."),
+}
+
 # Fields that GRPOConfig also has, but whose values there say nothing about evolution strategies: how gradients are
-# computed and followed, and sizes that count something else
+# followed, and sizes that count something else
 NOT_FROM_GRPO = {
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "num_generations",
-    "num_generations_eval",
-    "auto_find_batch_size",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "average_tokens_across_devices",
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-    "use_liger_kernel",
-    "liger_kernel_config",
-    "ddp_find_unused_parameters",
-    "ddp_bucket_cap_mb",
-    "ddp_broadcast_buffers",
-    "ddp_static_graph",
+    "learning_rate": "a learning rate of GRPO says nothing about one of ES",
+    "weight_decay": "its strength is that of the learning rate",
+    "adam_beta1": "Adam is `es_optimizer='adam'`",
+    "adam_beta2": "Adam is `es_optimizer='adam'`",
+    "adam_epsilon": "Adam is `es_optimizer='adam'`",
+    "num_generations": "every member answers each prompt once; `population_size` is how many answers there are",
+    "num_generations_eval": "evaluations answer each prompt once",
 }
 # Together they say how many prompts GRPO takes in a step
 GRPO_BATCH = {
@@ -84,11 +75,71 @@ GRPO_BATCH = {
     "generation_batch_size",
     "steps_per_generation",
 }
-GRPO_FILLED_IN = {"activation_checkpointing", "pad_to_multiple_of"}  # by GRPOConfig itself, from other fields
+DEFAULT_PROMPTS = 8
+DEFAULT_SAVE_STEPS = 50
+# What GRPOConfig itself makes of fields that were left alone
+GRPO_FILLED_IN = {"activation_checkpointing": (True, False), "pad_to_multiple_of": (None,), "bf16": (True,)}
+LEAST_LEARNING_RATE = 1e-5  # a lower one is GRPO's
+
+# Fields that have an effect only beside others: when, and how that is written
+NEEDS: dict[str, tuple[Callable[["ESConfig"], bool], str]] = {
+    "perturbation_rank": (lambda c: c.perturbation == "low_rank", "perturbation='low_rank'"),
+    "adam_beta1": (lambda c: c.es_optimizer != "sgd", "es_optimizer='adam' or 'momentum'"),
+    "adam_beta2": (lambda c: c.es_optimizer == "adam", "es_optimizer='adam'"),
+    "adam_epsilon": (lambda c: c.es_optimizer == "adam", "es_optimizer='adam'"),
+    "warmup_steps": (
+        lambda c: c.lr_scheduler_type != "constant",
+        "a schedule that warms up, such as lr_scheduler_type='constant_with_warmup' or 'linear'",
+    ),
+    "eval_steps": (lambda c: c.eval_strategy == "steps", "eval_strategy='steps'"),
+    "eval_delay": (lambda c: c.eval_strategy != "no", "eval_strategy='steps' or 'epoch'"),
+    "save_steps": (lambda c: c.save_strategy == "steps", "save_strategy='steps'"),
+    "logging_steps": (lambda c: c.logging_strategy == "steps", "logging_strategy='steps'"),
+    "length_column_name": (
+        lambda c: c.train_sampling_strategy == "group_by_length",
+        "train_sampling_strategy='group_by_length'",
+    ),
+    "ds3_gather_for_generation": (lambda c: c.deepspeed_plugin is not None, "DeepSpeed ZeRO-3"),
+    "top_p": (lambda c: c.samples, "temperature > 0"),
+    "top_k": (lambda c: c.samples, "temperature > 0"),
+    "min_p": (lambda c: c.samples, "temperature > 0"),
+    "num_completions_to_print": (lambda c: c.log_completions, "log_completions=True"),
+    "log_unique_prompts": (lambda c: c.log_completions, "log_completions=True"),
+    "generation_batch_size": (lambda c: not c.on_servers, "vllm_mode='colocate', or no vLLM"),
+    "vllm_mode": (lambda c: c.use_vllm, "use_vllm=True"),
+    "vllm_structured_outputs_regex": (lambda c: c.use_vllm, "use_vllm=True"),
+    "vllm_server_base_url": (lambda c: c.on_servers, "use_vllm=True and vllm_mode='server'"),
+    "vllm_server_timeout": (lambda c: c.on_servers, "use_vllm=True and vllm_mode='server'"),
+    "vllm_server_host": (
+        lambda c: c.on_servers and c.vllm_server_base_url is None,
+        "use_vllm=True and vllm_mode='server', without vllm_server_base_url",
+    ),
+    "vllm_server_port": (
+        lambda c: c.on_servers and c.vllm_server_base_url is None,
+        "use_vllm=True and vllm_mode='server', without vllm_server_base_url",
+    ),
+    **{
+        name: (lambda c: c.use_vllm and not c.on_servers, "use_vllm=True and vllm_mode='colocate'")
+        for name in (
+            *("vllm_model_impl", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
+            *("vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
+        )
+    },
+}
+
+
+ALREADY_SAID: list[tuple[str, Any]] = []  # settings of `NEEDS` that were in a warning
+
+
+class Derived(int):
+    """A number that was made of other fields: in a copy with changes, it gives way to what is set there."""
+
+    def __reduce__(self):
+        return Derived, (int(self),)
 
 
 @dataclass
-class ESConfig(TrainingArguments):
+class ESConfig(GRPOFields, TrainingArguments):
     r"""
     Configuration class for the [`ESTrainer`].
 
@@ -156,8 +207,9 @@ class ESConfig(TrainingArguments):
             learning_rate * anchor_decay * (weights - initial weights). Keeps a copy of the initial weights.
         num_prompts_per_step (`int`, *optional*):
             Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
-            `per_device_train_batch_size * gradient_accumulation_steps`. ES has no micro-batches: afterwards
-            `per_device_train_batch_size` is this number and `gradient_accumulation_steps` is 1.
+            `per_device_train_batch_size * gradient_accumulation_steps`, which is 8 if neither is set. ES has no
+            micro-batches: afterwards `per_device_train_batch_size` is this number and `gradient_accumulation_steps`
+            is 1.
 
         > Parameters that control several processes
 
@@ -174,7 +226,8 @@ class ESConfig(TrainingArguments):
 
         model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
-            argument of the [`ESTrainer`] is provided as a string.
+            argument of the [`ESTrainer`] is provided as a string. `torch_dtype`, the older name of `dtype`, means the
+            same.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow models and tokenizers that are defined by code in their own repository.
 
@@ -191,7 +244,7 @@ class ESConfig(TrainingArguments):
         max_completion_length (`int`, *optional*, defaults to `512`):
             Maximum length of the generated completion, in tokens.
         num_generations (`int`, *optional*, defaults to `1`):
-            Completions per prompt and member. More than one needs `temperature > 0`.
+            Completions per prompt and member. With greedy decoding they would be equal, so 1 is taken then.
         num_generations_eval (`int`, *optional*):
             Completions per prompt in evaluations. If `None`, it is `num_generations`.
         generation_batch_size (`int`, *optional*):
@@ -211,10 +264,11 @@ class ESConfig(TrainingArguments):
             tokens.
         generation_kwargs (`str` or `dict[str, Any]`, *optional*):
             Additional keyword arguments of [`~transformers.GenerationConfig`], such as `suppress_tokens` or
-            `stop_strings`. They override the other generation parameters. With `use_vllm=True`, those of vLLM's
-            `SamplingParams`.
+            `stop_strings`. They override the other generation parameters; `do_sample` has to agree with `temperature`.
+            With `use_vllm=True`, those of vLLM's `SamplingParams`.
         chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Additional keyword arguments of `apply_chat_template`.
+            Additional keyword arguments of `apply_chat_template`. Functions among the `tools` are replaced by their
+            schemas.
         cache_implementation (`str`, *optional*):
             Implementation of the key-value cache, as in [`~transformers.GenerationConfig`].
 
@@ -287,28 +341,65 @@ class ESConfig(TrainingArguments):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `5e-4` instead of `5e-5`.
-    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`. `bf16` and `fp16` choose the dtype of the
-    >   working weights; there is no autocast. If both are `False`, the model keeps the dtype it was given in.
-    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`, as in the paper.
+    > - `bf16`: Defaults to `True` if the device has bfloat16 (on CPU: AVX-512) and `fp16` is not set, instead of
+    >   `False`. `bf16` and `fp16` choose the dtype of the working weights; there is no autocast. If both are `False`,
+    >   the model keeps the dtype it was given in.
+    > - `per_device_train_batch_size`: Defaults to `None`, which is 8; see `num_prompts_per_step`.
+    > - `per_device_eval_batch_size`: Defaults to `64` instead of `8`. Fewer sequences are generated at once where
+    >   memory does not suffice.
+    > - `save_steps`: Defaults to `None`, which is 50, or with `load_best_model_at_end` the next multiple of
+    >   `eval_steps`, instead of `500`.
+    > - `logging_steps`: Defaults to `1` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `use_cache`: Defaults to `True` instead of `False`.
     > - `ddp_backend`: Defaults to `"gloo"` on CPU.
+    > - `use_cpu`: `True` on machines without an accelerator.
+
+    > [!NOTE]
+    > All fields of [`~trl.GRPOConfig`] are accepted. One warning lists those that were set and have no effect, with
+    > what to use instead, also of [`~transformers.TrainingArguments`]; they are reset to their defaults.
+
+    Raises:
+        `ValueError`: If a value cannot work; names the field. Numbers that are text
+            (`"1e-3"`, as YAML reads `1e-3`) and those of numpy count as the numbers that they are.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
-        "model_init_kwargs",
-        "generation_kwargs",
-        "chat_template_kwargs",
-    ]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["generation_kwargs", "chat_template_kwargs"]
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate; the paper's alpha."})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Use bfloat16 working weights. If not set, it defaults to `True` if `fp16` is not set."},
+        metadata={
+            "help": "Use bfloat16 working weights. If not set, it is `True` if the device has bfloat16 and `fp16` is "
+            "not set."
+        },
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "The learning rate scheduler type to use; the paper's is constant."}
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Prompts of a step, if `num_prompts_per_step` is not set. If `None`, 8."},
+    )
+    per_device_eval_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Prompts of an evaluation that are answered together. Fewer sequences are generated at once if "
+            "memory does not suffice."
+        },
+    )
+    save_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Save a checkpoint every X updates steps. Should be an integer or a float in range `[0,1)`. If "
+            "smaller than 1, will be interpreted as ratio of total training steps. If `None`, it is 50, or with "
+            "`load_best_model_at_end` the next multiple of `eval_steps`."
+        },
     )
     logging_steps: float = field(
-        default=10,
+        default=1,
         metadata={
             "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
             "will be interpreted as ratio of total training steps."
@@ -513,9 +604,9 @@ class ESConfig(TrainingArguments):
         The configuration of a run like that of a [`~trl.GRPOConfig`].
 
         What was changed from GRPO's default and means the same here is carried over, and a step takes as many prompts
-        as a generation batch has there. Everything else gets the default value of this class: GRPO's learning rate,
-        for one, says nothing about evolution strategies. One warning lists what was changed there and has no meaning
-        here.
+        as a generation batch has there, or 8 if batch sizes were left alone. Everything else gets the default value of
+        this class: GRPO's learning rate, for one, says nothing about evolution strategies. One warning lists what was
+        changed there and has no meaning here.
 
         Args:
             config ([`~trl.GRPOConfig`]):
@@ -532,24 +623,70 @@ class ESConfig(TrainingArguments):
         >>> ESConfig.from_grpo_config(grpo, population_size=16)  # warns that beta has no meaning
         ```
         """
-        names = {name.name for name in fields(cls)} - NOT_FROM_GRPO
-        changed = _changed_fields(config)
-        carried = {name: value for name, value in changed.items() if name in names - GRPO_BATCH}
-        dropped = {name: value for name, value in changed.items() if name not in names | GRPO_BATCH | GRPO_FILLED_IN}
+        own = _own_fields()
+        left_out = {**without_effect(own), **NOT_FROM_GRPO}
+        values = {item: plain(getattr(config, item.name)) for item in fields(config) if item.init}
+        changed = {
+            item.name: value
+            for item, value in values.items()
+            if was_set(value, item) and value not in GRPO_FILLED_IN.get(item.name, ())
+        }
+        dropped = {name: value for name, value in changed.items() if name in left_out.keys() - GRPO_BATCH}
         if dropped:
             logger.warning(
                 "These fields of the GRPOConfig have no meaning for evolution strategies, or none yet, and are left "
-                f"out: {', '.join(f'{name}={value!r}' for name, value in dropped.items())}."
+                f"out: {listing(dropped, left_out)}."
             )
+        carried = {name: value for name, value in changed.items() if name not in left_out.keys() | GRPO_BATCH}
         prompts = config.generation_batch_size // config.num_generations
-        return cls(**{"num_prompts_per_step": prompts, **carried, **overrides})
+        if (config.per_device_train_batch_size, config.steps_per_generation) == (8, 1):  # they were left alone
+            prompts = max(prompts, DEFAULT_PROMPTS)
+        return cls(**{"num_prompts_per_step": Derived(prompts), **carried, **overrides})
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer saves its arguments beside the model, which may be pushed to a public repository
         return {**self.__dict__, "hub_token": None}
 
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """See [`~transformers.TrainingArguments.to_sanitized_dict`]."""
+        plain_numbers = {key: int(v) for key, v in self.to_dict().items() if isinstance(v, Derived)}
+        return super().to_sanitized_dict() | plain_numbers
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled, and not the most likely ones."""
+        return self._generates_with("temperature") > 0
+
+    @property
+    def on_servers(self) -> bool:
+        """Whether servers generate."""
+        return self.use_vllm and self.vllm_mode == "server"
+
+    def _generates_with(self, name: str) -> Any:
+        """A generation parameter, which `generation_kwargs` may override."""
+        return (self.generation_kwargs or {}).get(name, getattr(self, name))
+
     def __post_init__(self):
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        # By `dataclasses.replace`, or from `to_dict`
+        self._is_copy = Derived in (type(self.per_device_train_batch_size), type(self.gradient_accumulation_steps))
+        self._said: dict[str, Any] = {}  # settings without effect, for one warning
+        self._reasons = without_effect(_own_fields())
+        self._leave_out_what_has_no_effect()
+        self.top_k = self.top_k or 0  # `None` keeps all, too
+        for name, hint in _type_hints().items():
+            setattr(self, name, converted(name, getattr(self, name), hint))
+        for item in fields(self):
+            if item.name in REFUSED and was_set(getattr(self, item.name), item):
+                raise ValueError(f"`{item.name}={getattr(self, item.name)!r}` is not valid: {REFUSED[item.name]}")
+        if not torch.accelerator.is_available() and not is_torch_xla_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and self._device_has_bf16()
+        if self.save_steps is None and self.save_strategy == "steps":
+            self.save_steps = self._default_save_steps()
+        prompts = self._prompts_of_a_step()
+        self.per_device_train_batch_size = self.per_device_train_batch_size or DEFAULT_PROMPTS
+
         use_deepspeed = self.deepspeed is not None or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
             # Without it, Accelerate starts DeepSpeed's processes as runs of one process each
@@ -562,18 +699,134 @@ class ESConfig(TrainingArguments):
             zero3.check(self.deepspeed_plugin, self.bf16)
             zero3.prepare(self.deepspeed_plugin)
 
-        if self.num_prompts_per_step is None:
-            self.num_prompts_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        # One batch of the dataloader is the batch of a step
+        self.num_prompts_per_step = prompts
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = Derived(prompts), Derived(1)
+        self._normalize()
         self._validate()
-        if isinstance(self.vllm_server_base_url, str):
-            self.vllm_server_base_url = [self.vllm_server_base_url]
-        if self.data_seed is None:
-            self.data_seed = self.seed  # the order of the prompts must not hang on the global random state
+        if self.data_seed is None or isinstance(self.data_seed, Derived):
+            self.data_seed = Derived(self.seed)  # the order of the prompts must not hang on the global random state
         if not self.shuffle_dataset:
             self.train_sampling_strategy = "sequential"
-        # One batch of the dataloader is the batch of a step
-        self.per_device_train_batch_size = self.num_prompts_per_step
-        self.gradient_accumulation_steps = 1
+        self._warn_of_settings_without_effect()
+
+    def _leave_out_what_has_no_effect(self) -> None:
+        """Reset fields that have no effect, so that they have none, and keep them for the warning."""
+        for item in fields(self):
+            if item.name in self._reasons:
+                value = plain(getattr(self, item.name))
+                if asks_for_something(value, item):
+                    self._said[item.name] = value
+                setattr(self, item.name, default(item))
+
+    def _device_has_bf16(self) -> bool:
+        if not self.use_cpu:
+            return is_torch_bf16_gpu_available() or is_torch_xla_available()
+        # Without AVX-512, torch multiplies bfloat16 matrices several times slower than float32 ones
+        found = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        if not found:
+            logger.warning_once(
+                "This CPU has no fast bfloat16, so weights have the dtype in which the model is given (float32 if it "
+                "is loaded by its name). `bf16=True` makes them bfloat16. (Shown once.)"
+            )
+        return found
+
+    def _default_save_steps(self) -> float:
+        between = self.eval_steps or self.logging_steps
+        if not self.load_best_model_at_end or self.eval_strategy != "steps" or not between:
+            return DEFAULT_SAVE_STEPS
+        return between if between < 1 else -(-DEFAULT_SAVE_STEPS // between) * between
+
+    def _prompts_of_a_step(self) -> int:
+        batch = {name: getattr(self, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+        of_a_batch, batches = batch.values()
+        product = (DEFAULT_PROMPTS if of_a_batch is None else of_a_batch) * batches
+        # What was derived when this config's original was made gives way
+        given = {name: value for name, value in batch.items() if value is not None and not isinstance(value, Derived)}
+        if self.gradient_accumulation_steps == 1:
+            given.pop("gradient_accumulation_steps", None)
+        if self.num_prompts_per_step is None or (isinstance(self.num_prompts_per_step, Derived) and given):
+            return Derived(product)
+        if product != self.num_prompts_per_step:
+            self._said |= given
+            self._reasons |= dict.fromkeys(given, f"a step takes num_prompts_per_step={self.num_prompts_per_step}")
+        return self.num_prompts_per_step
+
+    def _normalize(self) -> None:
+        """Write what can be written in several ways in one."""
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = [self.vllm_server_base_url]
+        if isinstance(self.model_init_kwargs, dict) and "torch_dtype" in self.model_init_kwargs:
+            options = dict(self.model_init_kwargs)
+            older = options.pop("torch_dtype")
+            if options.setdefault("dtype", older) != older:
+                raise ValueError(
+                    f"`model_init_kwargs` has 'torch_dtype' ({older!r}) and 'dtype' ({options['dtype']!r}), its newer "
+                    "name. Leave 'torch_dtype' out."
+                )
+            self.model_init_kwargs = options
+        if self.chat_template_kwargs:
+            self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
+        if self.generation_kwargs:
+            self._drop_what_generation_kwargs_repeat()
+        for name in ("num_generations", "num_generations_eval"):
+            if (getattr(self, name) or 0) > 1 and not self.samples:
+                self._said[name] = getattr(self, name)
+                self._reasons[name] = "greedy completions would be equal, so 1 is taken; set temperature > 0 for more"
+                setattr(self, name, 1)
+
+    def _drop_what_generation_kwargs_repeat(self) -> None:
+        """Drop options from `generation_kwargs` that agree with other fields: the engines set them by themselves."""
+        if self.use_vllm:
+            same = {"n": self.num_generations, "max_tokens": self.max_completion_length}
+        else:
+            same = {
+                "do_sample": self.samples,
+                "num_return_sequences": self.num_generations,
+                "max_length": None,
+                "typical_p": 1.0,
+                "epsilon_cutoff": 0.0,
+                "eta_cutoff": 0.0,
+                "top_h": None,
+            }
+            if self.generation_kwargs.get("do_sample") is True and not self.samples:
+                # Which is what a GRPOConfig has that leaves its temperature of 1.0 alone
+                self._said["generation_kwargs['do_sample']"] = True
+                self._reasons["generation_kwargs['do_sample']"] = "temperature=0.0 is greedy; set temperature > 0"
+                same["do_sample"] = True
+        self.generation_kwargs = {
+            key: value for key, value in self.generation_kwargs.items() if key not in same or value != same[key]
+        } or None
+
+    def _warn_of_settings_without_effect(self) -> None:
+        used = AcceleratorConfig(use_seedable_sampler=self.accelerator_config.use_seedable_sampler)
+        for name, value in self.accelerator_config.to_dict().items():
+            if value != used.to_dict()[name]:
+                self._said[f"accelerator_config.{name}"] = value
+        self.accelerator_config = used
+        by_name = {item.name: item for item in fields(self)}
+        for name, (works, needed) in NEEDS.items():
+            value = getattr(self, name)
+            if was_set(value, by_name[name]) and not works(self):
+                # They keep their values, so a copy says only what its original has not
+                if not self._is_copy or (name, value) not in ALREADY_SAID:
+                    self._said[name] = value
+                    self._reasons[name] = f"needs {needed}"
+                    ALREADY_SAID.append((name, value))
+        sentences = []
+        if self._said:
+            sentences.append(
+                "These settings have no meaning for evolution strategies, or none yet or beside the others, and are "
+                f"left out: {listing(self._said, self._reasons)}."
+            )
+        if not self._is_copy and 0 < self.learning_rate < LEAST_LEARNING_RATE:
+            sentences.append(
+                f"learning_rate={self.learning_rate!r} is one of GRPO's: with evolution strategies it moves the "
+                "weights by next to nothing. The paper's is 5e-4, the default."
+            )
+        del self._said, self._reasons, self._is_copy
+        if sentences:
+            logger.warning(" ".join(sentences))
 
     def _validate_launch(self) -> None:
         if self.world_size != launched_processes():
@@ -582,16 +835,14 @@ class ESConfig(TrainingArguments):
                 f"of {self.world_size}. On CPU, launch with recipes/accelerate_configs/cpu_two_processes.yaml or with "
                 "torchrun, and set `use_cpu=True`."
             )
-        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise ValueError(
-                "FSDP is not supported. Use recipes/accelerate_configs/zero3.yaml to partition the weights, or "
-                "recipes/accelerate_configs/multi_gpu.yaml if they fit into one device."
-            )
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError(REFUSED["fsdp"])
 
     def _validate(self) -> None:
         def require(condition: bool, name: str, demand: str) -> None:
             if not condition:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is not valid: {demand}")
+                value = self._generates_with(name) if name in SAMPLING else getattr(self, name)
+                raise ValueError(f"`{name}={value!r}` is not valid: {demand}")
 
         def one_of(name: str, values: tuple[str, ...]) -> None:
             require(getattr(self, name) in values, name, f"choose one of {', '.join(map(repr, values))}.")
@@ -617,6 +868,7 @@ class ESConfig(TrainingArguments):
         one_of("fitness_shaping", get_args(FitnessShaping))
         one_of("master_weights", get_args(MasterWeights))
         one_of("es_optimizer", get_args(Rule))
+        one_of("train_sampling_strategy", ("random", "sequential", "group_by_length"))
         require(self.num_prompts_per_step >= 1, "num_prompts_per_step", "every step needs at least 1 prompt.")
 
         require(
@@ -632,26 +884,21 @@ class ESConfig(TrainingArguments):
             "num_generations_eval",
             "it must be at least 1, or None for num_generations.",
         )
-        require(self.temperature >= 0, "temperature", "use 0.0 for greedy decoding or a positive number for sampling.")
-        require(
-            self.num_generations == 1 or self.temperature > 0,
-            "num_generations",
-            "greedy decoding (temperature=0.0) gives the same completion every time; set temperature > 0.",
-        )
-        require(
-            self.num_generations_eval in (None, 1) or self.temperature > 0,
-            "num_generations_eval",
-            "greedy decoding (temperature=0.0) gives the same completion every time; set temperature > 0.",
-        )
         require(
             self.generation_batch_size is None or self.generation_batch_size >= 1,
             "generation_batch_size",
             "it must be at least 1, or None for no limit.",
         )
-        require(0 < self.top_p <= 1, "top_p", "it must be in (0, 1].")
-        require(self.top_k >= 0, "top_k", "it must not be negative; 0 keeps all tokens.")
-        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "it must be in [0, 1].")
-        require(self.repetition_penalty > 0, "repetition_penalty", "it must be positive; 1.0 is no penalty.")
+        for name, (holds, demand) in SAMPLING.items():
+            require(holds(self._generates_with(name)), name, demand)
+        for name in ("generation_kwargs", "chat_template_kwargs", "reward_weights"):
+            try:
+                json.dumps(getattr(self, name))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
+                    "text, lists and dictionaries."
+                ) from error
         self._validate_vllm(require, one_of)
         if self.use_vllm:
             self._validate_vllm_generation_kwargs()
@@ -667,11 +914,6 @@ class ESConfig(TrainingArguments):
             "log_completions_hub_repo",
             "completions are not logged; set log_completions=True.",
         )
-        require(
-            not self.auto_find_batch_size,
-            "auto_find_batch_size",
-            "it would change the prompts of a step; lower generation_batch_size instead when memory runs out.",
-        )
 
     def _validate_generation_kwargs(self) -> None:
         known = GenerationConfig().to_dict()
@@ -685,7 +927,7 @@ class ESConfig(TrainingArguments):
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
                 raise ValueError(f"`generation_kwargs` has {key!r}, which `GenerationConfig` does not know{hint}")
         if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
-            if self.temperature > 0:
+            if self.samples:
                 raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")
             if self.perturbation == "low_rank" or self.population_batch_size != 1:
                 raise ValueError(
@@ -772,11 +1014,13 @@ class ESConfig(TrainingArguments):
                 )
 
 
-def _changed_fields(config: TrainingArguments) -> dict[str, Any]:
-    """Fields that do not have their default value."""
-    changed = {}
-    for item in fields(config):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        if item.init and getattr(config, item.name) != default:
-            changed[item.name] = getattr(config, item.name)
-    return changed
+@cache
+def _own_fields() -> frozenset[str]:
+    """Fields that the config defines itself."""
+    return frozenset(vars(ESConfig)["__annotations__"])
+
+
+@cache
+def _type_hints() -> dict[str, Any]:
+    hints = get_type_hints(ESConfig)
+    return {item.name: hints[item.name] for item in fields(ESConfig) if item.init}

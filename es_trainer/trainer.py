@@ -718,7 +718,7 @@ class ESTrainer(Trainer):
         self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
     ) -> Iterator[tuple[Sequence[int], list[Callable[[], Rollout]], int]]:
         """Groups of members, what scores each of them, and how many members have been taken by any process."""
-        size, batch_size = self._batch_sizes(prompt_ids)
+        size, batch_size = self._batch_sizes(prompt_ids, self.num_generations)
         with self.processes.queue(len(population), self.group_size) as queue:
             while group := queue.take(size):
                 with self._installed(population.members[group.start : group.stop]) as installed:
@@ -843,7 +843,7 @@ class ESTrainer(Trainer):
         self.engine.generation_config.disable_compile = True  # compiled code would not see the members
         return batch
 
-    def _batch_sizes(self, prompt_ids: list[list[int]]) -> tuple[int, int | None]:
+    def _batch_sizes(self, prompt_ids: list[list[int]], number: int) -> tuple[int, int | None]:
         """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
         batch_size = self.args.generation_batch_size
         if self.population_batch is None:
@@ -852,7 +852,7 @@ class ESTrainer(Trainer):
             return self.engine.most_members, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
-        rows = len(prompt_ids) * self.num_generations
+        rows = len(prompt_ids) * number
         tokens = max(map(len, prompt_ids)) + self.engine.max_new_tokens
         members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
         wanted = min(rows, batch_size or rows)
@@ -1049,9 +1049,10 @@ class ESTrainer(Trainer):
             mine = queue.take()
             for step, rows in enumerate(dataloader):
                 if step in mine:
-                    number, size = self.num_generations_eval, self.args.generation_batch_size
+                    number, prompt_ids = self.num_generations_eval, self._tokenize(rows)
+                    _, size = self._batch_sizes(prompt_ids, number)
                     # Other random numbers for every batch, the same ones at every evaluation
-                    (score,) = self._generate(rows, self._tokenize(rows), step, number, batch_size=size)
+                    (score,) = self._generate(rows, prompt_ids, step, number, batch_size=size)
                     if self.leads:
                         rollout = score()
                         rewards = rollout.prompt_rewards(number)

@@ -34,7 +34,6 @@ PAPER = {
     "fitness_shaping": "z_score",
     "es_optimizer": "sgd",
     "weight_decay": 0.0,
-    "bf16": True,
 }
 COUNTDOWN = {**PAPER, "max_steps": 500, "num_prompts_per_step": 200, "max_completion_length": 1024}
 OF_THE_PAPER = {

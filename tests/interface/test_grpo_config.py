@@ -50,7 +50,7 @@ def test_what_both_know_is_carried_over(grpo_config):
 
 def test_what_was_not_changed_is_es_own(grpo_config):
     mine = ESConfig.from_grpo_config(grpo_config())
-    default = ESConfig(mine.output_dir, use_cpu=True, report_to="none", num_prompts_per_step=1)
+    default = ESConfig(mine.output_dir, use_cpu=True, report_to="none")
     assert mine.to_dict() == default.to_dict()
     assert (mine.population_size, mine.sigma, mine.learning_rate, mine.temperature) == (30, 1e-3, 5e-4, 0.0)
 
@@ -73,6 +73,8 @@ def test_overrides_come_last(grpo_config):
     theirs = grpo_config(max_completion_length=64, learning_rate=1e-5)
     mine = ESConfig.from_grpo_config(theirs, population_size=6, learning_rate=0.1, max_completion_length=9)
     assert (mine.population_size, mine.learning_rate, mine.max_completion_length) == (6, 0.1, 9)
+    mine = ESConfig.from_grpo_config(theirs, per_device_train_batch_size=3)
+    assert mine.num_prompts_per_step == 3
     with pytest.raises(TypeError, match="populaton"):
         ESConfig.from_grpo_config(theirs, populaton=3)
 
@@ -131,7 +133,7 @@ def test_a_trainer_takes_a_grpo_config(grpo_config, config, model_folder, datase
         "bf16": False,
         "disable_tqdm": True,
     }
-    theirs = grpo_config(**options, beta=0.1, per_device_train_batch_size=8, num_generations=4)
+    theirs = grpo_config(**options, beta=0.1, per_device_train_batch_size=4, num_generations=2)
     with caplog.at_level("WARNING"):
         mine = ESTrainer(model_folder, letters, theirs, dataset, processing_class=make_tokenizer())
     assert "beta=0.1" in caplog.text

@@ -1,0 +1,86 @@
+"""Values of fields as the types that they are declared with, whatever they were read from."""
+
+import contextlib
+from types import FunctionType, MethodType
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from transformers.utils import get_json_schema
+
+
+WORDS = {"true": True, "false": False}
+
+
+def plain(value: Any) -> Any:
+    """The numbers and lists of numpy and torch as Python's, also inside of lists and dictionaries."""
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {key: plain(inner) for key, inner in value.items()}
+    return value
+
+
+def converted(name: str, value: Any, hint: Any) -> Any:
+    """
+    A value as its field declares it: `"1e-3"` as the number that it is, `4.0` as the integer.
+
+    Args:
+        name (`str`):
+            The field.
+        value (`Any`):
+            What it was given.
+        hint (`Any`):
+            Its type, as `typing.get_type_hints` gives it.
+
+    Raises:
+        `ValueError`: If a number, or a list of numbers, is wanted and the value is none; names the field.
+    """
+    value = plain(value)
+    kinds = set(get_args(hint)) if type(None) in get_args(hint) or str in get_args(hint) else {hint}
+    if str in kinds or (value is None and type(None) in kinds):
+        return value
+    for kind in (bool, int, float):
+        if kind in kinds:
+            return _as_number(name, value, kind)
+    for kind in kinds:
+        if kind == list[float]:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"`{name}={value!r}` is not valid: give a list of numbers.")
+            return [_as_number(name, number, float) for number in value]
+    return value
+
+
+def _as_number(name: str, value: Any, kind: type) -> Any:
+    if kind is bool:
+        if isinstance(value, str):
+            value = WORDS.get(value.lower(), value)
+        if value in (True, False) and isinstance(value, (bool, int)):
+            return bool(value)
+        raise ValueError(f"`{name}={value!r}` is not valid: it must be True or False.")
+    number = _parsed(value) if isinstance(value, str) else value
+    if kind is int and isinstance(number, float) and number.is_integer():
+        return int(number)
+    if isinstance(number, (int, kind)):
+        return number
+    raise ValueError(f"`{name}={value!r}` is not valid: it must be {'an integer' if kind is int else 'a number'}.")
+
+
+def _parsed(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def with_schemas(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a chat template, with the schemas of functions among the `tools`, which templates take as well."""
+    if not isinstance(options.get("tools"), (list, tuple)):
+        return options
+    functions = (FunctionType, MethodType)
+    return {
+        **options,
+        "tools": [get_json_schema(tool) if isinstance(tool, functions) else tool for tool in options["tools"]],
+    }
