@@ -622,7 +622,7 @@ class ESTrainer(Trainer):
         )
         self._best = int(np.argmax(utilities))
         self._best_utility = float(utilities[self._best])
-        return torch.tensor(-self._step_metrics["reward"], device=self.args.device)
+        return torch.tensor(-self._step_metrics["reward"], dtype=torch.float32, device=self.args.device)
 
     def _next_line(self, population: Population) -> dict[str, Any] | None:
         """The line of this step if its update was done before the run was interrupted."""

@@ -4,6 +4,9 @@ Philox4x32-10 with the seed as key and (index block, hash of the name) as counte
 any parameter can be made without the rest, and neither the process count, the shard layout, the chunk size nor the
 order of iteration changes a value. No two parameters share noise. The words are the same on every machine; normals are
 the same up to the rounding of float32 on another kind of device, or on a CPU without fused multiply-add.
+
+Sums that are written to bfloat16 or float16 can be rounded up or down at random, also as a pure function of seed, name
+and index.
 """
 
 import functools
@@ -33,6 +36,11 @@ def stream(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
+def rounding_key(seed: int, name: str) -> int:
+    """The key of the stochastic rounding of a parameter with a member's noise, 64 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
+
+
 @functools.cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="es_trainer-noise")
@@ -55,6 +63,11 @@ def for_spans(function: Callable[[int, int], T], size: int) -> list[T]:
         wait(spans)  # if this is interrupted, nobody is to write behind the back of what undoes it
 
 
+def piece_size(device: torch.device) -> int:
+    """Weights that are worked on at once, with scratch memory for them."""
+    return CPU_PIECE if device.type == "cpu" else CUDA_PIECE
+
+
 def for_pieces(function: Callable[[int, int], T], size: int, device: torch.device) -> list[T]:
     """Call `function(start, stop)` on consecutive pieces of `range(size)` that are small enough for scratch memory.
 
@@ -63,12 +76,13 @@ def for_pieces(function: Callable[[int, int], T], size: int, device: torch.devic
     Returns:
         `list`: what the calls returned, in the order of the pieces.
     """
-    if device.type != "cpu":
-        return [function(i, min(i + CUDA_PIECE, size)) for i in range(0, size, CUDA_PIECE)]
+    step = piece_size(device)
 
     def span(start: int, stop: int) -> list[T]:
-        return [function(i, min(i + CPU_PIECE, stop)) for i in range(start, stop, CPU_PIECE)]
+        return [function(i, min(i + step, stop)) for i in range(start, stop, step)]
 
+    if device.type != "cpu":
+        return span(0, size)
     return [result for results in for_spans(span, size) for result in results]
 
 
@@ -79,7 +93,7 @@ def scratch(size: int, device: torch.device) -> torch.Tensor:
     try:
         buffer = _scratch.buffer
     except AttributeError:
-        buffer = _scratch.buffer = torch.empty(CPU_PIECE)
+        buffer = _scratch.buffer = torch.empty(CPU_PIECE, dtype=torch.float32, device="cpu")
     return buffer[:size]
 
 
@@ -90,6 +104,7 @@ def add(
     seeds: Sequence[int],
     coefficients: Sequence[float],
     start: int = 0,
+    rounding: int | None = None,
 ) -> None:
     """
     Write `target = source + sum_k coefficients[k] * noise(seeds[k], name)` in one pass over the weights.
@@ -107,6 +122,9 @@ def add(
             One number for each seed; rounded to float32.
         start (`int`, *optional*, defaults to `0`):
             Flat index of the target's first element in the whole parameter.
+        rounding (`int`, *optional*):
+            Key of a stochastic rounding to bfloat16 or float16: up with the probability that makes the mean the sum
+            itself. `None` rounds to nearest.
 
     Raises:
         `ValueError`: If the weights are on a device for which there is no kernel.
@@ -116,9 +134,9 @@ def add(
     if target.device.type == "cuda":
         from .kernels import cuda
 
-        cuda.add(source, target, start, stream(name), seeds, coefficients)
+        cuda.add(source, target, start, stream(name), seeds, coefficients, rounding)
     elif target.device.type == "cpu":
-        _add_cpu(source, target, start, stream(name), seeds, coefficients)
+        _add_cpu(source, target, start, stream(name), seeds, coefficients, rounding)
     else:
         raise ValueError(f"Weights are on device {target.device}, but noise can be made on 'cpu' and 'cuda' only.")
 
@@ -141,7 +159,7 @@ def fill_each(target: torch.Tensor, name: str, seeds: Sequence[int]) -> torch.Te
     return target
 
 
-def _add_cpu(source, target, start, stream, seeds, coefficients):
+def _add_cpu(source, target, start, stream, seeds, coefficients, rounding):
     # Numba is imported where it is used: a machine that trains on CUDA does not need it
     from .kernels import cpu
 
@@ -152,9 +170,11 @@ def _add_cpu(source, target, start, stream, seeds, coefficients):
     if target.dtype == torch.bfloat16 and (source is None or source.dtype == torch.float32):
         values = np.empty(0, dtype=np.float32) if source is None else source.numpy()
         bits = target.view(torch.uint16).numpy()
+        key = np.uint64(rounding or 0)
 
         def span(low: int, high: int) -> None:
-            cpu.add_bfloat16(values[low:high], bits[low:high], start + low, stream, seeds, coefficients)
+            piece, first = values[low:high], start + low
+            cpu.add_bfloat16(piece, bits[low:high], first, stream, seeds, coefficients, rounding is not None, key)
 
         for_spans(span, target.numel())
         return
@@ -162,11 +182,15 @@ def _add_cpu(source, target, start, stream, seeds, coefficients):
     def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
         cpu.add(values, out, start + low, stream, seeds, coefficients)
 
-    on_cpu(kernel, source, target)
+    on_cpu(kernel, source, target, start, rounding)
 
 
 def on_cpu(
-    kernel: Callable[[np.ndarray, np.ndarray, int], None], source: torch.Tensor | None, target: torch.Tensor
+    kernel: Callable[[np.ndarray, np.ndarray, int], None],
+    source: torch.Tensor | None,
+    target: torch.Tensor,
+    start: int = 0,
+    rounding: int | None = None,
 ) -> None:
     """
     Run a float32 kernel over tensors of any floating dtype, shared by torch's number of threads.
@@ -179,7 +203,14 @@ def on_cpu(
             Flat tensor of the target's shape.
         target (`torch.Tensor`):
             Flat tensor. What the kernel writes is rounded once.
+        start (`int`, *optional*, defaults to `0`):
+            Flat index of the target's first element in the whole parameter.
+        rounding (`int`, *optional*):
+            Key of a stochastic rounding; see `add`.
     """
+    from .kernels import cpu
+
+    dither = {torch.bfloat16: cpu.dither_bfloat16, torch.float16: cpu.dither_float16}
     nothing = np.empty(0, dtype=np.float32)
 
     def exact(low: int, high: int) -> None:
@@ -192,8 +223,12 @@ def on_cpu(
             values.copy_(source[low:high])
         array = values.numpy()
         kernel(nothing if source is None else array, array, low)
+        if rounding is not None:
+            dither[target.dtype](array.view(np.uint32), start + low, np.uint64(rounding))
         target[low:high].copy_(values)
 
+    if target.dtype not in dither:
+        rounding = None
     if target.dtype == torch.float32 and (source is None or source.dtype == torch.float32):
         for_spans(exact, target.numel())
     else:

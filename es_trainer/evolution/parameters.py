@@ -242,12 +242,18 @@ class Weights:
             self._write_shard(shard, shard.working, seed, coefficient)
 
     def _write_shard(self, shard: Shard, target: torch.Tensor, seed: int, coefficient: float) -> None:
-        """Write one perturbation of a shard into a flat tensor on the device of the working weights."""
+        """Write one perturbation of a shard into a flat tensor on the device of the working weights.
+
+        In 16 bits, nearly all of a perturbation that is smaller than the weights' last bit would be lost if it was
+        rounded to nearest: it is rounded up or down at random, so that the mean is right. Without a master, the same
+        rounding has to take a perturbation back, which to nearest does up to the last bit.
+        """
         terms = self.terms(shard, [seed], [coefficient])
+        rounding = None if self.drifts else noise.rounding_key(seed, shard.name)
         if shard.trained.device == target.device:
-            terms.add(shard.trained, target, shard.start)
+            terms.add(shard.trained, target, shard.start, rounding)
         else:
-            _add_from_host(shard, target, terms)
+            _add_from_host(shard, target, terms, rounding)
 
     def terms(
         self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]
@@ -264,7 +270,8 @@ class Weights:
 
         Returns:
             [`Factors`] to add to the working weights if the perturbation has them, or else a tensor of shape
-            `(members, *parameter shape)` in the working dtype.
+            `(members, *parameter shape)`: of matrices in the working dtype, of vectors in float32 at least, since
+            16 bits would swallow the noise of weights near 1.
         """
         working = shard.working
         seeds, coefficients = [m.seed for m in members], [sigma * m.sign for m in members]
@@ -273,14 +280,15 @@ class Weights:
         )
         if factors is not None:
             return factors
-        values = torch.empty(len(members), working.numel(), dtype=working.dtype, device=working.device)
+        dtype = _dtype_of_values(shard)
+        values = torch.empty(len(members), working.numel(), dtype=dtype, device=working.device)
         for row, seed, coefficient in zip(values, seeds, coefficients, strict=True):
             self._write_shard(shard, row, seed, coefficient)
         return values.view(len(members), *shard.shape)
 
     def member_bytes(self) -> int:
         """Memory that `of_members` needs for each member."""
-        return sum(self.perturbation.numbers(shard.shape) * shard.working.itemsize for shard in self.shards)
+        return sum(self.perturbation.numbers(shard.shape) * _dtype_of_values(shard).itemsize for shard in self.shards)
 
     @contextlib.contextmanager
     def gathered(self, masters: bool) -> Iterator[None]:
@@ -508,10 +516,18 @@ def _same_memory(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return (mine.data_ptr(), mine.dtype, mine.device) == (theirs.data_ptr(), theirs.dtype, theirs.device)
 
 
-def _add_from_host(shard: Shard, target: torch.Tensor, terms: Noises | Products | Scattered) -> None:
+def _dtype_of_values(shard: Shard) -> torch.dtype:
+    """Of what many members have of a parameter at once."""
+    dtype = shard.working.dtype
+    return torch.promote_types(dtype, torch.float32) if len(shard.shape) < 2 else dtype
+
+
+def _add_from_host(
+    shard: Shard, target: torch.Tensor, terms: Noises | Products | Scattered, rounding: int | None
+) -> None:
     def piece(low: int, high: int) -> None:
         source = shard.master[low:high].to(target.device, non_blocking=True)
-        terms.add(source, target[low:high], shard.start + low)
+        terms.add(source, target[low:high], shard.start + low, rounding)
 
     noise.for_pieces(piece, target.numel(), target.device)
 
@@ -610,7 +626,8 @@ def _shard(
     if master_weights == "none":
         master = None
     elif master_weights == "host":
-        master = torch.empty(given.shape, dtype=torch.float32, pin_memory=working.device.type == "cuda").copy_(given)
+        pinned = working.device.type == "cuda"
+        master = torch.empty(given.shape, dtype=torch.float32, device="cpu", pin_memory=pinned).copy_(given)
     else:
         # Nothing is copied if the model computes in another dtype than float32
         master = given.to(working.device, torch.float32, copy=given.data_ptr() == working.data_ptr())

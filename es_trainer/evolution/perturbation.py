@@ -22,9 +22,11 @@ class Noises:
         self.seeds = seeds
         self.coefficients = coefficients
 
-    def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
+    def add(
+        self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0, rounding: int | None = None
+    ) -> None:
         """Write `target = source + sum`; see [`noise.add`]."""
-        noise.add(source, target, self.name, self.seeds, self.coefficients, start)
+        noise.add(source, target, self.name, self.seeds, self.coefficients, start, rounding)
 
 
 class Products:
@@ -42,21 +44,18 @@ class Products:
         self.left = left
         self.right = right
 
-    def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
-        """Write `target = source + sum`, where the flat `target` begins at index `start` of the parameter."""
-        if target.device.type == "cpu":
-            self._add_cpu(source, target, start)
+    def add(
+        self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0, rounding: int | None = None
+    ) -> None:
+        """Write `target = source + sum`, where the flat `target` begins at index `start` of the parameter; see
+        [`noise.add`]. On every device, a value is one chain of additions, whatever slice is asked for."""
+        if target.numel() == 0:
             return
+        if target.device.type == "cuda":
+            from .kernels import cuda
 
-        def piece(low: int, high: int) -> None:
-            values = self._values(start + low, start + high)
-            if source is not None:
-                values += source[low:high]
-            target[low:high].copy_(values)
-
-        noise.for_pieces(piece, target.numel(), target.device)
-
-    def _add_cpu(self, source: torch.Tensor | None, target: torch.Tensor, start: int) -> None:
+            cuda.add_product(source, target, start, self.left, self.right, rounding)
+            return
         from .kernels import cpu
 
         left, right = self.left.flatten(0, 1).numpy(), self.right.numpy()
@@ -64,20 +63,7 @@ class Products:
         def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
             cpu.add_product(values, out, start + low, left, right)
 
-        noise.on_cpu(kernel, source, target)
-
-    def _values(self, start: int, stop: int) -> torch.Tensor:
-        """Float32 values at the flat indices from `start` to `stop`."""
-        rows, columns = self.left.shape[1], self.right.shape[2]
-        parts = []
-        while start < stop:
-            matrix, first = divmod(start // columns, rows)
-            last = min(rows, -(-stop // columns) - matrix * rows)
-            offset = (matrix * rows + first) * columns
-            block = (self.left[matrix, first:last] @ self.right[matrix]).view(-1)
-            parts.append(block[start - offset : stop - offset])
-            start += parts[-1].numel()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        noise.on_cpu(kernel, source, target, start, rounding)
 
 
 class Scattered:
@@ -97,46 +83,50 @@ class Scattered:
         self.length = length
         self.period = period
 
-    def add(self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0) -> None:
-        """Write `target = source + sum`, where the flat `target` begins at index `start` of the part."""
+    def add(
+        self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0, rounding: int | None = None
+    ) -> None:
+        """Write `target = source + sum`, where the flat `target` begins at index `start` of the part; see
+        [`noise.add`]."""
+        longest = noise.piece_size(target.device)
 
         def piece(low: int, high: int) -> None:
             values = None if source is None else source[low:high]
             # A long run is written where it lies; around short ones, whole periods are computed, which takes no more
             # calls than the part has pieces
-            if self.period > noise.CPU_PIECE:
-                self._add_runs(values, target[low:high], start + low)
+            if self.period > longest:
+                self._add_runs(values, target[low:high], start + low, rounding)
             else:
-                self._add_periods(values, target[low:high], start + low)
+                self._add_periods(values, target[low:high], start + low, rounding, longest // self.period)
 
         noise.for_pieces(piece, target.numel(), target.device)
 
-    def _add_runs(self, source: torch.Tensor | None, target: torch.Tensor, start: int) -> None:
+    def _add_runs(self, source: torch.Tensor | None, target: torch.Tensor, start: int, rounding: int | None) -> None:
         done = 0
         while done < target.numel():
             run, first = divmod(start + done, self.length)
             stop = min(done + self.length - first, target.numel())
             values = None if source is None else source[done:stop]
-            self.terms.add(values, target[done:stop], run * self.period + self.offset + first)
+            self.terms.add(values, target[done:stop], run * self.period + self.offset + first, rounding)
             done = stop
 
-    def _add_periods(self, source: torch.Tensor | None, target: torch.Tensor, start: int) -> None:
-        step = max(1, (noise.CPU_PIECE if target.device.type == "cpu" else noise.CUDA_PIECE) // self.period)
+    def _add_periods(
+        self, source: torch.Tensor | None, target: torch.Tensor, start: int, rounding: int | None, step: int
+    ) -> None:
         first, last = start // self.length, -(-(start + target.numel()) // self.length)
         for run in range(first, last, step):
             runs = min(step, last - run)
             low = max(run * self.length, start) - start
             high = min((run + runs) * self.length, start + target.numel()) - start
-            values = torch.zeros(runs * self.length, device=target.device)
-            inside = values[start + low - run * self.length :][: high - low]
+            inside = slice(start + low - run * self.length, start + high - run * self.length)
+            values = torch.zeros(runs * self.length, dtype=torch.float32, device=target.device)
             if source is not None:
-                inside.copy_(source[low:high])
-            periods = torch.zeros(runs, self.period, device=target.device)
-            wanted = periods[:, self.offset : self.offset + self.length]
-            wanted.copy_(values.view(runs, self.length))
-            self.terms.add(periods.view(-1), periods.view(-1), run * self.period)
-            values.view(runs, self.length).copy_(wanted)
-            target[low:high].copy_(inside)
+                values[inside].copy_(source[low:high])
+            periods = torch.zeros(runs, self.period, dtype=torch.float32, device=target.device)
+            periods[:, self.offset : self.offset + self.length] = values.view(runs, self.length)
+            sums = torch.empty_like(periods, dtype=target.dtype)
+            self.terms.add(periods.view(-1), sums.view(-1), run * self.period, rounding)
+            target[low:high].copy_(sums[:, self.offset : self.offset + self.length].reshape(-1)[inside])
 
 
 @dataclass(frozen=True)
@@ -146,9 +136,9 @@ class Factors:
 
     Args:
         left (`torch.Tensor` of shape `(members, matrices, rank, rows)`):
-            Left factors, with the members' signs and sigma.
+            Left factors, with the members' signs and the root of sigma.
         right (`torch.Tensor` of shape `(members, matrices, rank, columns)`):
-            Right factors.
+            Right factors, with the root of sigma.
     """
 
     left: torch.Tensor
@@ -216,7 +206,11 @@ class LowRank(Gaussian):
     def factors(self, name, shape, seeds, coefficients, device, dtype):
         if not self.factored(shape):
             return None
-        left, right = self._draw(name, shape, seeds, coefficients, device)
+        # Each factor gets the root of the coefficient: with all of it, those of float16 would lose bits below 6e-5
+        roots = [math.sqrt(abs(coefficient)) for coefficient in coefficients]
+        signed = [math.copysign(root, coefficient) for root, coefficient in zip(roots, coefficients, strict=True)]
+        left, right = self._draw(name, shape, seeds, signed, device)
+        right = right * torch.tensor(roots, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
         return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
 
     def factored(self, shape):
@@ -239,8 +233,9 @@ class LowRank(Gaussian):
         """`coefficient * A / sqrt(rank)` and B of each seed, of shape (seeds, matrices, rows or columns, rank)."""
         *matrices, rows, columns = shape
         count = math.prod(matrices)
-        normals = noise.fill_each(torch.empty(len(seeds), self.numbers(shape), device=device), name, seeds)
+        normals = torch.empty(len(seeds), self.numbers(shape), dtype=torch.float32, device=device)
+        noise.fill_each(normals, name, seeds)
         a, b = normals.split([count * rows * self.rank, count * columns * self.rank], dim=1)
         a = a.view(-1, count, rows, self.rank) / math.sqrt(self.rank)
-        a *= torch.tensor(coefficients, device=device).view(-1, 1, 1, 1)
+        a *= torch.tensor(coefficients, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
         return a, b.view(-1, count, columns, self.rank)

@@ -228,7 +228,10 @@ def _elementwise(func: Callable, args: tuple, kwargs: dict[str, Any]) -> torch.T
     rows = parameters[0].rows
     x = next((value for value in args if isinstance(value, torch.Tensor) and value.dim() > 1), None)
     if x is not None:
-        return func(*(rows.spread(a.values, x) if isinstance(a, MemberParameter) else a for a in args), **kwargs)
+        out = func(*(rows.spread(a.values, x) if isinstance(a, MemberParameter) else a for a in args), **kwargs)
+        # Members' vectors may have more bits than the parameter, which are no reason for more bits of activations
+        shared = (a.shared if isinstance(a, MemberParameter) else a[:0] if a is x else a for a in args)
+        return out.to(func(*shared, **kwargs).dtype)
     plain = [a.values if isinstance(a, MemberParameter) else a for a in args]
     shared = func(*(a.shared if isinstance(a, MemberParameter) else a for a in args), **kwargs)
     return MemberParameter.make(parameters[0].parameter_name, shared, func(*plain, **kwargs), rows)

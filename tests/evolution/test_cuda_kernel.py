@@ -21,6 +21,14 @@ from triton.compiler import ASTSource
 
 from es_trainer.evolution.kernels import cuda
 
+
+def compile(kernel, given):
+    constants = {name: value for name, value in given.items() if not isinstance(value, str)}
+    signature = {name: "constexpr" if name in constants else value for name, value in given.items()}
+    for capability in (80, 90):
+        triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+
+
 # What the launcher makes of a tensor's dtype, of None, of large numbers and of the number 1
 for source, target, start, members in [
     ("*fp32", "*bf16", "i32", "i32"),
@@ -28,12 +36,13 @@ for source, target, start, members in [
     ("*fp16", "*fp16", 1, "i32"),
     (None, "*fp32", "i32", 1),
 ]:
-    given = {"source": source, "start": start, "members": members}
-    constants = {name: value for name, value in given.items() if not isinstance(value, str)}
-    types = {name: "constexpr" if name in constants else value for name, value in given.items()}
-    signature = {"target": target, "size": "i32", "keys": "*u64", "coefficients": "*fp32", **types}
-    for capability in (80, 90):
-        triton.compile(ASTSource(cuda.add_kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+    for stochastic in (False, True):
+        given = {"source": source, "target": target, "size": "i32", "start": start, "keys": "*u64"}
+        compile(cuda.add_kernel, given | {"coefficients": "*fp32", "members": members, "stochastic": stochastic})
+        given |= {"left": "*fp32", "right": "*fp32", "rows": start, "columns": "i32", "terms": members, "first": start}
+        for width in (1, 128):
+            tile = {"stochastic": stochastic, "height": 4096 // width, "width": width}
+            compile(cuda.product_kernel, given | tile)
 """
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from es_trainer.evolution import EvolutionStrategy, Member, noise
 from es_trainer.evolution.parameters import Home
-from es_trainer.evolution.perturbation import Gaussian, LowRank
+from es_trainer.evolution.perturbation import Gaussian, LowRank, Scattered
 
 
 SHAPES = {"whole": (6, 10), "rows": (8, 5), "columns": (7, 12), "experts": (3, 8, 4), "vector": (9,)}
@@ -93,6 +93,29 @@ def test_norms_add_up_to_those_of_the_whole(perturbation):
     assert sum(squares) == pytest.approx(reference.update_norm**2, rel=1e-6)
     squares = [part.distance_from_start() ** 2 for part in parts]
     assert sum(squares) == pytest.approx(reference.distance_from_start() ** 2, rel=1e-6)
+
+
+class Counted:
+    """Stands for a sum on a device where each call is a launch."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def add(self, source, target, start=0, rounding=None):
+        self.calls += 1
+        target.copy_(source + 1)
+
+
+@pytest.mark.parametrize("period", [4096, 40_000, 65_536])
+def test_columns_of_a_wide_matrix_take_few_launches(monkeypatch, period):
+    piece = 1 << 17
+    monkeypatch.setattr(noise, "piece_size", lambda device: piece)  # a device with larger pieces than the CPU
+    terms, rows = Counted(), (1 << 20) // period
+    source = torch.arange(rows * period / 4)
+    target = torch.empty_like(source)
+    Scattered(terms, period // 4, period // 4, period).add(source, target)
+    assert torch.equal(target, source + 1)
+    assert terms.calls <= (1 << 20) // piece + 4
 
 
 def test_a_parameter_that_is_there_whole_is_a_view():

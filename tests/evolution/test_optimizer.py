@@ -105,7 +105,7 @@ def test_weights_written_from_host_memory_are_the_same(monkeypatch, perturbation
     optimizer.restore()
     for shard in optimizer.weights.shards:
         terms = perturbation.combine(shard.name, shard.shape, [5], [-0.3], shard.working.device)
-        _add_from_host(shard, shard.working, terms)
+        _add_from_host(shard, shard.working, terms, None)
     assert_same(snapshot(parameters), directly)
 
 

@@ -3,6 +3,7 @@
 On CPU tensors if Triton's interpreter is on, else on CUDA tensors.
 """
 
+import math
 import os
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from es_trainer.evolution import noise
 from es_trainer.evolution.kernels import cuda
+from es_trainer.evolution.perturbation import Products
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -123,3 +125,70 @@ def test_empty_shard():
 def test_noise_of_cuda_tensors():
     expected = noise.fill(torch.empty(10000), NAME, 1, 5)
     assert largest_difference(noise.fill(torch.empty(10000, device="cuda"), NAME, 1, 5).cpu(), expected) < TOLERANCE
+
+
+# ---- stochastic rounding ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_that_of_the_cpu(dtype):
+    source = torch.cat([weights(3000), 1e-5 * weights(3000), torch.tensor([math.inf, -math.inf, 0.0, 6.1e-5])])
+    for start in (0, 77, 2**32 - 1000):
+        expected, found = torch.empty_like(source, dtype=dtype), torch.empty_like(source, dtype=dtype, device=DEVICE)
+        noise.add(source, expected, NAME, [1], [0.0], start, 2**63 + 12345)
+        cuda.add(source.to(DEVICE), found, start, STREAM, [1], [0.0], 2**63 + 12345)
+        assert torch.equal(found.cpu(), expected)
+
+
+# ---- products ----
+
+
+def make_product(matrices, rows, columns, terms):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(matrices, rows, terms, generator=generator)
+    return left, torch.randn(matrices, terms, columns, generator=generator)
+
+
+def add_product(source, target, start, left, right, rounding=None):
+    target = target.to(DEVICE)
+    source = None if source is None else source.to(DEVICE)
+    cuda.add_product(source, target, start, left.to(DEVICE), right.to(DEVICE), rounding)
+    return target.cpu()
+
+
+SHAPES = [(1, 60, 30, 5), (3, 30, 20, 1), (1, 1, 5000, 3), (1, 5000, 1, 2), (2, 70, 130, 4), (1, 33, 129, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_that_of_the_cpu(shape):
+    left, right = make_product(*shape)
+    size = left.shape[0] * left.shape[1] * right.shape[2]
+    for source in (None, weights(size)):
+        expected = torch.empty(size)
+        Products(left, right).add(source, expected)
+        found = add_product(source, torch.full((size,), torch.nan), 0, left, right)
+        # The interpreter's multiply-adds are not fused
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if INTERPRETED else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_slice_of_a_product_is_that_of_the_whole(shape, dtype):
+    left, right = make_product(*shape)
+    size = left.shape[0] * left.shape[1] * right.shape[2]
+    source = weights(size)
+    whole = add_product(source, torch.empty(size, dtype=dtype), 0, left, right, rounding=99)
+    for low, high in [(0, 1), (size - 1, size), (size // 3, 2 * size // 3), (17, size - 5), (0, size - 1)]:
+        part = add_product(source[low:high], torch.empty(high - low, dtype=dtype), low, left, right, rounding=99)
+        assert torch.equal(part, whole[low:high])
+
+
+def test_product_in_place_and_nothing_outside():
+    left, right = make_product(2, 70, 130, 4)
+    whole = weights(2 * 70 * 130).to(DEVICE)
+    before = whole.clone()
+    expected = add_product(before[1000:9000], torch.empty(8000), 1000, left, right)
+    part = whole[1000:9000]
+    cuda.add_product(part, part, 1000, left.to(DEVICE), right.to(DEVICE))
+    assert torch.equal(part.cpu(), expected)
+    assert torch.equal(whole[:1000], before[:1000]) and torch.equal(whole[9000:], before[9000:])

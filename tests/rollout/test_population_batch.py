@@ -3,6 +3,7 @@ import inspect
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, make_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -22,7 +23,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.evolution import EvolutionStrategy, Member, noise
+from es_trainer.evolution.parameters import Weights
 from es_trainer.evolution.perturbation import Factors, Gaussian, LowRank
 from es_trainer.rollout import PopulationBatch, TransformersEngine, population_batch
 
@@ -449,8 +451,36 @@ def test_a_member_that_does_not_fit_gets_fewer_sequences_at_once(needs, free, mo
 
 def test_bfloat16_takes_half_the_memory_of_members_and_cache(free):
     row, member, batch = sizes(make_model(), LowRank(1), torch.bfloat16)
+    member += sum(2 * shard.working.numel() for shard in batch.weights.shards if len(shard.shape) == 1)  # in float32
     free(6 * (member + ROWS * row))
     assert batch.fitting(ROWS, TOKENS) == (6, 6 * ROWS)
+
+
+def test_noise_of_vectors_is_not_lost_in_bfloat16():
+    """A norm's weights near 1 would keep 3 % of the values of a sigma of 1e-3."""
+    x = torch.randn(6, 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights = Weights([("norm.weight", nn.Parameter(torch.ones(64)))], torch.bfloat16, perturbation=LowRank(1))
+    (shard,) = weights.shards
+    members = [Member(1), Member(2), Member(2, -1)]
+    values = weights.of_members(shard, members, 1e-3)
+    z = torch.stack([member.sign * noise.fill(torch.empty(64), "norm.weight", member.seed) for member in members])
+    torch.testing.assert_close(values, 1 + 1e-3 * z, rtol=0, atol=1e-7)
+    rows = population_batch.Rows(3, x.device)
+    rows.assign([0, 0, 1, 1, 2, 2])
+    weight = population_batch.MemberParameter.make("norm.weight", shard.parameter.data, values, rows)
+    exact = (1 + 1e-3 * z).repeat_interleave(2, 0)[:, None]
+    ones = torch.ones(64, dtype=torch.bfloat16)
+    results = {
+        "weight * x": (weight * x, exact * x.float()),
+        "x + weight": (x + weight, exact + x.float()),
+        "(2 + weight) * x": ((2 + weight) * x, (2 + exact) * x.float()),
+        "rms_norm": (F.rms_norm(x, (64,), weight), exact * F.rms_norm(x, (64,)).float()),
+        "layer_norm": (F.layer_norm(x, (64,), ones, weight), exact + F.layer_norm(x, (64,)).float()),
+        "type_as": (x.float().type_as(weight), x.float()),
+    }
+    for name, (found, expected) in results.items():
+        assert found.dtype == torch.bfloat16, name
+        torch.testing.assert_close(found, expected.bfloat16(), msg=name, rtol=0, atol=0)
 
 
 def test_longer_sequences_leave_room_for_fewer_members(needs, free):

@@ -5,17 +5,22 @@ The loops run over 1024 lanes without a dependence between them, which is what m
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 LANES = 1024  # counters in a block
 BLOCK = 4 * LANES  # normals in a block: counter i gives the normals i, i + 1024, i + 2048 and i + 3072
 
 SCRATCH = 8 * BLOCK  # weights that stay in the cache until they are rounded
 
-u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
+u16, u32, u64, i32, i64, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float32
 
 LOW = u64(0xFFFFFFFF)
 WORD = u64(32)
@@ -24,6 +29,25 @@ WEYL_0, WEYL_1 = u64(0x9E3779B9), u64(0xBB67AE85)
 MANTISSA = u32(0x007FFFFF)
 SQRT_HALF = u32(0x3F3504F3)  # the bits of float32(sqrt(0.5))
 SQRT_HALF_2_24 = u32(0x3F3504F3 + (24 << 23))  # and of sqrt(0.5) * 2**24
+SIGN, INFINITY = u32(0x80000000), u32(0x7F800000)
+SMALLEST_FLOAT16 = u32(0x38800000)  # the bits of float32(2**-14), the smallest normal one
+
+
+def kernel(**options: Any) -> Callable[[Callable], Callable]:
+    """Compile a function that is called from Python, and keep the machine code for later processes if that can be."""
+
+    def compiled(function: Callable) -> Callable:
+        dispatcher = njit(nogil=True, **options)(function)
+        try:
+            dispatcher.enable_caching()
+        except RuntimeError as error:  # neither this package's folder nor the user's cache can be written to
+            logger.warning_once(
+                f"The noise kernels are compiled anew in each process, which takes some seconds: Numba says {error}. "
+                "Set NUMBA_CACHE_DIR to a folder that can be written to."
+            )
+        return dispatcher
+
+    return compiled
 
 
 @njit(inline="always")
@@ -121,7 +145,7 @@ def copy(source, target):
         target[i] = source[i]
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def add(source, target, start, stream, seeds, coefficients):
     """target = source + sum_k coefficients[k] * noise(seeds[k], stream, start + i), float32, one read and one write.
 
@@ -175,8 +199,52 @@ def round_to_bfloat16(values, target):
         target[i] = u16(u32(bits + u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1))) >> u32(16))
 
 
-@njit(nogil=True, cache=True)
-def add_bfloat16(source, target, start, stream, seeds, coefficients):
+@njit(inline="always")
+def rounding_bits(index, key):
+    """32 random bits for the rounding of a weight: a hash (lowbias32 of Wellons) of its index, modulo 2**32."""
+    x = u32(index ^ u32(key & LOW))
+    x = u32(u32(x ^ u32(x >> u32(16))) * u32(0x7FEB352D))
+    x = u32(x + u32(key >> WORD))
+    x = u32(u32(x ^ u32(x >> u32(15))) * u32(0x846CA68B))
+    return u32(x ^ u32(x >> u32(16)))
+
+
+@kernel()
+def dither_bfloat16(values, start, key):
+    """Round float32 values to bfloat16 values, up or down at random, so that the mean is the value itself.
+
+    Random bits are added below the last bit that stays: the carry rounds up.
+
+    Args:
+        values: uint32 array of the values' bits, which is changed.
+        start: flat index of values[0] in the whole parameter.
+        key: uint64 key of the rounding.
+    """
+    first = u32(start & i64(0xFFFFFFFF))
+    for i in range(values.shape[0]):
+        bits = values[i]
+        random = rounding_bits(u32(first + u32(i)), key) & u32(0xFFFF)
+        rounded = u32(u32(bits + random) & u32(0xFFFF0000))
+        values[i] = rounded if (bits & INFINITY) != INFINITY else bits
+
+
+@kernel()
+def dither_float16(values, start, key):
+    """The same for float16, which has steps of one size, 2**-24, below 2**-14."""
+    floats = values.view(f32)
+    first = u32(start & i64(0xFFFFFFFF))
+    for i in range(values.shape[0]):
+        bits = values[i]
+        random = rounding_bits(u32(first + u32(i)), key)
+        rounded = u32(u32(bits + (random & u32(0x1FFF))) & u32(0xFFFFE000))
+        steps = f32(abs(floats[i]) * f32(2**24) + f32(i32(u32(random >> u32(8)))) * f32(2**-24))
+        small = u32(f32(f32(i32(min(steps, f32(2048)))) * f32(2**-24)).view(u32) | u32(bits & SIGN))
+        rounded = small if (bits & ~SIGN) < SMALLEST_FLOAT16 else rounded
+        values[i] = rounded if (bits & INFINITY) != INFINITY else bits
+
+
+@kernel()
+def add_bfloat16(source, target, start, stream, seeds, coefficients, stochastic, key):
     """The same as `add`, rounded to bfloat16: `target` is a uint16 array of its bits, which is written once."""
     n = target.shape[0]
     scratch = np.empty(SCRATCH, f32)
@@ -185,10 +253,12 @@ def add_bfloat16(source, target, start, stream, seeds, coefficients):
         low, high = max(start, origin) - start, min(start + n, origin + SCRATCH) - start
         piece = source[low:high] if source.shape[0] > 0 else source
         add(piece, scratch[: high - low], start + low, stream, seeds, coefficients)
+        if stochastic:
+            dither_bfloat16(bits[: high - low], start + low, key)
         round_to_bfloat16(bits[: high - low], target[low:high])
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def fill_each(target, stream, seeds):
     """target[k] = noise(seeds[k], stream), for a float32 array of shape (seeds, n)."""
     nothing = np.empty(0, f32)
@@ -197,7 +267,7 @@ def fill_each(target, stream, seeds):
         add(nothing, target[k], 0, stream, seeds[k : k + 1], one)
 
 
-@njit(nogil=True, fastmath={"contract"}, cache=True)
+@kernel(fastmath={"contract"})
 def add_product(source, target, start, left, right):
     """target = source + left @ right at flat indices from `start` on, float32.
 
