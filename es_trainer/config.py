@@ -632,7 +632,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             if was_set(value, item) and value not in GRPO_FILLED_IN.get(item.name, ())
         }
         dropped = {name: value for name, value in changed.items() if name in left_out.keys() - GRPO_BATCH}
-        if dropped:
+        if dropped and config.process_index == 0:
             logger.warning(
                 "These fields of the GRPOConfig have no meaning for evolution strategies, or none yet, and are left "
                 f"out: {listing(dropped, left_out)}."
@@ -825,7 +825,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                 "weights by next to nothing. The paper's is 5e-4, the default."
             )
         del self._said, self._reasons, self._is_copy
-        if sentences:
+        if sentences and self.process_index == 0:
             logger.warning(" ".join(sentences))
 
     def _validate_launch(self) -> None:

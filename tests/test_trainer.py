@@ -984,6 +984,22 @@ def test_sequences_that_do_not_fit_at_once_are_generated_one_after_another(train
     assert_same(weights(run.model), weights(reference.model))
 
 
+def test_evaluations_generate_what_fits(trainer, memory, dataset):
+    run = trainer(perturbation="low_rank", num_generations_eval=2, temperature=0.7)
+    assert run.args.per_device_eval_batch_size == 64
+    all_at_once = run.evaluate()["eval_reward"]
+    memory(run.optimizer.weights.member_bytes() + 5 * sequence_bytes(dataset) + 100)
+    generate, batch_sizes = run.engine.generate, []
+
+    def recorded(prompt_ids, seed, number, group, batch_size, progress):
+        batch_sizes.append((len(prompt_ids), batch_size))
+        return generate(prompt_ids, seed, number, group, batch_size, progress)
+
+    run.engine.generate = recorded
+    assert run.evaluate()["eval_reward"] == pytest.approx(all_at_once)
+    assert batch_sizes == [(6, 5)]  # one batch of all prompts, of which 5 sequences are generated at once
+
+
 @pytest.mark.parametrize("generation_batch_size", [None, 1])
 def test_no_memory_at_all_is_an_error(trainer, memory, generation_batch_size):
     run = trainer(perturbation="low_rank", generation_batch_size=generation_batch_size)
