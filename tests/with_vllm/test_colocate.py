@@ -148,6 +148,11 @@ def test_stop_strings_and_regular_expressions(start):
     theirs = start(False, max_completion_length=12, generation_kwargs={"stop_strings": [stop]})
     mine = stopped.engine.generate(ids, 0)
     assert mine == theirs.engine.generate(ids, 0) != plain
+    # The same characters as plain, of one token each: the stop string ends with the last token there may be
+    at_the_limit = start(max_completion_length=4, generation_kwargs={"stop_strings": [stop]}).engine.generate(ids, 0)
+    assert [c.ids for c in at_the_limit] == [c.ids[:4] for c in mine]
+    assert [c.truncated for c in at_the_limit] == [stop not in plain[i].text[:4] for i in range(len(ids))]
+    assert not at_the_limit[0].truncated
     digits = start(max_completion_length=4, vllm_structured_outputs_regex="[0-9]{3}")
     assert all(c.text.isdigit() and len(c.text) == 3 for c in digits.engine.generate(ids, 0))
 

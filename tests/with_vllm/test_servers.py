@@ -139,6 +139,7 @@ def test_servers_share_out_members(servers, start, plain, tmp_path):
     assert_alike(mine, theirs, tmp_path / "saved")
     evaluations = [[log["eval_reward"] for log in t.state.log_history if "eval_reward" in log] for t in (mine, theirs)]
     assert evaluations[0] == evaluations[1]
+    assert all(log["generation_seconds"] + log["noise_seconds"] < log["step_time"] for log in logs(mine))
     assert_same(weights(replay(tiny.tiny_folder(), mine.args.output_dir)), weights(theirs.model))
     assert all(parameter.is_meta for parameter in mine.model.parameters())
 
