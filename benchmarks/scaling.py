@@ -74,7 +74,7 @@ class SplitPrompts(ESTrainer):
                 self.optimizer.perturb(member)
             with self.optimizer.weights.gathered(masters=False):
                 (score,) = self._generate(rows, prompt_ids, seed=0)
-            rollout = score()
+            rollout = score()()
             parts = self.processes.exchange(lambda rollout=rollout: summarize(rollout, rollout.prompt_rewards(1)))
             rewards.append([reward for part in parts for reward in part.rewards])
             summaries += parts

@@ -153,6 +153,19 @@ def _check_vllm(args: ESConfig, model: Any, quantization_config: Any, peft_confi
     check_vllm_version()
 
 
+def refuse_unsupported(**arguments: Any) -> None:
+    """
+    Raises:
+        `ValueError`: If an argument is given that only GRPOTrainer has a use for.
+    """
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(
+                f"`{name}={value!r}` is not supported: the ESTrainer calls no tools. Leave it out, and let a "
+                "`rollout_func` write the turns of a conversation."
+            )
+
+
 def check_vllm_version() -> None:
     """
     Raises:

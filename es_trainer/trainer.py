@@ -8,7 +8,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from inspect import signature
 from pathlib import Path
@@ -41,7 +40,7 @@ from trl.data_utils import is_conversational
 
 from . import adapters, fingerprint
 from .callbacks import CompletionsLog, MemberProgressCallback
-from .checks import check_arguments, check_model, check_special_tokens, require_pad_token
+from .checks import check_arguments, check_model, check_special_tokens, refuse_unsupported, require_pad_token
 from .config import ESConfig
 from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
 from .evolution import EvolutionStrategy, Member, Population
@@ -62,6 +61,7 @@ from .metrics import Rollout, Summary, average, completion_metrics, json_number,
 from .model_card import REWARD_PLOT, model_card
 from .plots import plot_rewards
 from .processes import ProcessError, Processes
+from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import (
     Adapters,
@@ -89,6 +89,9 @@ logger = logging.get_logger(__name__)
 
 MANY_BATCHES = 1 << 40  # more than an evaluation has
 SAMPLES = 3  # of the model card
+
+# Waits for the scores of completions that are being scored
+Scoring = Callable[[], Rollout]
 
 
 class ESTrainer(Trainer):
@@ -150,7 +153,11 @@ class ESTrainer(Trainer):
               `args.model_init_kwargs`.
             - A [`~transformers.PreTrainedModel`] for sequence classification.
 
-            Rewards are computed in a background thread while the next members generate.
+            Functions are called in the thread that trains, after each member has generated, and in evaluations too.
+            Those that are `async`, like judges that are asked over a network, run while the next members generate;
+            make one `async` if it spends its time waiting. `trainer.model` has the member's weights then, or, if
+            members are evaluated several at a time (`args.population_batch_size`), the unperturbed ones. Functions
+            that are `async` must not use it. What functions get is their own: they may change the lists and dicts.
         args ([`ESConfig`] or [`~trl.GRPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used. A [`~trl.GRPOConfig`] goes
             through [`ESConfig.from_grpo_config`].
@@ -182,13 +189,19 @@ class ESTrainer(Trainer):
             `peft_config`, too, to train an adapter (QLoRA).
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. Then only the adapter is perturbed, updated and saved.
+        tools (`None`, *optional*):
+            Not supported. It is here for the sake of [`~trl.GRPOTrainer`]'s signature.
         rollout_func (`Callable`, *optional*):
             Function `rollout_func(prompts, trainer)` that generates the completions, with `trainer.model` and
             `trainer.processing_class`, while the model has the weights of one member. It gets the prompts of a step
-            once each, and returns a `dict` with `"prompt_ids"` and `"completion_ids"`, each with
-            `trainer.num_generations` lists of tokens for the first prompt, then for the second, and so on. Other
-            entries are passed to the reward functions, apart from `"logprobs"`, which has no use here, and
-            `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`.
+            once each, and returns a `dict` with `"prompt_ids"` and `"completion_ids"`. Each has
+            `trainer.num_generations` lists of tokens for the first prompt, then for the second, and so on. A function
+            may also return one list for each prompt that it gets: if `trainer.num_generations` is larger than 1, it
+            is called a second time, with each prompt as often as completions of it are missing. Other entries are
+            passed to the reward functions, apart from `"logprobs"` and `"logprob_token_ids"`, which have no use here,
+            and `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`.
+        environment_factory (`None`, *optional*):
+            Not supported. It is here for the sake of [`~trl.GRPOTrainer`]'s signature.
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
@@ -204,7 +217,7 @@ class ESTrainer(Trainer):
     def __init__(
         self,
         model: "str | os.PathLike | PreTrainedModel | PeftModel",
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: ESConfig | GRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset
@@ -219,7 +232,9 @@ class ESTrainer(Trainer):
         optimizers: tuple[None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
+        tools: None = None,
         rollout_func: RolloutFunc | None = None,
+        environment_factory: None = None,
     ):
         if isinstance(model, os.PathLike):
             model = os.fspath(model)
@@ -229,6 +244,7 @@ class ESTrainer(Trainer):
             args = ESConfig(f"{Path(name).name}-ES")
         elif isinstance(args, GRPOConfig):
             args = ESConfig.from_grpo_config(args)
+        refuse_unsupported(tools=tools, environment_factory=environment_factory)
         self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes)
         check_arguments(args, model, optimizers, quantization_config, peft_config, rollout_func)
         check_datasets(args, train_dataset, eval_dataset)
@@ -333,6 +349,27 @@ class ESTrainer(Trainer):
         self._evaluating_members = False
         if not self.on_servers:
             self.optimizer.weights.hand_out()
+
+    @property
+    def reward_funcs(self) -> list[Callable | PreTrainedModel]:
+        """The reward functions and models."""
+        functions = self.scorer.functions
+        return [function.model if isinstance(function, RewardModel) else function for function in functions]
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """Under which names rewards are logged."""
+        return self.scorer.names
+
+    @property
+    def reward_processing_classes(self) -> list[PreTrainedTokenizerBase | None]:
+        """The tokenizer of each reward model."""
+        return self.scorer.processing_classes
+
+    @property
+    def reward_weights(self) -> torch.Tensor:
+        """The weight of each reward function. Values written into it count from the next rewards on."""
+        return self.scorer.weights
 
     def _distribute_weights(self) -> Zero3 | None:
         """Give every process the weights of process 0: all of them, or its part if they are to be partitioned."""
@@ -686,38 +723,33 @@ class ESTrainer(Trainer):
     ) -> dict[int, Summary]:
         """Evaluate members that no other process has taken, until all are. What is returned is theirs by number."""
         summaries: dict[int, Summary] = {}
-        scoring: dict[int, Future[Rollout]] = {}
+        scoring: dict[int, Scoring] = {}
 
         def finish() -> None:
-            for member, future in scoring.items():
-                rollout = future.result()
+            for member, scored in scoring.items():
+                rollout = scored()
                 rewards = rollout.prompt_rewards(self.num_generations, self.args.mask_truncated_completions)
                 summaries[member] = summarize(rollout, rewards)
                 if self.args.log_completions:
                     self._rollouts[member] = rollout
 
         generate = self._generate_on_servers if self.on_servers else self._generate_here
-        with (
-            # Closed at once if scoring fails, so that nobody begins what is in vain
-            contextlib.closing(generate(population, rows, prompt_ids, seed)) as generated,
-            # A thread has torch's number of threads from the environment, whatever was set in the program
-            ThreadPoolExecutor(
-                1, "es_trainer-rewards", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-            ) as background,
-        ):
+        # Closed at once if scoring fails, so that nobody begins what is in vain
+        with contextlib.closing(generate(population, rows, prompt_ids, seed)) as generated:
             for group, scores, done in generated:
-                # What is scored was generated while the group before it was scored
+                # Async reward functions scored the group before while this one was generated
                 finish()
                 if self.leads:
-                    scoring = {k: background.submit(score) for k, score in zip(group, scores, strict=True)}
+                    # Others run here and now: on the main thread, and before other members get into the weights
+                    scoring = {k: score() for k, score in zip(group, scores, strict=True)}
                 self._report_members(done)
             finish()
         return summaries
 
     def _generate_here(
         self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Rollout]], int]]:
-        """Groups of members, what scores each of them, and how many members have been taken by any process."""
+    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Scoring]], int]]:
+        """Groups of members, what begins to score each of them, and how many any process has taken."""
         size, batch_size = self._batch_sizes(prompt_ids, self.num_generations)
         with self.processes.queue(len(population), self.group_size) as queue:
             while group := queue.take(size):
@@ -727,7 +759,7 @@ class ESTrainer(Trainer):
 
     def _generate_on_servers(
         self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Rollout]], int]]:
+    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Scoring]], int]]:
         """The same, as servers are done with members."""
         repeated = [row for row in rows for _ in range(self.num_generations)]
         prompt_tokens = sum(map(len, prompt_ids)) * self.num_generations
@@ -774,7 +806,7 @@ class ESTrainer(Trainer):
         def score() -> Summary | None:
             if not scores:  # fewer prompts than processes
                 return None
-            rollouts.append(scores[0]())
+            rollouts.append(scores[0]()())
             return summarize(rollouts[0], rollouts[0].prompt_rewards(number, mask_truncated))
 
         rewards = np.empty(len(rows))
@@ -881,8 +913,8 @@ class ESTrainer(Trainer):
         number: int,
         group: Rows | None = None,
         batch_size: int | None = None,
-    ) -> list[Callable[[], Rollout]]:
-        """Generate with the weights as they are. For each member, what is returned scores its completions."""
+    ) -> list[Callable[[], Scoring]]:
+        """Generate with the weights as they are. For each member, what is returned begins to score."""
         start = time.perf_counter()
         own = self.engine.own_prompts(len(prompt_ids))
         repeated = [rows[i] for i in own for _ in range(number)]
@@ -908,18 +940,18 @@ class ESTrainer(Trainer):
         prompt_tokens: int,
         seconds: float,
         generated_by: int | str,
-    ) -> list[Callable[[], Rollout]]:
-        """For each member, what scores its completions of the rows."""
+    ) -> list[Callable[[], Scoring]]:
+        """For each member, what begins to score its completions of the rows."""
         conversational = is_conversational({"prompt": rows[0]["prompt"]})
 
-        def score(mine: list[Completion]) -> Rollout:
+        def score(mine: list[Completion]) -> Scoring:
             messages: list[Any] = [completion.text for completion in mine]
             if conversational:
                 messages = [[{"role": "assistant", "content": text}] for text in messages]
-            scores = self.scorer(rows, messages, [completion.ids for completion in mine], self.state)
+            finish = self.scorer.begin(rows, messages, [completion.ids for completion in mine], self.state)
             num_tokens = prompt_tokens + sum(completion.length for completion in mine)
             rank = self.processes.rank
-            return Rollout(rows, mine, messages, scores, num_tokens, seconds, generated_by, scored_by=rank)
+            return lambda: Rollout(rows, mine, messages, finish(), num_tokens, seconds, generated_by, scored_by=rank)
 
         members = [completions[i : i + len(rows)] for i in range(0, len(completions), len(rows))]
         return [functools.partial(score, mine) for mine in members]
@@ -1054,7 +1086,7 @@ class ESTrainer(Trainer):
                     # Other random numbers for every batch, the same ones at every evaluation
                     (score,) = self._generate(rows, prompt_ids, step, number, batch_size=size)
                     if self.leads:
-                        rollout = score()
+                        rollout = score()()
                         rewards = rollout.prompt_rewards(number)
                         batches[step] = rewards, [summarize(rollout, rewards)]
                     mine = queue.take()
@@ -1091,23 +1123,22 @@ class ESTrainer(Trainer):
         rollouts = [rollout for rollout in replies if rollout is not None]
         if not rollouts:  # the step was done again without its members
             return
-        prompts = [row["prompt"] for rollout in rollouts for row in rollout.rows]
-        rewards: dict[str, list[float]] = {}
-        extra: dict[str, list[Any]] = {}
-        for rollout in rollouts:
-            for name, values in zip(self.scorer.names, rollout.scores.by_function.T.tolist(), strict=True):
-                rewards.setdefault(name, []).extend(values)
-            for name, values in rollout.scores.extra.items():
-                extra.setdefault(name, []).extend(values)
+        # With ZeRO-3 in lockstep, functions of different processes may have logged different columns
+        extra = dict.fromkeys(name for rollout in rollouts for name in rollout.scores.extra)
+        for name in extra:
+            extra[name] = [
+                value for rollout in rollouts for value in rollout.scores.extra.get(name, [None] * len(rollout.rows))
+            ]
+        rewards = np.concatenate([rollout.scores.by_function for rollout in rollouts])
         self.completions_log.write(
             self.state.global_step,
-            {
-                "prompt": prompts,
-                "completion": [message for rollout in rollouts for message in rollout.messages],
-                **rewards,
-                **extra,
-                "advantage": [self._best_utility] * len(prompts),
-            },
+            [row["prompt"] for rollout in rollouts for row in rollout.rows],
+            [message for rollout in rollouts for message in rollout.messages],
+            [
+                *zip(self.scorer.names, rewards.T.tolist(), strict=True),
+                *extra.items(),
+            ],
+            self._best_utility,
             self.callback_handler.callbacks,
         )
 

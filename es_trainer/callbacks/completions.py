@@ -1,9 +1,12 @@
 import contextlib
+import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
 from huggingface_hub import CommitScheduler, DatasetCard, DatasetCardData, create_repo
 from rich.console import Console
 from rich.panel import Panel
@@ -13,6 +16,11 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..config import ESConfig
+from ..rewards.scorer import distinct
+
+
+if TYPE_CHECKING:
+    import pandas
 
 
 FOLDER = "completions"
@@ -60,29 +68,53 @@ class CompletionsLog:
             token=token,
         )
 
-    def write(self, step: int, table: dict[str, list[Any]], callbacks: list[TrainerCallback]) -> None:
+    def write(
+        self,
+        step: int,
+        prompts: list[Any],
+        completions: list[Any],
+        columns: list[tuple[str, list[Any]]],
+        advantage: float,
+        callbacks: list[TrainerCallback],
+    ) -> None:
         """
         Log the completions of a step.
 
         Args:
             step (`int`):
                 Number of the step.
-            table (`dict[str, list]`):
-                Columns `prompt` and `completion` (texts or lists of messages) and any others.
+            prompts (`list`):
+                Texts or lists of messages.
+            completions (`list`):
+                Texts or lists of messages.
+            columns (`list[tuple[str, list]]`):
+                Names and values of what is known of each completion. Where a name is taken, a number is added to it.
+                Values that do not fit one type of Parquet are kept as text.
+            advantage (`float`):
+                How much the member weighs in the update.
             callbacks (`list[TrainerCallback]`):
                 Those of the trainer, of which some belong to trackers.
         """
+        names = distinct(["step", "prompt", "completion", "advantage", *(name for name, _ in columns)])[4:]
+        table = {
+            "prompt": prompts,
+            "completion": completions,
+            **{name: values for name, (_, values) in zip(names, columns, strict=True)},
+            "advantage": [advantage] * len(prompts),
+        }
         print_completions(f"Step {step}: completions of the best member", table, self.args.num_completions_to_print)
-        logged = pyarrow.table({"step": [step] * len(table["prompt"]), **table})
+        arrays = {name: _array(values) for name, values in table.items()}
+        logged = pyarrow.table({"step": [step] * len(prompts), **arrays})
         path = self.folder / f"completions_{step:05d}.parquet"
         with self.scheduler.lock if self.scheduler is not None else contextlib.nullcontext():
             pyarrow.parquet.write_table(logged, path)
-        self._write_to_trackers(step, logged, callbacks)
-
-    def _write_to_trackers(self, step: int, logged: pyarrow.Table, callbacks: list[TrainerCallback]) -> None:
         frame = logged.to_pandas()
-        for column in ("prompt", "completion"):
-            frame[column] = [_text(entry) for entry in frame[column]]
+        for name, values in table.items():
+            if frame[name].dtype.kind not in "biuf":  # trackers know numbers and texts
+                frame[name] = [None if value is None else _text(value) for value in values]
+        self._write_to_trackers(step, frame, callbacks)
+
+    def _write_to_trackers(self, step: int, frame: "pandas.DataFrame", callbacks: list[TrainerCallback]) -> None:
         if self.args.log_unique_prompts:
             frame = frame[~frame["prompt"].duplicated()]
         # Imported where they are used: neither has to be installed
@@ -115,20 +147,40 @@ def print_completions(title: str, table: dict[str, list[Any]], limit: int | None
     printed.add_column("Prompt", style="bright_yellow")
     printed.add_column("Completion", style="bright_green")
     for name in list(table)[2:]:
-        printed.add_column(name, style="bold cyan", justify="right")
+        printed.add_column(Text(_text(name)), style="bold cyan", justify="right")
     for prompt, completion, *others in list(zip(*table.values(), strict=True))[:limit]:
-        printed.add_row(Text(_text(prompt)), Text(_text(completion)), *map(_cell, others))
+        printed.add_row(Text(_text(prompt)), Text(_text(completion)), *(Text(_cell(other)) for other in others))
     Console().print(Panel(printed, title=title, border_style="bold white"))
 
 
-def _text(entry: str | list[dict[str, Any]]) -> str:
-    if isinstance(entry, str):
-        return entry
-    return "\n".join(f"{message['role']}: {message['content']}" for message in entry)
+def _array(values: list[Any]) -> pyarrow.Array:
+    """The values in a type that Parquet has; as texts if there is none that all of them are of."""
+    values = [value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value for value in values]
+    try:
+        array = pyarrow.array(values)
+        pyarrow.parquet.write_table(pyarrow.table({"values": array}), io.BytesIO())  # some types can't be written
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
+        array = pyarrow.array([None if value is None else _text(value) for value in values], pyarrow.string())
+    return array
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(message, dict) and "role" in message for message in value):
+        value = "\n".join(f"{message['role']}: {_content(message)}" for message in value)
+    # Lone surrogates, as JSON may have, are no text that can be printed or stored
+    return str(value).encode(errors="replace").decode()
+
+
+def _content(message: dict[str, Any]) -> str:
+    """Text of a message; other parts than text by their kind. Tool calls stand as they are."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or f"<{part['type']}>" for part in content if part.get("text") != "")
+    return " ".join(str(part) for part in (content, message.get("tool_calls")) if part)
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else _text(value)
 
 
 def _markdown(names: Any, rows: list[list[Any]]) -> str:

@@ -21,8 +21,9 @@ def accuracy_reward(
     TRL's [`~trl.rewards.accuracy_reward`], in a process of its own: whether math-verify finds the answer equal to the
     solution.
 
-    TRL has to do without math-verify's time limits where rewards are computed in a background thread, as the
-    [`ESTrainer`] does. There, a completion such as `\boxed{9^{9^9}}` would stop training for good.
+    TRL has to do without math-verify's time limits outside of the main thread. There, a completion such as
+    `\boxed{9^{9^9}}` would stop the program for good, and the same may happen wherever math-verify computes what
+    cannot be interrupted. A process of its own can always be ended.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`):

@@ -1,15 +1,15 @@
 """Calls reward functions by GRPOTrainer's protocol and checks what they return."""
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
+from ..copies import own_copy
 from ..evolution.fitness import total_reward
 
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+
+PATIENCE = 60.0  # seconds that a function takes before that is warned of
 
 Rewards = Sequence[float | None]
 # The name of a reward model, a reward model, or a function that returns a number for each completion
@@ -45,7 +48,7 @@ class Scores:
         total (`np.ndarray`):
             Shape `(completions,)`; the weighted sum, NaN where no function applies.
         extra (`dict[str, list]`):
-            Columns given to `log_extra`.
+            Columns given to `log_extra`. Columns of the same name from different functions are numbered.
         metrics (`dict[str, list[float]]`):
             Values given to `log_metric`.
         seconds (`float`):
@@ -59,16 +62,39 @@ class Scores:
     seconds: float
 
 
+@dataclass
+class Call:
+    """What one function gets for some completions, and what it logs meanwhile."""
+
+    keywords: dict[str, Any]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.keywords |= {"log_extra": self._log_extra, "log_metric": self._log_metric}
+
+    def _log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self.extra.setdefault(str(column), []).extend(values)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+
 class Scorer:
     """
     Scores completions with one or several reward functions and models.
+
+    Functions are called in the thread that calls the scorer, one after another. Those that are `async` run together in
+    one event loop, which a thread of its own keeps for good. Where a function does not return, a warning says so after
+    a minute.
 
     Args:
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Functions are called with `prompts`, `completions`, `completion_ids`, every other column of the dataset,
             `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)` as keyword arguments. Each
-            returns a number for every completion, or `None` where it does not apply. Those that are `async` run
-            together. Models, and names of models, are of sequence classification: see [`RewardModel`].
+            returns a number for every completion, or `None` where it does not apply. Lists, dicts and sets that they
+            get are their own, so they may change them; images, tensors and arrays are shared. Models, and names of
+            models, are of sequence classification: see [`RewardModel`].
         weights (`list[float]`, *optional*):
             Weight of each function; 1.0 if not given.
         processing_classes ([`~transformers.PreTrainedTokenizerBase`] or `list`, *optional*):
@@ -77,18 +103,22 @@ class Scorer:
 
     Raises:
         `TypeError`: If a reward function cannot be called.
-        `ValueError`: If the number of weights or tokenizers is not that of the functions.
+        `ValueError`: If there is no reward function, or the number of weights or tokenizers is not that of the
+            functions.
     """
 
     def __init__(
         self,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | list[RewardFunc] | None,
         weights: list[float] | None = None,
         processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
     ):
+        if reward_funcs is None or reward_funcs == []:
+            raise ValueError(
+                f"`reward_funcs={reward_funcs}` is not valid: there is no reward to train on. Give a reward function, "
+                "a reward model or its name, or a list of them."
+            )
         self.functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-        if not self.functions:
-            raise ValueError("`reward_funcs` is empty: give at least one reward function.")
         for function in self.functions:
             other_module = isinstance(function, nn.Module) and not _is_model(function)
             if other_module or not (isinstance(function, str) or callable(function)):
@@ -96,20 +126,23 @@ class Scorer:
                     f"`reward_funcs` has {function!r}. Give a function `reward(completions, **kwargs)` that returns a "
                     "number for each completion, or a model of Transformers for sequence classification, or its name."
                 )
-        self.names = _distinct([_name(function) for function in self.functions])
+        self.names = distinct([_name(function) for function in self.functions])
         if processing_classes is None:
             processing_classes = [None] * len(self.functions)
         self.processing_classes = (
             list(processing_classes) if isinstance(processing_classes, list) else [processing_classes]
         )
-        for field, values in (("reward_weights", weights), ("reward_processing_classes", self.processing_classes)):
+        for argument, values in (("reward_weights", weights), ("reward_processing_classes", self.processing_classes)):
             if values is not None and len(values) != len(self.functions):
                 raise ValueError(
-                    f"`{field}` has {len(values)} entries for {len(self.functions)} reward functions "
+                    f"`{argument}` has {len(values)} entries for {len(self.functions)} reward functions "
                     f"({', '.join(self.names)}): give one for each."
                 )
-        self.weights = np.ones(len(self.functions)) if weights is None else np.array(weights, dtype=np.float64)
+        weights = [1.0] * len(self.functions) if weights is None else weights
+        self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = asyncio.Lock()
+        self._patience = [PATIENCE] * len(self.functions)
         self._warned_of_unscored = False
 
     def load_models(self, args: "ESConfig") -> None:
@@ -118,7 +151,8 @@ class Scorer:
 
         for i, function in enumerate(self.functions):
             if isinstance(function, str) or _is_model(function):
-                self.functions[i] = RewardModel(function, self.processing_classes[i], args)
+                self.functions[i] = model = RewardModel(function, self.processing_classes[i], args)
+                self.processing_classes[i] = model.tokenizer
 
     def __call__(
         self,
@@ -141,32 +175,132 @@ class Scorer:
                 Passed to the functions.
 
         Raises:
-            `RuntimeError`: If a function raises.
+            `RuntimeError`: If a function raises, or exits.
             `ValueError`: If a function does not return one finite number or `None` for each completion, or logs
-                another number of extra values.
+                another number of extra values, or the weighted sum is larger than a float can be.
         """
-        extra: dict[str, list[Any]] = {}
-        metrics: dict[str, list[float]] = {}
-        keywords = {
-            **{key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")},
-            "prompts": [row["prompt"] for row in rows],
-            "completions": completions,
-            "completion_ids": completion_ids,
-            "trainer_state": trainer_state,
-            "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
-            "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
-        }
+        return self.begin(rows, completions, completion_ids, trainer_state)()
+
+    def begin(
+        self,
+        rows: list[dict[str, Any]],
+        completions: list[str] | list[list[dict[str, str]]],
+        completion_ids: list[list[int]],
+        trainer_state: TrainerState,
+    ) -> Callable[[], Scores]:
+        """
+        Call the functions, and leave those that are `async` running. What is returned waits for them and gives the
+        scores. Those of one call at a time run, in the order of the calls.
+        """
+        calls = [Call(_keywords(rows, completions, completion_ids, trainer_state)) for _ in self.functions]
         start = time.perf_counter()
-        results = self._call_functions(keywords)
-        for column, values in extra.items():
-            if len(values) != len(rows):
-                raise ValueError(
-                    f"Reward functions gave `log_extra({column!r}, ...)` {len(values)} values for {len(rows)} "
-                    "completions: give one for each."
+        waiting = [i for i, function in enumerate(self.functions) if _is_async(function)]
+        running = None
+        if waiting:
+            coroutine = self._await_together({i: calls[i] for i in waiting})
+            running = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop())
+        try:
+            results = {i: self._call(i, call) for i, call in enumerate(calls) if i not in waiting}
+        except BaseException:
+            if running is not None:
+                running.cancel()
+            raise
+        end = time.perf_counter()
+
+        def finish() -> Scores:
+            seconds = end - start
+            if running is not None:
+                try:
+                    others, async_start, async_end = running.result()
+                finally:
+                    running.cancel()
+                results.update(others)
+                seconds += max(0.0, async_end - max(async_start, end))
+            return self._scores(rows, completions, calls, [results[i] for i in range(len(calls))], seconds)
+
+        return finish
+
+    def _call(self, i: int, call: Call) -> Any:
+        try:
+            with self._watched(i):
+                return _listed(self.functions[i](**call.keywords))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit, of code that the model wrote and the function executes
+            raise self._failure(i, error) from error
+
+    async def _await_together(self, calls: dict[int, Call]) -> tuple[dict[int, Any], float, float]:
+        """What functions that are async return, and when they began and ended."""
+        async with self._turn:
+            start = time.perf_counter()
+            tasks = [asyncio.ensure_future(self._await(i, call)) for i, call in calls.items()]
+            try:
+                results = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            return dict(zip(calls, results, strict=True)), start, time.perf_counter()
+
+    async def _await(self, i: int, call: Call) -> Any:
+        try:
+            with self._watched(i):
+                return _listed(await self.functions[i](**call.keywords))
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if asyncio.current_task().cancelling():
+                raise
+            raise self._failure(i, error) from error
+
+    def _failure(self, i: int, error: BaseException) -> RuntimeError:
+        return RuntimeError(f"Reward function {self.names[i]!r} raised {type(error).__name__}: {error}")
+
+    @contextlib.contextmanager
+    def _watched(self, i: int) -> Iterator[None]:
+        """Inside, a warning tells when the function takes longer than it ever has, and more than a minute."""
+        done = threading.Event()
+        start = time.monotonic()
+
+        def watch() -> None:
+            while not done.wait(self._patience[i] - (time.monotonic() - start)):
+                logger.warning(
+                    f"Reward function {self.names[i]!r} has been running for {time.monotonic() - start:.0f} seconds, "
+                    "and training waits for it. If it hangs, give it a time limit. (Shown again after twice as long.)"
                 )
+                self._patience[i] *= 2
+
+        threading.Thread(target=watch, name="es_trainer-reward-watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        # One for good, as connections that a function keeps open belong to the loop they were opened in
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(
+                target=_run_for_good, args=(self._loop,), name="es_trainer-async-rewards", daemon=True
+            ).start()
+        return self._loop
+
+    def _scores(
+        self, rows: list[dict[str, Any]], completions: list[Any], calls: list[Call], results: list[Any], seconds: float
+    ) -> Scores:
+        extra: list[tuple[str, list[Any]]] = []
+        metrics: dict[str, list[float]] = {}
+        for name, call in zip(self.names, calls, strict=True):
+            for column, values in call.extra.items():
+                if len(values) != len(rows):
+                    raise ValueError(
+                        f"Reward function {name!r} gave `log_extra({column!r}, ...)` {len(values)} values for "
+                        f"{len(rows)} completions: give one for each."
+                    )
+                extra.append((column, values))
+            for metric, values in call.metrics.items():
+                metrics.setdefault(metric, []).extend(values)
         columns = [_numbers(name, result, len(rows)) for name, result in zip(self.names, results, strict=True)]
         by_function = np.array(columns, dtype=np.float64).T
-        seconds = time.perf_counter() - start
         unscored = np.flatnonzero(np.isnan(by_function).all(axis=1))
         if unscored.size and not self._warned_of_unscored:
             self._warned_of_unscored = True
@@ -174,37 +308,50 @@ class Scorer:
                 f"No reward function applies to some completions, for instance to {completions[unscored[0]]!r} of the "
                 f"prompt {rows[unscored[0]]['prompt']!r}: they do not count. (Shown once.)"
             )
-        return Scores(by_function, total_reward(by_function, self.weights), extra, metrics, seconds)
-
-    def _call_functions(self, keywords: dict[str, Any]) -> list[Any]:
-        """What the functions return; those that are async run together, while the others run one after another."""
-        running: dict[int, Future] = {
-            i: asyncio.run_coroutine_threadsafe(function(**keywords), self._event_loop())
-            for i, function in enumerate(self.functions)
-            if _is_async(function)
-        }
-        results = []
         try:
-            for i, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-                try:
-                    results.append(running[i].result() if i in running else function(**keywords))
-                except Exception as error:
-                    raise RuntimeError(f"Reward function {name!r} raised {type(error).__name__}: {error}") from error
-        finally:
-            for future in running.values():
-                future.cancel()
-        return results
+            total = total_reward(by_function, self.weights.numpy())
+        except ValueError as error:
+            raise ValueError(f"Reward functions {', '.join(self.names)}: {error}") from None
+        names = distinct([column for column, _ in extra])
+        return Scores(
+            by_function,
+            total,
+            {name: values for name, (_, values) in zip(names, extra, strict=True)},
+            metrics,
+            seconds,
+        )
 
-    def _event_loop(self) -> asyncio.AbstractEventLoop:
-        # One for good, as connections that a function keeps open belong to the loop they were opened in
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="es_trainer-async-rewards", daemon=True).start()
-        return self._loop
+
+def _keywords(
+    rows: list[dict[str, Any]], completions: list[Any], completion_ids: list[list[int]], trainer_state: TrainerState
+) -> dict[str, Any]:
+    """What a function gets, of its own."""
+    return {
+        **{key: [own_copy(row[key]) for row in rows] for key in rows[0] if key not in ("prompt", "completion")},
+        "prompts": [own_copy(row["prompt"]) for row in rows],
+        "completions": own_copy(completions),
+        "completion_ids": [list(ids) for ids in completion_ids],
+        "trainer_state": trainer_state,
+    }
+
+
+def _run_for_good(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        # Where a task that a function began exits, asyncio ends the loop, too; whoever waits for the task is told
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
+
+
+def _listed(rewards: Any) -> Any:
+    return list(rewards) if isinstance(rewards, Iterator) else rewards
 
 
 def _numbers(name: str, rewards: Any, count: int) -> list[float]:
     try:
+        if isinstance(
+            rewards, str | Mapping | Set
+        ):  # their order, or what they consist of, says nothing of completions
+            raise TypeError
         rewards = list(rewards)
     except TypeError:
         raise ValueError(
@@ -221,14 +368,26 @@ def _numbers(name: str, rewards: Any, count: int) -> list[float]:
 def _number(name: str, row: int, reward: Any) -> float:
     if reward is None:
         return math.nan
-    if isinstance(reward, torch.Tensor) and reward.numel() == 1:
-        reward = reward.item()
-    if not isinstance(reward, Real) or not math.isfinite(reward):
-        raise ValueError(
-            f"Reward function {name!r} returned {reward!r} for completion {row}: it must be a finite number, or None "
-            "where the reward does not apply."
-        )
-    return float(reward)
+    value = reward
+    if isinstance(value, torch.Tensor) and value.numel() == 1 or isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, Real | Decimal | np.bool_):
+        try:
+            value = float(value)
+        except (OverflowError, ValueError):  # more than a float can be, or a Decimal that signals
+            value = math.nan
+        if math.isfinite(value):
+            return value
+    raise ValueError(
+        f"Reward function {name!r} returned {_shortened(reward)} for completion {row}: it must be a number that is "
+        "finite as a float, or None where the reward does not apply."
+    )
+
+
+def _shortened(reward: Any) -> str:
+    if isinstance(reward, int) and abs(reward) >= 10**300:  # Python refuses to print the largest ones
+        return f"an integer of {reward.bit_length()} bits"
+    return repr(reward)
 
 
 def _name(function: RewardFunc) -> str:
@@ -236,7 +395,7 @@ def _name(function: RewardFunc) -> str:
         name = function if isinstance(function, str) else function.config._name_or_path
         return name.rstrip("/").split("/")[-1] or type(function).__name__
     function = _unwrapped(function)
-    return function.__name__ if inspect.isroutine(function) else type(function).__name__
+    return getattr(function, "__name__", type(function).__name__)  # as TRL names them
 
 
 def _is_model(function: Any) -> bool:
@@ -252,11 +411,13 @@ def _unwrapped(function: Callable) -> Callable:
     return _unwrapped(function.func) if isinstance(function, functools.partial) else function
 
 
-def _distinct(names: list[str]) -> list[str]:
+def distinct(names: list[str]) -> list[str]:
     """Number the repetitions of a name, so that none hides another in the logs."""
-    seen: Counter[str] = Counter()
-    distinct = []
+    found: list[str] = []
     for name in names:
-        seen[name] += 1
-        distinct.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return distinct
+        number, unlike = 1, name
+        while unlike in found:
+            number += 1
+            unlike = f"{name}_{number}"
+        found.append(unlike)
+    return found

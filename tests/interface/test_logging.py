@@ -1,9 +1,13 @@
 """What is logged, under GRPOTrainer's names, and to whom."""
 
+from datetime import datetime
+
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import TINY_RUN, letters, logs, make_model, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -104,6 +108,111 @@ def test_completions_are_kept_as_parquet(trainer, tmp_path, capsys):
     assert table["advantage"][0] == table["advantage"][1] > 0
     printed = capsys.readouterr().out
     assert printed.count("Say ") == 3  # one a step
+
+
+def test_whatever_rewards_log_is_kept(trainer, tmp_path, monkeypatch):
+    """Training goes on, and what fits no type of Parquet is kept as text."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    columns = {
+        "mixed": [1, "x"],
+        "tensors": [torch.tensor(1.5), np.array([[1, 2]])],
+        "scalars": [torch.tensor(1.5), np.float32(2.5)],
+        "nested": [{"a": 1}, [1]],
+        "empty": [{}, {}],
+        "large": [10**400 % 7, 10**30],
+        "surrogate": ["\ud800", "x"],
+        "objects": [object, None],
+        "[/bold]": ["[/red]", "[bold]"],
+        "known": [1, None],
+        "moments": [datetime(2026, 1, 2), None],
+        "lists": [[1, 2], [3]],
+    }
+
+    def reward(completions, log_extra, **kwargs):
+        for name, values in columns.items():
+            log_extra(name, values)
+        return letters(completions)
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    options = {"report_to": ["tensorboard", "trackio"], "project": "tests", "run_name": "whatever", "max_steps": 1}
+    trainer(reward_funcs=reward, log_completions=True, **options).train()
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "completions_00001.parquet").to_pydict()
+    logged = {name: table[name] for name in columns}
+    assert logged == {
+        "mixed": ["1", "x"],
+        "tensors": ["1.5", "[[1, 2]]"],
+        "scalars": [1.5, 2.5],
+        "nested": ["{'a': 1}", "[1]"],
+        "empty": ["{}", "{}"],
+        "large": [str(10**400 % 7), str(10**30)],
+        "surrogate": ["?", "x"],
+        "objects": ["<class 'object'>", None],
+        "[/bold]": ["[/red]", "[bold]"],
+        "known": [1, None],
+        "moments": [datetime(2026, 1, 2), None],
+        "lists": [[1, 2], [3]],
+    }
+    (rows,) = [
+        entry["completions"]["_value"]
+        for entry in SQLiteStorage.get_logs("tests", "whatever")
+        if "completions" in entry
+    ]
+    assert [row["lists"] for row in rows] == ["[1, 2]", "[3]"] and rows[0]["mixed"] == "1"
+
+
+def test_columns_of_the_same_name_hide_nothing(trainer, tmp_path):
+    def completion(completions, log_extra, **kwargs):
+        for name in ("completion", "step", "letters"):
+            log_extra(name, ["x"] * len(completions))
+        return [0.5] * len(completions)
+
+    def prompt(completions, **kwargs):
+        return [0.25] * len(completions)
+
+    def step(completions, **kwargs):
+        return [0.75] * len(completions)
+
+    def advantage(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    rewards = [letters, completion, prompt, step, advantage]
+    trainer(reward_funcs=rewards, log_completions=True, max_steps=1).train()
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "completions_00001.parquet").to_pydict()
+    columns = ["step", "prompt", "completion", "letters", "completion_2", "prompt_2", "step_2", "advantage_2"]
+    columns += ["completion_3", "step_3", "letters_2", "advantage"]
+    assert list(table) == columns
+    assert table["step"] == [1, 1] and table["prompt"][0].startswith("Say ")
+    assert table["letters"] == pytest.approx(letters(table["completion"]))
+    assert [table[name][0] for name in columns[4:8]] == [0.5, 0.25, 0.75, 0.0]
+    assert table["completion_3"] == table["letters_2"] == ["x", "x"]
+    assert table["advantage"][0] > 0
+
+
+def test_messages_without_content_are_printed(trainer, capsys, monkeypatch, tmp_path):
+    """Tool calls, parts of other kinds than text; rows of a stream have what they were given and nothing else."""
+    prompt = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "tool_calls": [{"name": "look"}]},
+        {"role": "tool", "name": "look", "content": "a cat"},
+        {"role": "assistant", "content": None},
+    ]
+
+    def rows():
+        while True:
+            yield {"prompt": prompt}
+
+    def rollout_func(prompts, trainer):
+        return {"prompt_ids": [[5]] * len(prompts), "completion_ids": [[70, 2]] * len(prompts)}
+
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    stream = IterableDataset.from_generator(rows)
+    options = {"rollout_func": rollout_func, "log_completions": True, "max_steps": 1, "report_to": "tensorboard"}
+    trainer(train_dataset=stream, eval_dataset=None, **options).train()
+    printed = capsys.readouterr().out
+    for line in ("user: <image>what is it?", "assistant: [{'name': 'look'}]", "tool: a cat", "assistant: "):
+        assert line in printed
 
 
 def conversations() -> Dataset:

@@ -2,13 +2,18 @@
 
 import asyncio
 import functools
+import sys
 import time
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
 from conftest import letters, logs, make_judge, make_tokenizer
 from datasets import Dataset
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.rewards import get_soft_overlong_punishment
 
 from es_trainer import ESTrainer
 
@@ -106,6 +111,7 @@ def test_async_functions_run_together_and_always_in_one_loop(trainer):
 
     run = trainer(reward_funcs=[Judge(), blocking, functools.partial(other, seconds=0.05)], max_steps=2)
     run.train()
+    run.evaluate()
     assert len(loops) == 1
     assert logs(run)[0]["rewards/Judge/mean"] == logs(run)[0]["rewards/other/mean"] == 0.5
     (first_start, first_end), (second_start, _) = sorted(spans[:2])
@@ -120,6 +126,66 @@ def test_an_async_function_that_raises_is_named(trainer):
 
     with pytest.raises(RuntimeError, match="'fragile' raised ConnectionError: no judge"):
         trainer(reward_funcs=[letters, fragile]).train()
+
+
+@pytest.mark.parametrize("log_completions", [False, True])
+def test_rows_are_what_the_dataset_has_whatever_functions_did_to_them(trainer, log_completions):
+    seen = []
+
+    def judge(prompts, completions, refs, **kwargs):
+        for prompt, completion, ref in zip(prompts, completions, refs, strict=True):
+            prompt.append(completion[0])
+            ref.pop()
+        seen.append(([len(prompt) for prompt in prompts], [len(ref) for ref in refs]))
+        return letters(completions)
+
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "hi"}], "refs": ["a", "b", "c"]}] * 2)
+    options = {"train_dataset": rows, "eval_dataset": rows, "num_generations": 2, "temperature": 1.0, "max_steps": 1}
+    run = trainer(reward_funcs=judge, log_completions=log_completions, **options)
+    run.train()
+    run.evaluate()
+    assert seen == [([2] * 4, [2] * 4)] * 5
+
+
+def test_a_function_that_exits_does_not_end_training_as_if_it_were_done(trainer):
+    def grader(completions, **kwargs):
+        exec("exit()", {"exit": sys.exit})  # what the model wrote
+
+    with pytest.raises(RuntimeError, match="'grader' raised SystemExit"):
+        trainer(reward_funcs=grader).train()
+
+
+def test_what_is_public_as_in_grpo(trainer, judge_folder):
+    given = [judge_folder, letters, get_soft_overlong_punishment(8, 4)]
+    run = trainer(reward_funcs=given, reward_weights=[1.0, 0.1, 2.0])
+    judge, *functions = run.reward_funcs
+    assert isinstance(judge, LlamaForSequenceClassification) and functions == given[1:]
+    assert run.reward_func_names == ["judge", "letters", "soft_overlong_punishment_reward"]
+    assert isinstance(run.reward_processing_classes[0], PreTrainedTokenizerBase)
+    assert run.reward_processing_classes[1:] == [None, None]
+    assert run.reward_weights.tolist() == [1.0, 0.1, 2.0]
+
+
+def test_weights_may_change_in_training(trainer):
+    run = trainer(reward_funcs=[letters, lambda completions, **kwargs: [1.0] * len(completions)])
+    before = run.evaluate()["eval_reward"]
+    run.reward_weights[1] = 3.0
+    assert run.evaluate()["eval_reward"] == pytest.approx(before + 2.0)
+
+
+def test_the_signature_is_that_of_grpo(trainer):
+    mine, theirs = (list(signature(kind.__init__).parameters) for kind in (ESTrainer, GRPOTrainer))
+    assert mine == theirs
+    trainer(tools=None, environment_factory=None)
+    with pytest.raises(ValueError, match="`tools=.*letters.* is not supported"):
+        trainer(tools=[letters])
+    with pytest.raises(ValueError, match="`environment_factory=.*dict.* is not supported"):
+        trainer(environment_factory=dict)
+
+
+def test_a_reward_is_missing(model_folder, config):
+    with pytest.raises(ValueError, match="`reward_funcs=None` is not valid: there is no reward"):
+        ESTrainer(model_folder, args=config())
 
 
 def test_an_async_function_has_to_return_as_many_rewards(trainer):

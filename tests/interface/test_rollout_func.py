@@ -1,5 +1,7 @@
 """`rollout_func`, as GRPOTrainer documents it."""
 
+import sys
+
 import pytest
 import torch
 from conftest import assert_same, letters, logs, make_model, weights
@@ -56,6 +58,66 @@ def test_it_gets_each_prompt_once_and_the_trainer(trainer):
     (log,) = logs(run)
     assert log["reward"] == 11.5 and log["completions/clipped_ratio"] == 0
     assert log["num_tokens"] == 4 * 4 * (1 + 2)
+
+
+def test_it_may_return_one_completion_for_each_prompt_it_gets(trainer):
+    """As GRPOTrainer's code has it: then it gets each prompt again, as often as completions are missing."""
+    seen, scored = [], []
+
+    def rollout_func(prompts, trainer):
+        seen.append(list(prompts))
+        first = 10 * len(seen)
+        return {
+            "prompt_ids": [[5]] * len(prompts),
+            "completion_ids": [[first + i, 2] for i in range(len(prompts))],
+            "logprobs": None,
+            "logprob_token_ids": [[[1]]] * len(prompts),
+            "board": [f"{first + i} of {prompt}" for i, prompt in enumerate(prompts)],
+            "nothing": None,
+        }
+
+    def reward(prompts, completion_ids, board, nothing, **kwargs):
+        assert "logprob_token_ids" not in kwargs
+        assert board == [f"{ids[0]} of {prompt}" for ids, prompt in zip(completion_ids, prompts, strict=True)]
+        scored.append((prompts, [ids[0] for ids in completion_ids], nothing))
+        return [0.0] * 6
+
+    options = {"num_generations": 3, "temperature": 1.0, "max_steps": 1}
+    trainer(rollout_func=rollout_func, reward_funcs=reward, population_size=2, **options).train()
+    a, b = seen[0]
+    assert seen == [[a, b], [a, a, b, b]] * 2
+    assert scored == [
+        ([a, a, a, b, b, b], [10, 20, 21, 11, 22, 23], [None] * 6),
+        ([a, a, a, b, b, b], [30, 40, 41, 31, 42, 43], [None] * 6),
+    ]
+
+
+def test_it_may_change_its_prompts(trainer):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "hi"}]}] * 2)
+    seen = []
+
+    def rollout_func(prompts, trainer):
+        seen.append([len(prompt) for prompt in prompts])
+        for prompt in prompts:
+            prompt.append({"role": "assistant", "content": "a turn"})
+        return {"prompt_ids": [[5]] * len(prompts), "completion_ids": [[70, 2]] * len(prompts)}
+
+    def reward(prompts, **kwargs):
+        assert [len(prompt) for prompt in prompts] == [1, 1]
+        return [0.0, 0.0]
+
+    run = trainer(rollout_func=rollout_func, reward_funcs=reward, train_dataset=rows, eval_dataset=rows, max_steps=1)
+    run.train()
+    run.evaluate()
+    assert seen == [[1, 1]] * 5
+
+
+def test_it_may_not_exit(trainer):
+    def rollout_func(prompts, trainer):
+        sys.exit(0)
+
+    with pytest.raises(RuntimeError, match="`rollout_func` raised SystemExit: 0"):
+        trainer(rollout_func=rollout_func).train()
 
 
 def test_extra_fields_reach_the_rewards_and_an_env_mask_the_lengths(trainer):
