@@ -23,8 +23,13 @@ def freeze_other_modalities(model: nn.Module) -> None:
     for part in (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()):
         if part is not None:
             kept.update(part.parameters())
-    for part in base.modules():  # some decoders have the towers inside
-        if isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
+    # Parts inside of a decoder: towers, and two that do nothing without an image or a sound
+    from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+    from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalFeatureEmbedding
+
+    for part in base.modules():
+        tower = isinstance(part, PreTrainedModel) and "text" not in part.input_modalities
+        if tower or isinstance(part, (MllamaCrossAttentionDecoderLayer, Phi4MultimodalFeatureEmbedding)):
             kept.difference_update(part.parameters())
     frozen = [name for name, p in base.named_parameters() if p.requires_grad and p not in kept]
     for name in frozen:

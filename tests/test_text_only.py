@@ -11,6 +11,11 @@ from transformers import (
     GitForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForCausalLM,
+    MllamaForConditionalGeneration,
+    Phi4MultimodalConfig,
+    Phi4MultimodalForCausalLM,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     SmolVLMConfig,
@@ -57,12 +62,31 @@ def qwen_audio() -> Qwen2AudioForConditionalGeneration:
     )
 
 
+def mllama(kind: type = MllamaForConditionalGeneration) -> MllamaForConditionalGeneration | MllamaForCausalLM:
+    text = {**TEXT, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    vision = {**VISION, "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64}
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=250)
+    return kind(config.text_config if kind is MllamaForCausalLM else config)
+
+
+def mllama_text() -> MllamaForCausalLM:
+    return mllama(MllamaForCausalLM)
+
+
+def phi() -> Phi4MultimodalForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    audio = {**sizes, "num_blocks": 1, "input_size": 8, "nemo_conv_channels": 8, "ext_pw_out_channel": 32}
+    vision = {**VISION, "crop_size": 28}
+    config = Phi4MultimodalConfig(**TEXT, vision_config=vision, audio_config=audio, partial_rotary_factor=1.0)
+    return Phi4MultimodalForCausalLM(config)
+
+
 def git() -> GitForCausalLM:
     text = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     return GitForCausalLM(GitConfig(vision_config=VISION, num_attention_heads=4, **text))
 
 
-@pytest.mark.parametrize("make", [gemma, llava, smolvlm, qwen_audio])
+@pytest.mark.parametrize("make", [gemma, llava, smolvlm, qwen_audio, mllama, mllama_text, phi])
 def test_what_is_frozen_is_what_gets_no_gradient_from_a_text(make):
     model = make()
     model(input_ids=torch.arange(3, 30)[None]).logits.sum().backward()
