@@ -3,8 +3,8 @@ vLLM against Transformers as the engine of a step: `python benchmarks/vllm.py` w
 
 One step of SmolLM2-135M-Instruct with 30 members, which complete 8 prompts with 64 tokens each: one member after
 another with full noise, and all members together with low-rank noise, by either engine. Each step runs in a process of
-its own, engines take turns, and medians are printed: tokens/s, and the shares of the step that noise, resets of the
-prefix cache and the update take.
+its own, engines take turns, and medians are printed: tokens/s, and the shares of the step that noise and the
+update take.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 
 sys.path.pop(0)  # this folder, where this file would be taken for vLLM
@@ -61,21 +60,12 @@ def measure(engine: str, options: argparse.Namespace) -> dict[str, float]:
         prompts = list(task.train_dataset["prompt"])[: options.prompts]
         trainer.engine.generate(trainer.engine.tokenize(prompts), seed=0)  # warms up
         warm_up(trainer.optimizer.weights)
-        resets = []
-        forget = trainer.engine.forget
-
-        def timed() -> None:
-            start = time.perf_counter()
-            forget()
-            resets.append(time.perf_counter() - start)
-
-        trainer.engine.forget = timed
         trainer.train()
         (log,) = [log for log in trainer.state.log_history if "step_time" in log]
     tokens = options.population * options.prompts * options.tokens
     return {
         "tokens/s": tokens / log["step_time"],
-        "noise and resets": (log["noise_seconds"] + sum(resets)) / log["step_time"],
+        "noise": log["noise_seconds"] / log["step_time"],
         "update": log["update_seconds"] / log["step_time"],
     }
 
@@ -110,8 +100,7 @@ def compare(options: argparse.Namespace) -> None:
         speed, noise, update = (statistics.median(values) for values in zip(*map(dict.values, steps), strict=True))
         times = statistics.median(mine["tokens/s"] / base["tokens/s"] for mine, base in zip(steps, first, strict=True))
         print(
-            f"{engine:31} {speed:6.0f} tokens/s ({times:.2f} times the first), noise and resets {noise:.1%}, "
-            f"update {update:.1%}",
+            f"{engine:31} {speed:6.0f} tokens/s ({times:.2f} times the first), noise {noise:.1%}, update {update:.1%}",
             flush=True,
         )
 

@@ -1,9 +1,11 @@
 """What can be told about vLLM without it. Tests with vLLM itself are in with_vllm/."""
 
+import functools
 import itertools
 import json
 import re
 import threading
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -14,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from es_trainer import ESConfig, checks
 from es_trainer.cli import main
 from es_trainer.evolution import Population
-from es_trainer.history import first_digest
+from es_trainer.history import extend_digest, first_digest
 from es_trainer.rollout.vllm_sampling import common_seed, sampling_options
-from es_trainer.rollout.vllm_server import Jobs, VLLMServers
+from es_trainer.rollout.vllm_server import Jobs, ServerError, VLLMServers
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
@@ -249,3 +251,175 @@ def test_command_of_a_server():
     assert environment["VLLM_API_KEY"] == "secret" and environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert ("--enforce-eager" in command) == (not torch.cuda.is_available())
     assert command[-2:] == ["--dtype", "bfloat16"] and command[command.index("--port") + 1] == "8001"
+
+
+# ---- servers that are not there: what they are told, and what becomes of their answers ----
+
+LINE = {"seeds": [1], "signs": [1], "utilities": [1.0], "learning_rate": 0.1, "in_place": True}
+
+
+class FakeServer:
+    """What `es-trainer vllm-serve` answers: a run is the lines that were sent, and its checksum their number."""
+
+    def __init__(self):
+        self.requests: list[tuple[str, dict]] = []
+        self.header, self.lines = None, []
+        self.on: dict[str, Callable[[], None]] = {}  # called before a method is answered
+        self.replies: dict[str, httpx.Response] = {}  # other answers, by path
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        content = json.loads(request.content) if request.content else {}
+        self.requests.append((request.url.path, content))
+        if request.url.path in self.replies:
+            return self.replies[request.url.path]
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"max_model_len": 256}]})
+        if request.url.path == "/v1/completions":
+            choices = [
+                {"index": i, "token_ids": [5, 2], "finish_reason": "stop"} for i in range(len(content["prompt"]))
+            ]
+            return httpx.Response(200, json={"choices": choices})
+        if request.url.path == "/collective_rpc":
+            return httpx.Response(200, json={"results": [self.call(content["method"], *content["args"])]})
+        return httpx.Response(200)
+
+    def call(self, method: str, *args) -> dict:
+        self.on.get(method, lambda: None)()
+        if method in ("begin", "restart") and (method == "restart" or self.header != args[0]):
+            self.header, self.lines = args[0], []
+        if method == "update":
+            self.lines.append(args[0])
+        digest = first_digest(self.header) if self.header else ""
+        for line in self.lines:
+            digest = extend_digest(digest, line)
+        position = {"updates": len(self.lines), "digest": digest, "checksum": [len(self.lines)]}
+        return position | {"update_norm": 1.0, "distance": 2.0}
+
+    def sent(self, method: str) -> int:
+        return sum(content.get("method") == method for _, content in self.requests)
+
+
+@pytest.fixture
+def served(monkeypatch, config, tokenizer):
+    """Begin a run on fake servers."""
+
+    def make(*fakes: FakeServer) -> VLLMServers:
+        urls = [f"http://server{i}:1" for i in range(len(fakes))]
+        by_host = {f"server{i}": fake for i, fake in enumerate(fakes)}
+        client = functools.partial(
+            httpx.Client, transport=httpx.MockTransport(lambda request: by_host[request.url.host](request))
+        )
+        monkeypatch.setattr("es_trainer.rollout.vllm_server.httpx.Client", client)
+        with torch.device("meta"):
+            model = make_model()
+        engine = VLLMServers(model, tokenizer, config(use_vllm=True, vllm_mode="server", vllm_server_base_url=urls))
+        engine.begin(list(model.named_parameters()), set())
+        return engine
+
+    return make
+
+
+def test_every_set_of_weights_has_a_salt_of_its_own(served):
+    fake = FakeServer()
+    engine = served(fake)
+    population = Population.sample(4, seed=1, step=0)
+    for _ in range(2):  # the same members again: a request that was given up may have left something
+        assert len(list(engine.evaluate(population, 0.1, [[1, 2], [1, 3]], 0, 1))) == 4
+    engine.generate([[1, 2]], 0)
+    completions = [content for path, content in fake.requests if path == "/v1/completions"]
+    assert len({content["cache_salt"] for content in completions}) == len(completions) == 9
+
+
+def test_requests_of_a_member_share_its_salt(served):
+    fake = FakeServer()
+    engine = served(fake)
+    engine.sampling = {**engine.sampling, "temperature": 1.0}
+    engine.generate([[1, 2], [1, 3]], 0, 2)
+    completions = [content for path, content in fake.requests if path == "/v1/completions"]
+    assert len(completions) == 4 and len({content["cache_salt"] for content in completions}) == 1
+
+
+def test_a_server_that_catches_up_during_an_update_is_sent_it_once(served):
+    """Its thread sends an update that was added while it caught up; the step must not send it again."""
+    first, second = FakeServer(), FakeServer()
+    engine = served(first, second)
+    server = engine.servers[1]
+    added, caught_up = threading.Event(), threading.Event()
+
+    def catch_up():
+        with server.lock:
+            added.set()
+            while not engine._catch_up(server):
+                pass
+            caught_up.wait(5)  # the thread of the step waits for the lock meanwhile
+            engine._catch_up(server)
+
+    thread = threading.Thread(target=catch_up)
+    add = engine._add
+
+    def add_and_let_it_see(line):
+        thread.start()
+        added.wait(5)
+        add(line)
+        caught_up.set()
+
+    engine._add = add_and_let_it_see
+    (answer,) = engine.update(LINE)
+    thread.join(5)
+    assert (first.sent("update"), second.sent("update")) == (1, 1) and answer["update_norm"] == 1.0
+    assert [server.updates for server in engine.servers] == [1, 1]
+
+
+def test_a_server_that_has_done_an_older_update_is_not_compared(served):
+    """While one server does update 1, the step goes on to update 2: the checksums are of other weights."""
+    first, second = FakeServer(), FakeServer()
+    engine = served(first, second)
+    engine.update(LINE)
+    server = engine.servers[1]
+    server.updates = 0
+    second.lines = []
+    second.on["update"] = lambda: engine.update(LINE) if first.sent("update") == 1 else None
+    with server.lock:
+        engine._catch_up(server)
+        assert server.updates == 1 and engine.servers[0].updates == 2
+        engine._catch_up(server)
+    assert server.updates == 2 and second.sent("update") == 3
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_updates_of_others_are_found_out(served, twice):
+    """A proxy that sends a request again, or a second trainer."""
+    fake = FakeServer()
+    engine = served(fake)
+    fake.on["update"] = lambda: fake.lines.append(LINE) if twice else setattr(fake, "header", {"of": "another run"})
+    with pytest.raises(ServerError, match="http://server0:1 has done other updates than this run"):
+        engine.update(LINE)
+    assert engine.servers[0].updates == 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (httpx.Response(200, text="<html>"), "http://server0:1 answered /v1/completions without 'choices': '<html>'"),
+        (httpx.Response(200, json={"error": "x"}), "http://server0:1 answered /v1/completions without 'choices'"),
+        (httpx.Response(200, json={"choices": []}), "http://server0:1 gave 0 completions for 1 prompts"),
+        (
+            httpx.Response(200, json={"choices": [{"index": 0, "token_ids": [5], "finish_reason": "abort"}]}),
+            "No vLLM server is left.*\nhttp://server0:1: .*broke off a completion",
+        ),
+        (httpx.Response(302, headers={"location": "/v1/completions"}), "http://server0:1"),
+    ],
+)
+def test_answers_that_are_none_name_the_server(served, reply, message):
+    fake = FakeServer()
+    engine = served(fake)
+    fake.replies["/v1/completions"] = reply
+    with pytest.raises(ServerError, match=message):
+        engine.generate([[1, 2]], 0)
+
+
+def test_a_server_that_is_up_but_not_well(served):
+    fake = FakeServer()
+    engine = served(fake)
+    fake.replies["/health"] = httpx.Response(503)
+    assert not engine.servers[0].is_up() and engine.servers[0].problem == "/health answers 503"

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import socket
@@ -75,6 +76,7 @@ class VLLMEngine(Engine):
         self.sampling = sampling_options(args, self.eos_token_ids)
         self.max_new_tokens = self.sampling["max_tokens"]
         self._asleep = False
+        self._salts = itertools.count()  # of vLLM's prefix cache
         if not LOADABLE.issuperset(args.model_init_kwargs or {}):
             source = None
         with _shared_folder(processes) as (folder, writes):
@@ -143,7 +145,18 @@ class VLLMEngine(Engine):
         return names
 
     def forget(self) -> None:
-        self.llm.reset_prefix_cache()
+        """
+        Empty the prefix cache, for what uses `llm` directly.
+
+        Raises:
+            `RuntimeError`: If vLLM does not, because requests are under way.
+        """
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM did not empty its prefix cache, because it holds keys and values of requests that have not "
+                "ended: the next member would be evaluated with those of another one. A `rollout_func` has to wait "
+                "for all requests that it gives to `trainer.engine.llm`."
+            )
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -194,10 +207,11 @@ class VLLMEngine(Engine):
         ]
         adapters = [adapter for adapter in members for _ in rows] if members else None
         count = len(members) if members else 1
-        self.forget()
+        # The weights may have changed since the last call, whose keys and values have another salt
+        salt = str(next(self._salts))
         with self.awake():
             outputs = self.llm.generate(
-                [{"prompt_token_ids": prompt_ids[prompt]} for prompt, _ in rows] * count,
+                [{"prompt_token_ids": prompt_ids[prompt], "cache_salt": salt} for prompt, _ in rows] * count,
                 params * count,
                 lora_request=adapters,
                 use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,7 @@ class Server:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.updates: int | None = None  # that it has done in this run; `None` if that is not known
+        self.moved: list[dict[str, Any]] = []  # what its workers said of the last update
         self.problem = "it was never reached"
         self.lock = threading.Lock()  # of the thread that talks to it
         token = os.environ.get("VLLM_API_KEY")
@@ -93,14 +95,17 @@ class Server:
     def is_up(self) -> bool:
         """Whether it answers."""
         try:
-            return self._http.get("/health", timeout=CONNECT_SECONDS).is_success
-        except httpx.TransportError as error:
+            reply = self._http.get("/health", timeout=CONNECT_SECONDS)
+        except httpx.RequestError as error:
             self.problem = f"{type(error).__name__}: {error}"
             return False
+        if not reply.is_success:
+            self.problem = f"/health answers {reply.status_code}"
+        return reply.is_success
 
     def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a method of the worker extension; returns what each worker answers."""
-        answers = self._send("POST", "/collective_rpc", {"method": method, "args": args})["results"]
+        answers = self._send("POST", "/collective_rpc", {"method": method, "args": args}, key="results")
         for answer in answers:
             if "error" in answer:
                 kind = ServerLost if answer["error"].startswith("NotBegun") else ServerError
@@ -109,11 +114,7 @@ class Server:
 
     def models(self) -> dict[str, Any]:
         """What it says about its model."""
-        return self._send("GET", "/v1/models")["data"][0]
-
-    def forget(self) -> None:
-        """Drop keys and values that were computed with weights that have changed since."""
-        self._send("POST", "/reset_prefix_cache")
+        return self._send("GET", "/v1/models", key="data")[0]
 
     def complete(
         self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None]
@@ -121,7 +122,11 @@ class Server:
         """
         For each prompt, the `"token_ids"` of its completion and the `"finish_reason"`. Those with a seed are asked for
         one by one, as a request has one seed.
+
+        The weights have to be the same until it returns. Each call has a salt of its own in vLLM's prefix cache: no
+        other call reads the keys and values that it leaves there, whatever became of the request that wrote them.
         """
+        options = {**options, "cache_salt": uuid.uuid4().hex}
         if seeds[0] is None:
             return self._complete(prompts, options)
         with ThreadPoolExecutor(len(prompts)) as requests:
@@ -132,13 +137,20 @@ class Server:
 
     def _complete(self, prompts: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
         request = {"prompt": prompts, "return_token_ids": True, **options}
-        choices = self._send("POST", "/v1/completions", request)["choices"]
+        choices = self._send("POST", "/v1/completions", request, key="choices")
+        if len(choices) != len(prompts):
+            raise ServerError(
+                f"The vLLM server {self.url} gave {len(choices)} completions for {len(prompts)} prompts."
+            )
+        if any(choice["finish_reason"] == "abort" for choice in choices):
+            raise ServerLost(f"The vLLM server {self.url} broke off a completion: it is paused or ends.")
         return sorted(choices, key=lambda choice: choice["index"])
 
-    def _send(self, verb: str, path: str, content: dict[str, Any] | None = None) -> Any:
+    def _send(self, verb: str, path: str, content: dict[str, Any] | None = None, *, key: str) -> Any:
+        """What the server's answer has under `key`. A request is sent once: most of them change the server."""
         try:
             reply = self._http.request(verb, path, json=content)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             slow = isinstance(error, httpx.ReadTimeout)
             why = (
                 f"no answer within vllm_server_timeout={self.timeout} s"
@@ -159,7 +171,13 @@ class Server:
             )
         if reply.is_error:
             raise ServerError(f"The vLLM server {self.url} refused {path}: {reply.status_code} {reply.text[:500]}")
-        return reply.json() if reply.content else None
+        try:
+            return reply.json()[key]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ServerError(
+                f"The vLLM server {self.url} answered {path} without {key!r}: {reply.text[:500]!r}. Something else "
+                "than `es-trainer vllm-serve` listens there, or a proxy has answered."
+            ) from error
 
 
 class Jobs:
@@ -319,13 +337,9 @@ class VLLMServers(Engine):
         dtype = (self.args.model_init_kwargs or {}).get("dtype", torch.float32)
         arguments = (self.header, str(dtype).removeprefix("torch."))
         positions = server.call("begin", *arguments)
-        updates = positions[0]["updates"]
-        if updates > len(self.lines) or any(position["digest"] != self.digests[updates] for position in positions):
+        if not self._is_of_run(positions):
             positions = server.call("restart", *arguments)
-            updates = 0
-        server.forget()
-        self._prove(server, positions)
-        server.updates = updates
+        self._take_place(server, positions)
 
     def _catch_up(self, server: Server) -> bool:
         """Have a server do the next update that it has not done; whether there was none."""
@@ -334,28 +348,45 @@ class VLLMServers(Engine):
         self._do_next(server)
         return False
 
-    def _do_next(self, server: Server) -> list[dict[str, Any]]:
-        """Have a server do the update after its last one; returns what its workers say of it."""
+    def _do_next(self, server: Server) -> None:
+        """Have a server do the update after its last one."""
         positions = server.call("update", self.lines[server.updates])
-        server.forget()
-        self._prove(server, positions)
-        server.updates += 1
-        return positions
+        self._take_place(server, positions)
+        server.moved = positions
 
-    def _prove(self, server: Server, positions: list[dict[str, Any]]) -> None:
-        """Check that a server has the weights of the run, if it has done all updates."""
+    def _is_of_run(self, positions: list[dict[str, Any]]) -> bool:
+        """Whether the updates that workers have done are the first ones of this run."""
+        return all(
+            position["updates"] <= len(self.lines) and position["digest"] == self.digests[position["updates"]]
+            for position in positions
+        )
+
+    def _take_place(self, server: Server, positions: list[dict[str, Any]]) -> None:
+        """
+        Note where in the run a server says that it is.
+
+        Raises:
+            [`ServerError`]: If its workers are not in this run, or it has done all updates and has other weights.
+        """
+        updates = positions[0]["updates"]
+        if not self._is_of_run(positions):
+            raise ServerError(
+                f"The vLLM server {server.url} has done other updates than this run: a request reached it twice, or "
+                "another trainer uses it. Give each trainer servers of its own, and start the run again with "
+                "`resume_from_checkpoint=True`."
+            )
         checksum = [position["checksum"] for position in positions]
         with self._proving:
-            if positions[0]["updates"] < len(self.lines):
-                return
-            if self.checksum is None:
-                self.checksum, self._witness = checksum, server.url
-        if checksum != self.checksum:
-            raise ServerError(
-                f"The vLLM server {server.url} has other weights than {self._witness} after {len(self.lines)} "
-                "updates. Start all servers with the same model, on the same kind of device and with the same "
-                "--tensor-parallel-size."
-            )
+            if updates == len(self.lines):
+                if self.checksum is None:
+                    self.checksum, self._witness = checksum, server.url
+                if checksum != self.checksum:
+                    raise ServerError(
+                        f"The vLLM server {server.url} has other weights than {self._witness} after {updates} "
+                        "updates. Start all servers with the same model, on the same kind of device and with the "
+                        "same --tensor-parallel-size."
+                    )
+            server.updates = updates
 
     def update(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """
@@ -367,15 +398,19 @@ class VLLMServers(Engine):
         Raises:
             [`ServerError`]: If no server did it, or their weights differ afterwards.
         """
-        current = [server for server in self.servers if server.updates == len(self.lines)]
         with self._proving:
+            current = [server for server in self.servers if server.updates == len(self.lines)]
             self._add(line)
             self.checksum = None
         answers: list[list[dict[str, Any]]] = []
 
         def move(server: Server) -> None:
             with server.lock:
-                answers.append(self._do_next(server))
+                # The thread that had it catch up may have done this already, or have lost the server
+                if server.updates == len(self.lines) - 1:
+                    self._do_next(server)
+                if server.updates == len(self.lines):
+                    answers.append(server.moved)
 
         self._on_each(current, move)
         if not answers:  # those that are behind would have to catch up first
@@ -431,7 +466,6 @@ class VLLMServers(Engine):
             start = time.perf_counter()
             member = population.members[number]
             server.call("perturb", member.seed, member.sign, sigma)
-            server.forget()
             perturbed = time.perf_counter()
             completions = self._complete(server, rows, prompt_ids, seed)
             return Answer(number, server.url, completions, time.perf_counter() - perturbed, perturbed - start)
@@ -457,7 +491,6 @@ class VLLMServers(Engine):
 
         def answer(number: int, server: Server) -> tuple[int, list[Completion]]:
             server.call("restore")
-            server.forget()
             return number, self._complete(server, shares[number], prompt_ids, seed)
 
         answers = dict(self._hand_out(len(shares), answer))

@@ -84,17 +84,29 @@ def test_a_population_leaves_the_weights_bit_identical(start):
     assert_same(weights(trainer.model), before)
 
 
-def test_what_was_computed_with_other_weights_is_forgotten(start):
+def test_nothing_computed_with_other_weights_is_read(start, monkeypatch):
     prompt = [[{"role": "user", "content": "Say one " * 25}]]  # more than the 128 tokens that vLLM caches together
     trainer = start(sigma=0.3)
     ids = trainer.engine.tokenize(prompt)
-    answers = []
+    monkeypatch.setattr(trainer.engine.llm, "reset_prefix_cache", lambda *_: False)  # as vLLM may
+    theirs = start(False, sigma=0.3)
     for seed in (1, 2, 2, 1):
-        trainer.optimizer.perturb(Member(seed, 1))
-        answers.append(trainer.engine.generate(ids, seed=0)[0].ids)
-        if len(answers) == 2:
-            trainer.engine.forget()
-    assert answers[0] == answers[3] != answers[1] == answers[2]
+        answers = []
+        for each in (trainer, theirs):
+            each.optimizer.perturb(Member(seed, 1))
+            answers.append(each.engine.generate(ids, seed=0)[0].ids)
+        assert answers[0] == answers[1]
+
+
+def test_a_prefix_cache_that_is_not_emptied_is_an_error(start):
+    def rollout(prompts, trainer):
+        ids = trainer.processing_class(text=prompts)["input_ids"]
+        trainer.engine.llm.enqueue([{"prompt_token_ids": i} for i in ids], use_tqdm=False)
+        trainer.engine.llm.llm_engine.step()  # and the requests stay under way
+        return {"prompt_ids": ids, "completion_ids": [[5] for _ in ids]}
+
+    with pytest.raises(RuntimeError, match="vLLM did not empty its prefix cache, because .* have not ended"):
+        start(rollout_func=rollout, max_steps=1).train()
 
 
 def test_an_object_with_frozen_parameters(start, tmp_path):
