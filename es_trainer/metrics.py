@@ -174,7 +174,7 @@ def average(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     for key in dict.fromkeys(key for step in steps for key in step):
         values = [step[key] for step in steps if step.get(key) is not None]
         if key in LAST_VALUE:
-            averages[key] = values[-1]
+            averages[key] = values[-1] if values else None
         else:
             averages[key] = json_number(mean(np.array(values, dtype=np.float64))) if values else None
     return averages

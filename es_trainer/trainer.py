@@ -336,6 +336,8 @@ class ESTrainer(Trainer):
         self._done_before: list[dict[str, Any]] = []  # lines of updates after the checkpoint, to be done again
         self._line: dict[str, Any] | None = None  # the one that is done again
         self._member_rewards: list[float | None] = []  # of the step under way
+        self._last_checkpoint: str | None = None  # of this run
+        self._spoiled: str | None = None  # what is wrong with the weights, if training has diverged
         self._go_on = False  # whether to go on from the last update instead of the last checkpoint
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
         self._step_metrics: dict[str, Any] = {}  # of the step under way
@@ -579,6 +581,12 @@ class ESTrainer(Trainer):
         if self.args.push_to_hub and self.optimizer.updates == 0:
             self._before = self._answer_samples()
         self._go_on = resume_from_checkpoint is True
+        broken = None if self.on_servers else self.optimizer.weights.not_finite()
+        if broken is not None and not resume_from_checkpoint:
+            raise FloatingPointError(
+                f"Weights of `{broken}` are NaN or infinite before training{' in float16' * self.args.fp16}. Give a "
+                f"model with finite weights{', or set bf16=True' * self.args.fp16}."
+            )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _check_model(self) -> None:
@@ -635,6 +643,8 @@ class ESTrainer(Trainer):
         self._evaluating_members = True
         try:
             rewards, summaries = self._evaluate_population(population, inputs)
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from error
         finally:
             self._evaluating_members = False
             with self._timed_noise():
@@ -976,11 +986,20 @@ class ESTrainer(Trainer):
     def _after_update(self) -> None:
         """Keep the metrics and write the history, now that the update is done."""
         self._step_metrics["update_seconds"] = time.perf_counter() - self._update_start
-        norms = [(self.optimizer.update_norm, self.optimizer.distance_from_start())]
+        broken = None if self.on_servers else self.optimizer.weights.not_finite()
+        parts = [(self.optimizer.update_norm, self.optimizer.distance_from_start(), broken)]
         if self.optimizer.weights.partitioned:
-            norms = self.processes.exchange(lambda: norms[0])
-        self._step_metrics["update_norm"] = math.hypot(*(norm for norm, _ in norms))
-        self._step_metrics["distance_from_start"] = math.hypot(*(distance for _, distance in norms))
+            parts = self.processes.exchange(lambda: parts[0])
+        norms, distances, broken_parts = zip(*parts, strict=True)
+        self._step_metrics["update_norm"] = math.hypot(*norms)
+        self._step_metrics["distance_from_start"] = math.hypot(*distances)
+        if any(broken_parts):
+            broken = next(filter(None, broken_parts))
+            self._spoiled = f"The update made weights of `{broken}` NaN or infinite."
+        elif not math.isfinite(self._step_metrics["update_norm"] + self._step_metrics["distance_from_start"]):
+            self._spoiled = "The update is not finite."
+        if self._spoiled is not None:
+            raise self._diverged(self._spoiled)
         self._step_metrics["step_time"] = time.perf_counter() - self._step_start
         metrics = {key: json_number(value) for key, value in self._step_metrics.items()}
         self._step_metrics = {}
@@ -1004,6 +1023,17 @@ class ESTrainer(Trainer):
         self._pending.append(metrics)
         if self.optimizer.updates % self.args.consistency_check_steps == 0:
             self._check_consistency()
+
+    def _diverged(self, problem: str) -> FloatingPointError:
+        """What to raise where weights or what is computed with them are not numbers any more."""
+        way_out = "There is no checkpoint of this run from before."
+        if self._last_checkpoint is not None:
+            way_out = f"The last good checkpoint is {self._last_checkpoint}."
+        return FloatingPointError(
+            f"Step {self.state.global_step + 1}: {problem} Training has diverged. Lower `learning_rate` "
+            f"({self.args.learning_rate}) or `sigma` ({self.args.sigma}){', or set bf16=True' * self.args.fp16}. "
+            f"Nothing of this step was saved. {way_out}"
+        )
 
     def _check_consistency(self) -> None:
         """
@@ -1145,7 +1175,14 @@ class ESTrainer(Trainer):
     # ---- saving and resuming ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the trained weights in the dtype that the model was given in."""
+        """
+        Save the trained weights in the dtype that the model was given in.
+
+        Raises:
+            `FloatingPointError`: If training has diverged, so that there is nothing good to save.
+        """
+        if self._spoiled is not None:
+            raise FloatingPointError(f"The model cannot be saved: {self._spoiled} Training has diverged.")
         self._plot_rewards()
         if self._evaluating_members:
             with self._at_work():  # refuses it, or takes the member out
@@ -1186,6 +1223,7 @@ class ESTrainer(Trainer):
             self._after = self._answer_samples()
         self.create_model_card((self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
         super()._save_checkpoint(model, trial)
+        self._last_checkpoint = str(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.optimizer.weights.partitioned:
@@ -1241,6 +1279,7 @@ class ESTrainer(Trainer):
         if self.on_servers:
             self.engine.lines = steps
         self.optimizer.load_parts(self._optimizer_parts(Path(checkpoint)))
+        self._last_checkpoint, self._spoiled = checkpoint, None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
         for group, learning_rate in zip(

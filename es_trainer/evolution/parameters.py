@@ -341,6 +341,14 @@ class Weights:
         """A number for each parameter, which is another one if a bit of the trained weights is."""
         return [checksum(shard.trained, shard.start) for shard in self.shards]
 
+    def not_finite(self) -> str | None:
+        """The name of a parameter that has NaN or infinity among its weights here, or `None`."""
+        for shard in self.shards:
+            for weights in {id(tensor): tensor for tensor in (shard.working, shard.trained)}.values():
+                if weights.numel() and not torch.linalg.vector_norm(weights, float("inf")).isfinite():
+                    return shard.name
+        return None
+
     def check(self, model: nn.Module) -> None:
         """
         Raises:

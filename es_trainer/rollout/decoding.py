@@ -66,7 +66,12 @@ class Decoding:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> list[list[int]]:
-        """Tokens of each row's completion, as many as `stopping_criteria` let it have."""
+        """
+        Tokens of each row's completion, as many as `stopping_criteria` let it have.
+
+        Raises:
+            `FloatingPointError`: If logits are NaN.
+        """
         options = {key: model_kwargs[key] for key in ("logits_to_keep",) if key in model_kwargs}
         positions = "position_ids" in model_kwargs
         device = input_ids.device
@@ -82,17 +87,22 @@ class Decoding:
         self._assign(rows)
         completions: list[list[int]] = [[] for _ in rows]
         done = torch.zeros(size, dtype=torch.bool, device=device)
+        broken = torch.zeros((), dtype=torch.bool, device=device)
         ends = torch.full((size,), total, device=device)
         with tqdm(
             total=total - width, desc="Tokens", leave=False, position=2, dynamic_ncols=True, disable=not self.progress
         ) as bar:
             while True:
                 scores = logits_processor(input_ids, logits.float()) if logits_processor else logits
-                input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
+                best = scores.max(-1, keepdim=True)
+                broken |= best.values.isnan().any()  # of which NaN counts as the largest
+                input_ids = torch.cat([input_ids, best.indices], dim=1)
                 ends[~done] = input_ids.shape[1]
                 done |= stopping_criteria(input_ids, scores)
                 bar.update()
                 if int(done.sum()) >= FINISHED_SHARE * len(rows):
+                    if broken:
+                        raise FloatingPointError("The model's logits are not numbers (NaN).")
                     for i in done.nonzero().flatten().tolist():
                         completions[rows[i]] = input_ids[i, width : ends[i]].tolist()
                     keep = (~done).nonzero().flatten()
