@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .config import ESConfig
-from .evolution.parameters import whole_shape
+from .evolution.parameters import is_partitioned, whole_shape
 from .fingerprint import package_version
 from .frozen import is_quantized
 
@@ -24,7 +24,7 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """
     Raises:
         `TypeError`: If the model is no causal language model.
-        `ValueError`: If it has no name to find its tokenizer by, and no tokenizer is given.
+        `ValueError`: If it lies on several devices, or no tokenizer is given and it has no name to find one by.
     """
     if isinstance(model, str):
         return
@@ -54,10 +54,23 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
             f"`model` is a {kind} with `is_decoder=False`, an encoder, in which tokens see those after them. Only "
             "causal language models are supported."
         )
+    _check_one_device(base)
     if tokenizer is None and not base.config._name_or_path:
         raise ValueError(
             f"`processing_class` is missing: `model` is a {kind} without a name (`model.config._name_or_path`) to "
             "load its tokenizer by. Give the tokenizer."
+        )
+
+
+def _check_one_device(model: PreTrainedModel) -> None:
+    places = {str(place) for place in vars(model).get("hf_device_map", {}).values()}
+    devices = {str(p.device) for p in model.parameters() if not is_partitioned(p)}  # disk is "meta"
+    if len(places) > 1 or len(devices) > 1:
+        found = ", ".join(sorted(places if len(places) > 1 else devices))
+        raise ValueError(
+            f"The model lies on several devices ({found}; `device_map`), but a process perturbs and computes with "
+            "weights on one. Leave `device_map` out, or launch with recipes/accelerate_configs/zero3.yaml if the "
+            "weights do not fit on one device."
         )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import noise
 from .perturbation import Factors, Gaussian, Noises, Products, Scattered
+from .pinned import PinnedMemory
 from .population import Member
 
 
@@ -157,8 +158,10 @@ class Weights:
                 )
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
+        self._pinned = PinnedMemory()
         self.shards = [
-            _shard(name, parameter, dtype, master_weights, homes.get(parameter)) for name, parameter in parameters
+            _shard(name, parameter, dtype, master_weights, homes.get(parameter), self._pinned)
+            for name, parameter in parameters
         ]
         self.partitioned = any(shard.is_part for shard in self.shards)
         self._frozen = [
@@ -620,7 +623,8 @@ def _shard(
     parameter: nn.Parameter,
     dtype: torch.dtype | None,
     master_weights: MasterWeights,
-    home: Home | None = None,
+    home: Home | None,
+    pinned: PinnedMemory,
 ) -> Shard:
     shape = whole_shape(parameter)
     if home is not None:
@@ -634,8 +638,11 @@ def _shard(
     if master_weights == "none":
         master = None
     elif master_weights == "host":
-        pinned = working.device.type == "cuda"
-        master = torch.empty(given.shape, dtype=torch.float32, device="cpu", pin_memory=pinned).copy_(given)
+        if working.device.type == "cuda":
+            master = pinned.empty(given.shape)
+        else:
+            master = torch.empty(given.shape, dtype=torch.float32, device="cpu")
+        master.copy_(given)
     else:
         # Nothing is copied if the model computes in another dtype than float32
         master = given.to(working.device, torch.float32, copy=given.data_ptr() == working.data_ptr())

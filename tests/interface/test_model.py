@@ -217,3 +217,25 @@ def test_prompts_with_tokens_beyond_the_embedding(trainer, dataset):
     run = trainer(processing_class=tokenizer, train_dataset=rows.to_iterable_dataset())
     with pytest.raises(ValueError, match=message):
         run.train()
+
+
+def test_a_model_on_several_devices_is_refused(trainer):
+    model = make_model(tie=False)
+    model.lm_head.to("meta")  # as if it was offloaded
+    with pytest.raises(ValueError, match=r"several devices \(cpu, meta; `device_map`\).*zero3.yaml"):
+        trainer(model)
+    model = make_model()
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": 0}
+    with pytest.raises(ValueError, match=r"several devices \(0, 1; `device_map`\)"):
+        trainer(model)
+    with pytest.raises(ValueError, match=r"several devices \(0, 1; `device_map`\)"):
+        trainer(get_peft_model(model, adapter()))
+
+
+def test_a_model_loaded_onto_several_devices_is_refused(trainer, tmp_path):
+    places = {"model": "cpu", "lm_head": "disk"}
+    options = {"device_map": places, "offload_folder": str(tmp_path / "offloaded")}
+    make_model(tie=False).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"several devices \(cpu, disk; `device_map`\)"):
+        trainer(str(tmp_path / "model"), model_init_kwargs=options)
+    trainer(str(tmp_path / "model"), model_init_kwargs={"device_map": {"": "cpu"}})
