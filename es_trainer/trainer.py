@@ -8,7 +8,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
 from . import adapters, fingerprint
-from .callbacks import CompletionsLog, MemberProgressCallback
+from .callbacks import CompletionsLog, MemberProgressCallback, plain
 from .checks import check_arguments, check_model, check_special_tokens, refuse_unsupported, require_pad_token
 from .config import ESConfig
 from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
@@ -744,8 +744,10 @@ class ESTrainer(Trainer):
                     self._rollouts[member] = rollout
 
         generate = self._generate_on_servers if self.on_servers else self._generate_here
-        # Closed at once if scoring fails, so that nobody begins what is in vain
-        with contextlib.closing(generate(population, rows, prompt_ids, seed)) as generated:
+        # Both end at once if something fails, so that nobody does what is in vain
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.scorer.cancel)
+            generated = stack.enter_context(contextlib.closing(generate(population, rows, prompt_ids, seed)))
             for group, scores, done in generated:
                 # Async reward functions scored the group before while this one was generated
                 finish()
@@ -1147,7 +1149,17 @@ class ESTrainer(Trainer):
 
     def _log_completions(self) -> None:
         """Log those of the best member of the last step."""
-        replies = self.processes.exchange(lambda: self._rollouts.get(self._best))
+
+        def best() -> Rollout | None:
+            """No more than is logged, and nothing that can't be sent."""
+            rollout = self._rollouts.get(self._best)
+            if rollout is None:
+                return None
+            extra = {name: plain(values) for name, values in rollout.scores.extra.items()}
+            prompts = [{"prompt": row["prompt"]} for row in rollout.rows]
+            return replace(rollout, rows=prompts, scores=replace(rollout.scores, extra=extra))
+
+        replies = self.processes.exchange(best)
         if not self.is_world_process_zero():
             return
         rollouts = [rollout for rollout in replies if rollout is not None]
@@ -1164,10 +1176,7 @@ class ESTrainer(Trainer):
             self.state.global_step,
             [row["prompt"] for rollout in rollouts for row in rollout.rows],
             [message for rollout in rollouts for message in rollout.messages],
-            [
-                *zip(self.scorer.names, rewards.T.tolist(), strict=True),
-                *extra.items(),
-            ],
+            [*zip(self.scorer.names, rewards.T.tolist(), strict=True), *extra.items()],
             self._best_utility,
             self.callback_handler.callbacks,
         )

@@ -153,6 +153,11 @@ def print_completions(title: str, table: dict[str, list[Any]], limit: int | None
     Console().print(Panel(printed, title=title, border_style="bold white"))
 
 
+def plain(values: list[Any]) -> list[Any]:
+    """The values as they are kept in Parquet: of one type, or texts."""
+    return _array(values).to_pylist()
+
+
 def _array(values: list[Any]) -> pyarrow.Array:
     """The values in a type that Parquet has; as texts if there is none that all of them are of."""
     values = [value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value for value in values]

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
@@ -142,6 +143,7 @@ class Scorer:
         self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
+        self._running: set[Future] = set()
         self._patience = [PATIENCE] * len(self.functions)
         self._warned_of_unscored = False
 
@@ -199,6 +201,8 @@ class Scorer:
         if waiting:
             coroutine = self._await_together({i: calls[i] for i in waiting})
             running = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop())
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
         try:
             results = {i: self._call(i, call) for i, call in enumerate(calls) if i not in waiting}
         except BaseException:
@@ -219,6 +223,11 @@ class Scorer:
             return self._scores(rows, completions, calls, [results[i] for i in range(len(calls))], seconds)
 
         return finish
+
+    def cancel(self) -> None:
+        """Cancel the functions that are still running: nobody will ask for their rewards."""
+        for running in list(self._running):
+            running.cancel()
 
     def _call(self, i: int, call: Call) -> Any:
         try:

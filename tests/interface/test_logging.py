@@ -1,5 +1,7 @@
 """What is logged, under GRPOTrainer's names, and to whom."""
 
+import pickle
+import threading
 from datetime import datetime
 
 import numpy as np
@@ -123,6 +125,7 @@ def test_whatever_rewards_log_is_kept(trainer, tmp_path, monkeypatch):
         "large": [10**400 % 7, 10**30],
         "surrogate": ["\ud800", "x"],
         "objects": [object, None],
+        "locks": [threading.Lock(), None],
         "[/bold]": ["[/red]", "[bold]"],
         "known": [1, None],
         "moments": [datetime(2026, 1, 2), None],
@@ -136,9 +139,13 @@ def test_whatever_rewards_log_is_kept(trainer, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     options = {"report_to": ["tensorboard", "trackio"], "project": "tests", "run_name": "whatever", "max_steps": 1}
-    trainer(reward_funcs=reward, log_completions=True, **options).train()
+    run = trainer(reward_funcs=reward, log_completions=True, **options)
+    exchange = run.processes.exchange  # which sends to other processes if there are any
+    run.processes.exchange = lambda work: pickle.loads(pickle.dumps(exchange(work)))
+    run.train()
     table = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "completions_00001.parquet").to_pydict()
     logged = {name: table[name] for name in columns}
+    assert logged.pop("locks")[0].startswith("<unlocked _thread.lock")
     assert logged == {
         "mixed": ["1", "x"],
         "tensors": ["1.5", "[[1, 2]]"],
