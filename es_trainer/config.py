@@ -681,7 +681,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         if not torch.accelerator.is_available() and not is_torch_xla_available():
             self.use_cpu = True
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and self._device_has_bf16()
+            self.bf16 = not self.fp16 and (self.on_servers or device_has_bf16(self.use_cpu))
         if self.save_steps is None and self.save_strategy == "steps":
             self.save_steps = self._default_save_steps()
         prompts = self._prompts_of_a_step()
@@ -718,18 +718,6 @@ class ESConfig(GRPOFields, TrainingArguments):
                 if asks_for_something(value, item):
                     self._said[item.name] = value
                 setattr(self, item.name, default(item))
-
-    def _device_has_bf16(self) -> bool:
-        if not self.use_cpu:
-            return is_torch_bf16_gpu_available() or is_torch_xla_available()
-        # Without AVX-512, torch multiplies bfloat16 matrices several times slower than float32 ones
-        found = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        if not found:
-            logger.warning_once(
-                "This CPU has no fast bfloat16, so weights have the dtype in which the model is given (float32 if it "
-                "is loaded by its name). `bf16=True` makes them bfloat16. (Shown once.)"
-            )
-        return found
 
     def _default_save_steps(self) -> float:
         between = self.eval_steps or self.logging_steps
@@ -1012,6 +1000,23 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`generation_kwargs` has {key!r}, which is none of those for `use_vllm=True`: "
                     f"{', '.join(SAMPLING_PARAMS)}."
                 )
+
+
+def device_has_bf16(use_cpu: bool) -> bool:
+    """Whether the device, which is the CPU or an accelerator, computes with bfloat16 by itself. If not, it is said."""
+    if use_cpu:
+        # Without AVX-512, torch multiplies bfloat16 matrices several times slower than float32 ones
+        found = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    elif torch.cuda.is_available():
+        found = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = is_torch_bf16_gpu_available() or is_torch_xla_available()
+    if not found:
+        logger.warning_once(
+            f"This {'CPU' if use_cpu else 'device'} has no fast bfloat16, so weights have the dtype that the model is "
+            "given in (float32 if it is loaded by its name). `bf16=True` makes them bfloat16. (Shown once.)"
+        )
+    return found
 
 
 @cache

@@ -60,12 +60,29 @@ def test_bf16_where_the_cpu_has_it(tmp_path, monkeypatch, caplog, capability, ha
 
 
 @pytest.mark.parametrize("has_it", [True, False])
-def test_bf16_where_the_gpu_has_it(tmp_path, monkeypatch, has_it):
+def test_bf16_where_another_accelerator_has_it(tmp_path, monkeypatch, has_it):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for module in (config_module, training_args):
         monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: has_it)
     config = ESConfig(str(tmp_path))
     assert (config.bf16, config.use_cpu) == (has_it, False)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bf16_where_the_gpu_has_it_without_emulation(monkeypatch, caplog, has_it):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_it
+    )
+    transformers.utils.logging.warning_once.cache_clear()
+    assert config_module.device_has_bf16(use_cpu=False) == has_it
+    assert ("This device has no fast bfloat16" in caplog.text) != has_it
+
+
+def test_bf16_where_servers_generate(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # the trainer has no weights
+    assert make(tmp_path, use_vllm=True, vllm_mode="server").bf16
+    assert not make(tmp_path, use_vllm=True).bf16
 
 
 # Where they mean something else for ES, the docstring says so
@@ -143,7 +160,8 @@ def test_a_copy_says_what_its_original_has_not(tmp_path, caplog):
     assert dataclasses.replace(config, perturbation="low_rank").perturbation_rank == 17
     assert caplog.text == ""
     dataclasses.replace(config, max_grad_norm=0.123)
-    assert "max_grad_norm=0.123 (there are no gradients)" in caplog.text and "17" not in caplog.text
+    assert "max_grad_norm=0.123 (there are no gradients)" in caplog.text
+    assert "perturbation_rank" not in caplog.text
 
 
 def test_it_parses_from_the_command_line(tmp_path):
