@@ -631,7 +631,11 @@ class ESConfig(GRPOFields, TrainingArguments):
             for item, value in values.items()
             if was_set(value, item) and value not in GRPO_FILLED_IN.get(item.name, ())
         }
-        dropped = {name: value for name, value in changed.items() if name in left_out.keys() - GRPO_BATCH}
+        dropped = {
+            item.name: value
+            for item, value in values.items()
+            if item.name in changed.keys() & left_out.keys() - GRPO_BATCH and asks_for_something(value, item)
+        }
         if dropped and config.process_index == 0:
             logger.warning(
                 "These fields of the GRPOConfig have no meaning for evolution strategies, or none yet, and are left "
@@ -676,7 +680,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         for name, hint in _type_hints().items():
             setattr(self, name, converted(name, getattr(self, name), hint))
         for item in fields(self):
-            if item.name in REFUSED and was_set(getattr(self, item.name), item):
+            if item.name in REFUSED and asks_for_something(getattr(self, item.name), item):
                 raise ValueError(f"`{item.name}={getattr(self, item.name)!r}` is not valid: {REFUSED[item.name]}")
         if not torch.accelerator.is_available() and not is_torch_xla_available():
             self.use_cpu = True

@@ -151,6 +151,8 @@ def was_set(value: Any, item: Field) -> bool:
 
 def asks_for_something(value: Any, item: Field) -> bool:
     """Whether a field without effect was set to what would have one: `None`, `False` and empty lists are all "off"."""
+    if item.name == "fsdp_config" and isinstance(value, dict):
+        return any(value.values())  # older versions fill it in, with all off
     return was_set(value, item) and bool(value or default(item))
 
 

@@ -99,7 +99,8 @@ def test_shared_fields_have_grpos_defaults(tmp_path):
     for name in own:
         if name != "use_cache":
             mine, theirs = ESConfig.__dataclass_fields__[name], GRPOConfig.__dataclass_fields__[name]
-            assert mine.default == theirs.default, name
+            older = {"max_completion_length": 256}  # in TRL 1.0
+            assert theirs.default in (mine.default, older.get(name)), name
 
 
 def test_prompts_per_step(tmp_path):
