@@ -52,6 +52,8 @@ def test_infinite_numbers_have_no_finite_mean(values):
 def test_averages_leave_out_what_is_unknown_and_do_not_overflow():
     steps = [{"reward": LARGEST, "std": None}, {"reward": None, "std": None}, {"reward": LARGEST, "own": 2.0}]
     assert average(steps) == {"reward": LARGEST, "std": None, "own": 2.0}
+    assert average([{"distance_from_start": 1.0}, {"distance_from_start": None}]) == {"distance_from_start": 1.0}
+    assert average([{"distance_from_start": None}]) == {"distance_from_start": None}
 
 
 def summary(generated_by, seconds: float = 10.0, scored_by=0, tokens: int = 100) -> Summary:
