@@ -1,5 +1,6 @@
 import difflib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -698,6 +699,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             if use_deepspeed:
                 zero3.do_without_compiler()
         super().__post_init__()
+        # Reward functions may change the working directory
+        self.output_dir = os.path.abspath(self.output_dir)
         self._validate_launch()
         if self.deepspeed_plugin is not None:
             zero3.check(self.deepspeed_plugin, self.bf16)

@@ -75,6 +75,7 @@ from .rollout import (
     VLLMServers,
     call_rollout_func,
 )
+from .saving import make_savable
 from .text_only import freeze_other_modalities
 from .zero3 import Zero3
 
@@ -280,6 +281,7 @@ class ESTrainer(Trainer):
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args.seed)
             self._peft_config = adapters.to_json(peft_config)
+        make_savable(model)
         freeze_other_modalities(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
