@@ -13,7 +13,7 @@ from torch import nn
 from . import noise
 from .fitness import FitnessShaping, utilities
 from .parameters import Home, MasterWeights, Shard, Weights
-from .perturbation import Gaussian, Noises, Products, Scattered
+from .perturbation import Gaussian, Sum
 from .population import Member, Population
 
 
@@ -223,16 +223,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
-                g = self.weights.terms(shard, seeds, coefficients)
-                update = functools.partial(self._update_piece, shard, g, group)
-                pieces = noise.for_pieces(update, shard.working.numel(), shard.working.device)
-                if not shard.is_copy:
-                    squares += pieces
+                for start, stop, g in self.weights.sums(shard, seeds, coefficients):
+                    update = functools.partial(self._update_piece, shard, g, group, start)
+                    pieces = noise.for_pieces(update, stop - start, shard.working.device)
+                    if not shard.is_copy:
+                        squares += pieces
         return squares
 
-    def _update_piece(
-        self, shard: Shard, g: Noises | Products | Scattered, group: dict[str, Any], low: int, high: int
-    ) -> float:
+    def _update_piece(self, shard: Shard, g: Sum, group: dict[str, Any], offset: int, low: int, high: int) -> float:
+        low, high = offset + low, offset + high
         piece = slice(low, high)
         device = shard.working.device
         state = self.state[shard.parameter]

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import noise
-from .perturbation import Factors, Gaussian, Noises, Products, Scattered
+from .perturbation import Computed, Factors, Gaussian, Scattered, Sum
 from .pinned import PinnedMemory
 from .population import Member
 
 
 MasterWeights = Literal["device", "host", "none"]
+
+MOST_FACTORS = 1 << 26  # numbers of low-rank terms, 256 MiB, that are drawn at once
 
 WORKING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights are computed with
 
@@ -258,14 +260,37 @@ class Weights:
         else:
             _add_from_host(shard, target, terms, rounding)
 
-    def terms(
-        self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]
-    ) -> Noises | Products | Scattered:
+    def terms(self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]) -> Sum:
         """The sum of the seeds' perturbations of a shard, whose flat indices count from `shard.start` on."""
         terms = self.perturbation.combine(shard.name, shard.shape, seeds, coefficients, shard.working.device)
         if shard.home is not None and shard.home.runs is not None:
             return Scattered(terms, *shard.home.runs)
         return terms
+
+    def sums(
+        self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]
+    ) -> Iterator[tuple[int, int, Sum]]:
+        """
+        The same for a whole population, in memory that does not grow with it: of many low-rank terms, the factors are
+        drawn and added up by and by. The additions are the same in the same order, so no bit of the sum is another.
+
+        Yields:
+            `tuple[int, int, Sum]`: from which index to which in the shard it is good for, and the sum.
+        """
+        size = shard.working.numel()
+        at_once = len(seeds)
+        if self.perturbation.factored(shard.shape):
+            at_once = max(1, MOST_FACTORS // self.perturbation.numbers(shard.shape))
+        if len(seeds) <= at_once:
+            yield 0, size, self.terms(shard, seeds, coefficients)
+            return
+        for low in range(0, size, noise.CUDA_PIECE):
+            high = min(low + noise.CUDA_PIECE, size)
+            values = torch.zeros(high - low, dtype=torch.float32, device=shard.working.device)
+            for first in range(0, len(seeds), at_once):
+                some = slice(first, first + at_once)
+                self.terms(shard, seeds[some], coefficients[some]).add(values, values, shard.start + low)
+            yield low, high, Computed(values, shard.start + low)
 
     def of_members(self, shard: Shard, members: Sequence[Member], sigma: float) -> Factors | torch.Tensor:
         """
@@ -533,9 +558,7 @@ def _dtype_of_values(shard: Shard) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if len(shard.shape) < 2 else dtype
 
 
-def _add_from_host(
-    shard: Shard, target: torch.Tensor, terms: Noises | Products | Scattered, rounding: int | None
-) -> None:
+def _add_from_host(shard: Shard, target: torch.Tensor, terms: Sum, rounding: int | None) -> None:
     def piece(low: int, high: int) -> None:
         source = shard.master[low:high].to(target.device, non_blocking=True)
         terms.add(source, target[low:high], shard.start + low, rounding)

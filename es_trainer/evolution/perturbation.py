@@ -129,6 +129,29 @@ class Scattered:
             target[low:high].copy_(sums[:, self.offset : self.offset + self.length].reshape(-1)[inside])
 
 
+class Computed:
+    """
+    A sum that has been computed.
+
+    Args:
+        values (`torch.Tensor`):
+            Its flat float32 values.
+        first (`int`):
+            Flat index of the first of them.
+    """
+
+    def __init__(self, values: torch.Tensor, first: int):
+        self.values = values
+        self.first = first
+
+    def add(self, source: None, target: torch.Tensor, start: int = 0) -> None:
+        """Write `target = sum`, where the flat `target` begins at index `start`."""
+        target.copy_(self.values[start - self.first :][: target.numel()])
+
+
+Sum = Noises | Products | Scattered | Computed
+
+
 @dataclass(frozen=True)
 class Factors:
     """

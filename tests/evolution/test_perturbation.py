@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from es_trainer.evolution import EvolutionStrategy, Member, noise
-from es_trainer.evolution.parameters import Weights
+from es_trainer.evolution import parameters as parameters_module
+from es_trainer.evolution.parameters import Home, Weights
 from es_trainer.evolution.perturbation import Gaussian, LowRank
 
 
@@ -335,3 +336,37 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch, shapes, pop
         assert_same(second, first)
         assert_same(third, first)
     assert norms[0] == norms[1] == norms[2]
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("shape", [(50, 70), (3, 30, 20)])
+def test_factors_of_many_members_are_drawn_by_and_by(monkeypatch, shape, scattered):
+    members, rank, most = 200, 2, 3000
+    drawn = []
+
+    def fill_each(target, name, seeds):
+        drawn.append(target.numel())
+        return exact(target, name, seeds)
+
+    exact = noise.fill_each
+    monkeypatch.setattr(noise, "fill_each", fill_each)
+    monkeypatch.setattr(noise, "CUDA_PIECE", 1024)
+    results = []
+    for limit in (1 << 26, most, 1):
+        monkeypatch.setattr(parameters_module, "MOST_FACTORS", limit)
+        parameters = make_parameters(shapes={"weight": shape, "norm.weight": (33,)})
+        period = shape[-1]
+        room = torch.empty(math.prod(shape) // period * 10)
+        home = {parameters["weight"]: Home(room, runs=(5, 10, period))} if scattered else None
+        _, optimizer = make(rank, parameters, population_size=members, lr=1.0, rule="adam", homes=home)
+        drawn.clear()
+        optimizer.tell(optimizer.ask(), np.random.default_rng(0).normal(size=members))
+        optimizer.step()
+        if limit == most:
+            assert max(drawn) <= most < members * LowRank(rank).numbers(shape)
+        results.append([shard.trained for shard in optimizer.weights.shards])
+        results[-1].append(torch.tensor(optimizer.update_norm))
+    for result in results[1:]:
+        for mine, theirs in zip(result[:-1], results[0][:-1], strict=True):
+            assert torch.equal(mine, theirs)
+        torch.testing.assert_close(result[-1], results[0][-1])
