@@ -31,7 +31,6 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
@@ -308,10 +307,6 @@ class ESTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        if args.use_liger_kernel:  # before it is found out how the model computes; train() does it again, to no effect
-            apply_liger_kernel(self.model, args.liger_kernel_config)
-        if args.bf16_full_eval or args.fp16_full_eval:  # for which the Trainer leaves this to train()
-            self._move_model_to_device(self.model, args.device)
         _, self.lr_scheduler = optimizers
         self.model.add_model_tags(self._tag_names)
         if not args.disable_tqdm:

@@ -1,15 +1,11 @@
 """What the optimizer perturbs is what the model computes with, and what users find in the model."""
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 from conftest import assert_same, make_model, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from es_trainer import ESTrainer
 from es_trainer.evolution import EvolutionStrategy, Member, noise
 
 
@@ -152,46 +148,6 @@ def test_a_model_that_is_patched_after_the_population_batch_was_checked_is_refus
     mlp.forward = lambda x: x
     with pytest.raises(RuntimeError, match="compute in another way than when the trainer was made"):
         run.train()
-
-
-def test_liger_kernels_are_in_the_model_before_the_population_batch_is_checked(trainer, monkeypatch):
-    def multiply(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-    def patch(model, **kwargs):
-        for layer in model.model.layers:
-            layer.mlp.forward = multiply.__get__(layer.mlp)
-
-    liger, kernels = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
-    kernels._apply_liger_kernel_to_instance = patch
-    monkeypatch.setitem(sys.modules, "liger_kernel", liger)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", kernels)
-    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
-    plain, patched = (trainer(perturbation="low_rank", use_liger_kernel=use) for use in (False, True))
-    for run in (plain, patched):
-        run.train()
-    assert patched.population_batch is not None
-    assert_same(weights(patched.model), weights(plain.model))
-
-
-@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
-def test_full_evaluation_moves_the_model_before_its_weights_are_taken(trainer, monkeypatch, option):
-    """As to a GPU: for these options the Trainer leaves the move to train()."""
-    moved = set()
-
-    def move(self, model, device):
-        for parameter in model.parameters():
-            if parameter not in moved:
-                parameter.data = parameter.data.clone()
-                moved.add(parameter)
-
-    expected = trainer(make_model())
-    expected.train()
-    monkeypatch.setattr(ESTrainer, "_move_model_to_device", move)
-    run = trainer(make_model(), **{option: True})
-    run.train()
-    assert run.evaluate()["eval_reward"] == expected.evaluate()["eval_reward"]
-    assert_same(weights(run.model), weights(expected.model))
 
 
 # ---- with a member in the weights ----
