@@ -220,14 +220,15 @@ def test_streams_are_shuffled(trainer):
     assert order(trainer, rows, max_steps=3, seed=7, data_seed=42) == shuffled[:6]  # 42 is the default `seed`
 
 
-def test_a_stream_that_goes_on_is_shuffled_as_before(trainer):
-    rows = stream(Dataset.from_list([{"prompt": f"q{i}"} for i in range(20)]))
-    whole = order(trainer, rows, max_steps=4)
-    order(trainer, rows, max_steps=2, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize("saved", [2, 4])
+def test_a_stream_that_goes_on_is_shuffled_as_before(trainer, saved):
+    rows = stream(Dataset.from_list([{"prompt": f"q{i}"} for i in range(6)]))  # begins again after three steps
+    whole = order(trainer, rows, max_steps=5)
+    order(trainer, rows, max_steps=saved, save_strategy="steps", save_steps=saved)
     recorder = Recorder()
-    run = trainer(train_dataset=rows, reward_funcs=recorder, max_steps=4)
-    run.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-2")
-    assert sum(recorder.prompts[::4], []) == whole[4:]
+    run = trainer(train_dataset=rows, reward_funcs=recorder, max_steps=5)
+    run.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-{saved}")
+    assert sum(recorder.prompts[::4], []) == whole[2 * saved :]
 
 
 @pytest.mark.parametrize("column", ["image", "images", "video", "audio"])

@@ -174,11 +174,14 @@ def test_a_folder_with_an_encoder(trainer, tmp_path):
 
 def test_a_model_without_a_name(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ESConfig, "device", torch.device("cpu"))
     with pytest.raises(
         ValueError, match="`processing_class` is missing: `model` is a LlamaForCausalLM without a name"
     ):
         ESTrainer(make_model(), letters, train_dataset=dataset)
+    run = ESTrainer(
+        make_model(max_position_embeddings=4096), letters, train_dataset=dataset, processing_class=make_tokenizer()
+    )
+    assert run.args.output_dir == "LlamaForCausalLM-ES"
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
