@@ -181,7 +181,7 @@ def test_a_model_without_a_name(dataset, tmp_path, monkeypatch):
     run = ESTrainer(
         make_model(max_position_embeddings=4096), letters, train_dataset=dataset, processing_class=make_tokenizer()
     )
-    assert run.args.output_dir == "LlamaForCausalLM-ES"
+    assert Path(run.args.output_dir).resolve() == (tmp_path / "LlamaForCausalLM-ES").resolve()
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
