@@ -461,7 +461,7 @@ def test_best_model_is_loaded_at_the_end(trainer, tmp_path, bf16):
         save_strategy="steps",
         save_steps=1,
         max_steps=6,
-        learning_rate=0.3,  # so large that it does not get better all the time
+        learning_rate=1.0,  # so large that it does not get better all the time
         load_best_model_at_end=True,
         metric_for_best_model="eval_reward",
         save_total_limit=1,
