@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from conftest import assert_same, weights
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from es_trainer import ESConfig, ESTrainer, replay
 from es_trainer.smollm2 import smollm2
@@ -35,15 +36,25 @@ def make_trainer(tmp_path, task, **options) -> ESTrainer:
     return ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset, task.eval_dataset)
 
 
+class Working(TrainerCallback):
+    """The weights that the model computes with, before the members of a step and after them."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.before = weights(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.after = weights(model)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_population_leaves_the_weights_bit_identical(tmp_path, bf16):
     trainer = make_trainer(tmp_path, conciseness(eval_size=2), bf16=bf16, sigma=0.02)
-    before = {name: parameter.data.clone() for name, parameter in trainer.model.named_parameters()}
-    rows = [trainer.train_dataset[i] for i in range(2)]
-    rollouts = trainer._evaluate_population(trainer.optimizer.ask(), rows)
-    assert len({rollout.completions[0].text for rollout in rollouts}) > 1
-    for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter.data, before[name]), name
+    working = Working()
+    trainer.add_callback(working)
+    trainer.train()
+    assert {tensor.dtype for tensor in working.before.values()} == {torch.bfloat16 if bf16 else torch.float32}
+    assert_same(working.after, working.before)
+    assert trainer.state.log_history[0]["reward_std"] > 0
 
 
 @pytest.mark.parametrize(
