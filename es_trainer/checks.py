@@ -34,6 +34,9 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
             f"`model` is a {kind}, but must be the name or folder of a model, a `PreTrainedModel` or a `PeftModel`. "
             "If it holds such a model (a pipeline, a wrapper for several devices), give the model itself."
         )
+    if is_peft_model(model):
+        for adapter in model.peft_config.values():
+            check_adapter("model", adapter)
     base = model.get_base_model() if is_peft_model(model) else model
     kind = type(base).__name__
     if not base.can_generate():
@@ -116,6 +119,8 @@ def check_arguments(
             "`quantization_config` without `peft_config`: quantized weights cannot be perturbed. Give a `peft_config` "
             "to train an adapter."
         )
+    if peft_config is not None:
+        check_adapter("peft_config", peft_config)
     if isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model):
         quantized = next((name for name, module in model.named_modules() if is_quantized(module)), None)
         if quantized is not None:
@@ -135,6 +140,27 @@ def check_arguments(
         )
     if args.use_vllm:
         _check_vllm(args, model, quantization_config or options.get("quantization_config"), peft_config, rollout_func)
+
+
+def check_adapter(name: str, peft_config: Any) -> None:
+    """
+    Raises:
+        `TypeError`: If it is no `PeftConfig`.
+        `ValueError`: If it is of an adapter that does more than change the model's modules: the evolution strategy
+            generates with those alone.
+    """
+    # Imported where it is used: importing peft takes seconds
+    from peft import PeftConfig, PeftType
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`{name}` must be a `peft.PeftConfig`, but is a {type(peft_config).__name__}.")
+    if peft_config.is_prompt_learning or peft_config.peft_type == PeftType.XLORA:
+        does = "puts learned tokens before the prompt" if peft_config.is_prompt_learning else "runs the model twice"
+        raise ValueError(
+            f"`{name}` has a {type(peft_config).__name__}, an adapter that {does}, which is not supported: the "
+            "evolution strategy trains adapters that change the model's layers. Use one of those, such as "
+            "`LoraConfig`."
+        )
 
 
 def _check_vllm(args: ESConfig, model: Any, quantization_config: Any, peft_config: Any, rollout_func: Any) -> None:

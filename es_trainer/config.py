@@ -266,7 +266,9 @@ class ESConfig(GRPOFields, TrainingArguments):
         generation_kwargs (`str` or `dict[str, Any]`, *optional*):
             Additional keyword arguments of [`~transformers.GenerationConfig`], such as `suppress_tokens` or
             `stop_strings`. They override the other generation parameters; `do_sample` has to agree with `temperature`.
-            With `use_vllm=True`, those of vLLM's `SamplingParams`.
+            With `use_vllm=True`, those of vLLM's `SamplingParams`. Of the model's own generation config, what says
+            which tokens may follow, where completions end and how they are computed is in effect; beams, sampling and
+            forms of output are not.
         chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Additional keyword arguments of `apply_chat_template`. Functions among the `tools` are replaced by their
             schemas.

@@ -874,8 +874,7 @@ class ESTrainer(Trainer):
             if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
                 return None
         batch = PopulationBatch(self.model, self.optimizer.weights)
-        with self.optimizer.weights.gathered(masters=False):
-            problem = batch.check()
+        problem = batch.check()
         if problem is not None:
             logger.warning(
                 f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."
@@ -1465,11 +1464,6 @@ def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig", seed: int) -> "PeftModel":
-    # Imported where it is used: importing peft takes seconds
-    from peft import PeftConfig
-
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, but is a {type(peft_config).__name__}.")
     if is_peft_model(model):
         raise ValueError(
             "You passed a `PeftModel` together with a `peft_config`. Merge and unload the existing adapter first and "

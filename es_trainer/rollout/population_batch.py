@@ -8,7 +8,6 @@ weights: the shared product plus the member's low-rank term, or a batched produc
 
 import contextlib
 import functools
-import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,19 +21,25 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..evolution.parameters import Shard, Weights
+from ..evolution.parameters import Weights
 from ..evolution.perturbation import Factors
 from ..evolution.population import Member
+from . import trial
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
+TRIAL_ROWS = (0, 1, 1)  # members of the rows that are tried
+TRIAL_SIGMAS = (0.003, 0.03, 0.3, 3.0)  # the first that makes members differ enough is taken
+SEEN = 0.3  # distance between members that is enough to tell them apart from rounding
+
+
 class CannotBatch(Exception):
     """A parameter is used in a way that is not known for many members at once."""
 
-    parameter: str  # its name
+    parameter: str | None = None  # its name
 
 
 class Rows:
@@ -51,6 +56,8 @@ class Rows:
     def __init__(self, group: int, device: torch.device):
         self.group = group
         self.device = device
+        self.tokens: int | None = None  # of each row in the forward pass under way
+        self.parameters: list[MemberParameter] = []  # that the members have values of
         self.assign(range(group))
 
     def assign(self, members: Sequence[int]) -> None:
@@ -73,7 +80,9 @@ class Rows:
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """View activations of shape `(rows, ..., width)` or `(rows * tokens, width)` as `(rows, tokens, width)`."""
-        if x.shape[0] != self.count and (x.dim() != 2 or x.shape[0] % self.count):
+        # Some of the tokens, such as those of one expert in a list of experts, may be of any rows
+        whole = x.shape[0] % self.count == 0 if self.tokens is None else x.shape[0] == self.count * self.tokens
+        if x.shape[0] != self.count and (x.dim() != 2 or not whole):
             raise CannotBatch(f"activations of shape {tuple(x.shape)} do not tell apart {self.count} rows")
         return x.reshape(self.count, -1, x.shape[-1])
 
@@ -101,6 +110,8 @@ class MemberParameter(torch.Tensor):
 
     @classmethod
     def make(cls, name: str, shared: torch.Tensor, values: Factors | torch.Tensor, rows: Rows) -> "MemberParameter":
+        if isinstance(values, torch.Tensor) and values.dim() == 1:
+            values = values[:, None]  # of a scalar, as a vector of width 1
         self = shared.as_subclass(cls)
         self.parameter_name, self.shared, self.values, self.rows, self.used = name, shared, values, rows, False
         return self
@@ -128,8 +139,11 @@ class MemberParameter(torch.Tensor):
 # ---- what parameters are used for ----
 
 
-def _linear(rows: Rows, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    x = x.contiguous()  # of other activations and a weight without gradient, torch makes a product for each row
+# Their arguments have the names that torch gives them: models may pass them by keyword
+
+
+def _linear(rows: Rows, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    x = input.contiguous()  # of other activations and a weight without gradient, torch makes a product for each row
     if not isinstance(weight, MemberParameter):
         out = F.linear(x, weight)
     elif isinstance(weight.values, Factors):
@@ -140,8 +154,9 @@ def _linear(rows: Rows, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     return out if bias is None else _add_bias(rows, out, bias)
 
 
-def _addmm(rows: Rows, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _addmm(rows: Rows, input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
     """GPT-2's Conv1D: `x @ weight + bias`."""
+    bias, x, weight = input, mat1, mat2
     if not isinstance(weight, MemberParameter):
         out = x @ weight
     elif isinstance(weight.values, Factors):
@@ -188,7 +203,8 @@ def _add_bias(rows: Rows, out: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
     return out.add_(bias)
 
 
-def _embedding(rows: Rows, ids: torch.Tensor, weight: MemberParameter, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _embedding(rows: Rows, input: torch.Tensor, weight: MemberParameter, *args: Any, **kwargs: Any) -> torch.Tensor:
+    ids = input
     if ids.dim() != 2 or ids.shape[0] != rows.count:
         raise CannotBatch(f"indices of shape {tuple(ids.shape)} do not tell apart {rows.count} rows")
     members = rows.members[:, None]
@@ -201,19 +217,23 @@ def _embedding(rows: Rows, ids: torch.Tensor, weight: MemberParameter, *args: An
 
 def _layer_norm(
     rows: Rows,
-    x: torch.Tensor,
-    shape: Sequence[int],
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    return _scale(rows, F.layer_norm(x, shape, eps=eps), weight, bias)
+    return _scale(rows, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
 
 
 def _rms_norm(
-    rows: Rows, x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+    rows: Rows,
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
 ) -> torch.Tensor:
-    return _scale(rows, F.rms_norm(x, shape, eps=eps), weight, None)
+    return _scale(rows, F.rms_norm(input, normalized_shape, eps=eps), weight, None)
 
 
 def _scale(rows: Rows, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
@@ -351,63 +371,90 @@ class PopulationBatch:
     @contextlib.contextmanager
     def install(self, members: Sequence[Member], sigma: float) -> Iterator[Rows]:
         """Inside, the model evaluates `members`. What is yielded has to be told each batch's rows."""
-        with self._installed(lambda shard: self.weights.of_members(shard, members, sigma), len(members)) as parameters:
-            yield parameters[0].rows
-
-    @contextlib.contextmanager
-    def _installed(
-        self, values: Callable[[Shard], Factors | torch.Tensor], members: int
-    ) -> Iterator[list[MemberParameter]]:
-        rows = Rows(members, self.model.device)
+        rows = Rows(len(members), self.model.device)
         installed: list[tuple[nn.Module, str]] = []
-        parameters = []
 
         def install(module: nn.Module, attribute: str, value: Any) -> None:
             # An attribute of the instance goes before a parameter or method of the same name and leaves it as it is
             vars(module)[attribute] = value
             installed.append((module, attribute))
 
+        def count_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            rows.tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
+
+        hook = self._base().register_forward_pre_hook(count_tokens, with_kwargs=True)
         try:
             for shard in self.weights.shards:
-                parameter = MemberParameter.make(shard.name, shard.parameter.data, values(shard), rows)
-                parameters.append(parameter)
+                values = self.weights.of_members(shard, members, sigma)
+                parameter = MemberParameter.make(shard.name, shard.parameter.data, values, rows)
+                rows.parameters.append(parameter)
                 for _, module, attribute in self.owners[id(shard.parameter)]:
                     install(module, attribute, parameter)
                     if _is_experts(module) and "forward" not in vars(module):
                         install(module, "forward", functools.partial(_experts_forward, module, rows))
-            yield parameters
+            yield rows
         finally:
+            hook.remove()
             for module, attribute in installed:
                 del vars(module)[attribute]
 
-    @torch.inference_mode()
     def check(self) -> str | None:
-        """Try the model on a few tokens; returns why it cannot evaluate many members at once, if so."""
-
-        def unperturbed(shard: Shard) -> Factors | torch.Tensor:
-            working = shard.working
-            factors = self.weights.perturbation.factors(
-                shard.name, shard.shape, [0], [0.0], working.device, working.dtype
-            )
-            return working.view(1, *shard.shape) if factors is None else factors
-
-        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        rows, tokens = 3, 5  # numbers that no dimension is likely to be mistaken for
-        ids = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
-        inputs = {"position_ids": torch.arange(tokens, device=ids.device).expand_as(ids)}
-        if "position_ids" not in inspect.signature(model.forward).parameters:
-            inputs = {}
+        """
+        Try two members, together and one at a time; returns why the model cannot evaluate many members at once, if so.
+        """
         try:
-            with self._installed(unperturbed, members=1) as parameters:
-                parameters[0].rows.assign([0] * rows)
-                output = model.eval()(input_ids=ids, use_cache=True, **inputs)
+            return self._compare()
         except CannotBatch as error:
-            return self._describe(error.parameter, str(error))
-        for parameter in parameters:
-            if not parameter.used:
-                return self._describe(parameter.parameter_name, "no function that is known uses it")
-        self.cache_bytes = _bytes(output.past_key_values) // ids.numel()
-        return None
+            return self._describe(error.parameter, str(error)) if error.parameter else str(error)
+        except Exception as error:  # whatever a model raises that is given weights that it does not know
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    def _compare(self) -> str | None:
+        members = [Member(seed=1), Member(seed=2, sign=-1)]
+        for sigma in TRIAL_SIGMAS:
+            alone = [self._answers_alone(member, sigma) for member in members]
+            if trial.distance(*alone) > SEEN:
+                break
+        else:
+            return "its answers do not depend enough on the trained parameters to tell members apart"
+        with self.weights.gathered(masters=False), self.install(members, sigma) as rows, self._measured_cache():
+            rows.assign(TRIAL_ROWS)
+            together = trial.answers(self.model)
+            for parameter in rows.parameters:
+                if not parameter.used:
+                    return self._describe(parameter.parameter_name, "no function that is known uses it")
+        expected = torch.stack([alone[member][row] for row, member in enumerate(TRIAL_ROWS)])
+        difference = trial.distance(together, expected)
+        if difference <= trial.tolerance(self.model):
+            return None
+        return f"the answers of members together are {difference:.1%} away from their answers one at a time"
+
+    def _answers_alone(self, member: Member, sigma: float) -> torch.Tensor:
+        # Partitioned weights are gathered anew for each member, and without masters there is nothing to restore from
+        with self.weights.gathered(masters=False):
+            shards = self.weights.shards if self.weights.drifts else []
+            kept = [(shard.working, shard.working.to("cpu", copy=True)) for shard in shards]
+            try:
+                self.weights.perturb(member, sigma)
+                return trial.answers(self.model)
+            finally:
+                self.weights.restore()
+                for working, values in kept:
+                    working.copy_(values)
+
+    @contextlib.contextmanager
+    def _measured_cache(self) -> Iterator[None]:
+        """Inside, the first forward pass says how much memory a token takes."""
+
+        def measure(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            hook.remove()
+            self.cache_bytes = _bytes(output.get("past_key_values")) // kwargs["input_ids"].numel()
+
+        hook = self._base().register_forward_hook(measure, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def fitting(self, rows: int, tokens: int, most_rows: int | None = None) -> tuple[int, int]:
         """
@@ -434,6 +481,9 @@ class PopulationBatch:
             return (members, members * rows) if members else (1, max(0, free - member) // row)
         members = (free - most_rows * row) // member
         return (members, most_rows) if members > 0 else (1, min(most_rows, max(0, free - member) // row))
+
+    def _base(self) -> PreTrainedModel:
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def _describe(self, name: str, reason: str) -> str:
         shard = next(shard for shard in self.weights.shards if shard.name == name)

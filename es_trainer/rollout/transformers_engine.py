@@ -1,21 +1,26 @@
 """Completions by Transformers' `generate`."""
 
-from typing import Any
+import functools
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from ..config import ESConfig
+from . import trial
 from .decoding import Decoding, Row
 from .engine import Completion, Engine
+from .generation_config import generation_config
 from .population_batch import Rows
 from .sampling import CommonRandomNumbers, sampling_processors
 
 
+logger = logging.get_logger(__name__)
+
 # Options whose logits processors keep something for each row of the batch
-ROW_BOUND = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "guidance_scale")
+ROW_BOUND = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "guidance_scale", "watermarking_config")
 
 
 class TransformersEngine(Engine):
@@ -43,32 +48,21 @@ class TransformersEngine(Engine):
     ):
         super().__init__(model, tokenizer, args)
         self.lockstep = lockstep
-        options = {
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "min_p": args.min_p,
-            "max_new_tokens": args.max_completion_length,
-            "repetition_penalty": args.repetition_penalty,
-            "cache_implementation": args.cache_implementation,
-            **(args.generation_kwargs or {}),
-        }
-        # `generate` makes this one from the options only for decoding methods of its own
-        stop_strings = options.pop("stop_strings", None)
-        options.pop("eos_token_id", None)  # it is among `eos_token_ids`
-        self.stopping_criteria = [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
-        self.sampling: dict[str, Any] = {key: options.pop(key) for key in ("temperature", "top_k", "top_p", "min_p")}
-        self.generation_config = GenerationConfig(
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=self.eos_token_ids,
-            **{"use_cache": True, **options},
+        self.generation_config, self.sampling = generation_config(
+            model.generation_config, tokenizer, self.eos_token_ids, args
         )
-        self.drops_finished_rows = self._can_drop_finished_rows()
+        # `generate` makes this one from the config only for decoding methods of its own
+        stop_strings, self.generation_config.stop_strings = self.generation_config.stop_strings, None
+        self.stopping_criteria = [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
+        self._members: Rows | None = None  # that are installed in the model
 
-    def _can_drop_finished_rows(self) -> bool:
-        """Whether `Decoding` can take the place of `generate`'s own decoding, in which finished rows run on."""
+    @functools.cached_property
+    def drops_finished_rows(self) -> bool:
+        """Whether `Decoding` takes the place of `generate`'s own decoding, in which finished rows run on."""
+        return self._is_plain() and self._decodes_alike()
+
+    def _is_plain(self) -> bool:
+        """Whether nothing is asked for that `Decoding` does not have."""
         config = self.generation_config
         layers = DynamicCache(config=self.model.config).layers
         return (
@@ -79,6 +73,25 @@ class TransformersEngine(Engine):
             and all(getattr(config, option) in (None, 1.0, 0) for option in ROW_BOUND)
             and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         )
+
+    def _decodes_alike(self) -> bool:
+        """
+        Try whether `Decoding` and `generate` agree. They don't where a model keeps what it has read elsewhere than in
+        the cache that it is given (RWKV, XLNet), keeps nothing (OpenAI GPT) or makes more of its inputs (CPM-Ant).
+        """
+        group = self._members.group if self._members else 1
+        rows = [Row(i % group, i, 0) for i in range(len(trial.LENGTHS))]
+        if self._members is not None:
+            self._members.assign([row.member for row in rows])
+        try:
+            theirs = trial.answers(self.model)
+            mine = trial.answers(self.model, Decoding(rows, list(trial.LENGTHS), self._members))
+        except Exception as error:  # whatever a model raises that is given inputs that it does not know
+            logger.info(f"Transformers' own loop generates, in which finished rows run on: {error!r}.")
+            return False
+        difference = trial.distance(mine, theirs)
+        logger.info(f"Decoding without finished rows is {difference:.1e} away from Transformers' own loop.")
+        return difference <= trial.tolerance(self.model)
 
     @property
     def max_new_tokens(self) -> int:
@@ -120,6 +133,7 @@ class TransformersEngine(Engine):
             of the first member, then of the second, and so on.
         """
         self.model.eval()
+        self._members = members
         rows = [
             Row(member, prompt, number)
             for member in range(members.group if members else 1)
@@ -146,7 +160,7 @@ class TransformersEngine(Engine):
     ) -> list[Completion]:
         lengths = [len(prompt_ids[row.prompt]) for row in rows]
         width = max(lengths)
-        input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        input_ids = torch.full((len(rows), width), self.generation_config.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for i, row in enumerate(rows):
             input_ids[i, width - lengths[i] :] = torch.tensor(prompt_ids[row.prompt])
@@ -156,18 +170,20 @@ class TransformersEngine(Engine):
         if self.sampling["temperature"] > 0:
             random_numbers = CommonRandomNumbers(seed, [(row.prompt, row.number) for row in rows], width)
             processors = sampling_processors(**self.sampling, random_numbers=random_numbers)
+        decoding = Decoding(rows, lengths, members, progress) if self.drops_finished_rows else None
         if members is not None:
             members.assign([row.member for row in rows])
-        output = self.model.generate(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask.to(self.model.device),
-            generation_config=self.generation_config,
-            logits_processor=processors,
-            stopping_criteria=self.stopping_criteria,
-            synced_gpus=self.lockstep is not None,
-            custom_generate=Decoding(rows, lengths, members, progress) if self.drops_finished_rows else None,
-        )
-        if not self.drops_finished_rows:
+        with trial.without_defaults(self.model):
+            output = self.model.generate(
+                input_ids=input_ids.to(self.model.device),
+                attention_mask=attention_mask.to(self.model.device),
+                generation_config=self.generation_config,
+                logits_processor=processors,
+                stopping_criteria=self.stopping_criteria,
+                synced_gpus=self.lockstep is not None,
+                custom_generate=decoding,
+            )
+        if decoding is None:
             output = [self._without_padding(ids) for ids in output[:, width:].tolist()]
         return [
             self._completion(
@@ -187,6 +203,6 @@ class TransformersEngine(Engine):
         if end is not None:
             return ids[: end + 1]
         length = len(ids)
-        while self.stopping_criteria and length > 1 and ids[length - 1] == self.tokenizer.pad_token_id:
+        while self.stopping_criteria and length > 1 and ids[length - 1] == self.generation_config.pad_token_id:
             length -= 1
         return ids[:length]

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, letters, logs, make_judge, make_model, make_tokenizer
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -242,3 +249,12 @@ def test_a_model_loaded_onto_several_devices_is_refused(trainer, tmp_path):
     with pytest.raises(ValueError, match=r"several devices \(cpu, disk; `device_map`\)"):
         trainer(str(tmp_path / "model"), model_init_kwargs=options)
     trainer(str(tmp_path / "model"), model_init_kwargs={"device_map": {"": "cpu"}})
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_adapters_outside_of_the_models_layers_are_refused(trainer, kind):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=f"`peft_config` has a {kind.__name__}"):
+        trainer(peft_config=config)
+    with pytest.raises(ValueError, match=f"`model` has a {kind.__name__}"):
+        trainer(get_peft_model(make_model(), config))

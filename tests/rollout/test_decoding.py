@@ -64,6 +64,7 @@ def by_transformers(engine, **options):
 
 def calls(engine) -> list[tuple[int, ...]]:
     """Shapes of the forward passes from now on."""
+    assert engine.drops_finished_rows  # which is tried once
     shapes = []
 
     def record(model, args, kwargs):

@@ -492,3 +492,81 @@ def test_longer_sequences_leave_room_for_fewer_members(needs, free):
 
 def test_free_memory_of_the_host():
     assert 0 < population_batch.free_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+# ---- what the trial finds ----
+
+
+class ByKeyword(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(input=x, weight=self.weight)
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class ExpertList(nn.Module):
+    """A mixture that reads its experts token by token."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(64, 32, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = (flat.sum(-1) > 0).long()
+        out = flat.new_zeros(len(flat), 32)
+        for i, expert in enumerate(self.experts):
+            out[chosen == i] = expert(flat[chosen == i])
+        return out.view(*x.shape[:-1], 32)
+
+
+@pytest.mark.parametrize("perturbation", [LowRank(1), Gaussian()], ids=name)
+@pytest.mark.parametrize("kind", [ByKeyword, Scaled])
+def test_keywords_and_scalars(kind, perturbation):
+    torch.manual_seed(1)
+    model = make(CONFIGS["llama"])
+    model.model.layers[1].mlp.down_proj = kind(64, 32, bias=False).eval()
+    check_logits(model, evolution(model, perturbation), [0, 0, 1, 1, 2, 2], [2, 0, 1, 2, 1, 2])
+
+
+@pytest.mark.parametrize("perturbation", [LowRank(1), Gaussian()], ids=name)
+def test_experts_that_are_read_token_by_token_fall_back(perturbation):
+    model = make(CONFIGS["llama"])
+    torch.manual_seed(1)
+    model.model.layers[1].mlp.down_proj = ExpertList().eval()
+    batch = batch_of(model, perturbation)
+    before = snapshot(model)
+    assert batch.check() is not None
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("master_weights", ["device", "none"])
+def test_wrong_answers_are_found(master_weights, monkeypatch):
+    model = make(CONFIGS["llama"])
+    optimizer = EvolutionStrategy(
+        list(model.named_parameters()), sigma=SIGMA, perturbation=LowRank(1), master_weights=master_weights
+    )
+    batch = PopulationBatch(model, optimizer.weights)
+    before = snapshot(model)
+    assert batch.check() is None
+    monkeypatch.setattr(
+        population_batch, "_add_low_rank", lambda rows, x, out, left, right: out.add_(x.sum(-1, keepdim=True))
+    )
+    assert "away from their answers one at a time" in batch.check()
+    assert snapshot(model) == before
+
+
+def test_values_of_higher_precision_than_the_activations():
+    rows = population_batch.Rows(2, torch.device("cpu"))
+    shared, values = torch.ones(4, dtype=torch.bfloat16), torch.full((2, 4), 1.001)
+    weight = population_batch.MemberParameter.make("norm", shared, values, rows)
+    x = torch.full((2, 3, 4), 512.0, dtype=torch.bfloat16)
+    assert (weight * x).dtype == torch.bfloat16
+    assert (weight.float().to(torch.float32) * x.float()).eq(torch.tensor(1.001) * 512).all()

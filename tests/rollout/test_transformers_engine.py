@@ -1,6 +1,16 @@
 import pytest
 import torch
 from conftest import make_model
+from transformers import (
+    CpmAntConfig,
+    CpmAntForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from es_trainer.rollout import TransformersEngine
 
@@ -35,6 +45,7 @@ def test_batch_size_changes_nothing(engine, size):
 
 def test_batch_size_is_the_most_sequences_at_once(engine, monkeypatch):
     engine = engine()
+    assert engine.drops_finished_rows  # which is tried once
     sizes = []
     generate_batch = engine.model.generate
     monkeypatch.setattr(
@@ -201,3 +212,80 @@ def test_prompts_must_leave_room_for_the_completion(engine):
         engine.tokenize(["x", "x" * 57])
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
         engine.tokenize(["x", ""])
+
+
+# ---- the model's own generation config ----
+
+
+def test_a_models_beams_and_outputs_do_not_leak_in(engine):
+    expected = generate(engine(make_model()))
+    model = make_model()
+    model.generation_config.update(
+        num_beams=3,
+        num_return_sequences=2,
+        return_dict_in_generate=True,
+        token_healing=True,
+        prompt_lookup_num_tokens=2,
+    )
+    own = model.generation_config
+    assert generate(engine(model)) == expected
+    assert model.generation_config is own
+
+
+def test_a_models_suppressed_tokens_and_stop_strings_are_in_effect(engine):
+    (plain,) = generate(engine(make_model()), ["Say one"])
+    model = make_model()
+    model.generation_config.suppress_tokens = [plain.ids[0]]
+    (suppressed,) = generate(engine(model), ["Say one"])
+    assert plain.ids[0] not in suppressed.ids
+    model = make_model()
+    model.generation_config.stop_strings = [plain.text[0]]
+    (stopped,) = generate(engine(model), ["Say one"])
+    assert len(stopped.ids) < len(plain.ids) and not stopped.truncated
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_end_token_of_ones_own(engine, as_list):
+    (plain,) = generate(engine(), ["Say one"])
+    end = plain.ids[1]
+    own = engine(generation_kwargs={"eos_token_id": [end] if as_list else end})
+    (completion,) = generate(own, ["Say one"])
+    assert completion.ids == plain.ids[: plain.ids.index(end) + 1]
+    assert not completion.truncated
+
+
+# ---- models that keep what they have read elsewhere than in a cache, or not at all ----
+
+SMALL = {"vocab_size": 259, "n_layer": 2, "n_head": 4}
+STATEFUL = {
+    "rwkv": lambda: RwkvForCausalLM(
+        RwkvConfig(vocab_size=259, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+    ),
+    "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(d_model=32, d_inner=64, **SMALL)),
+    "openai": lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_positions=128, n_embd=32, **SMALL)),
+    "cpmant": lambda: CpmAntForCausalLM(
+        CpmAntConfig(vocab_size=259, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=64, num_hidden_layers=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_models_without_a_cache_are_left_to_transformers(engine, tokenizer, architecture):
+    torch.manual_seed(0)
+    model = STATEFUL[architecture]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    engine = engine(model, max_completion_length=6)
+    assert not engine.drops_finished_rows
+    inputs = tokenizer("Say one", return_tensors="pt")
+    expected = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=engine.eos_token_ids,
+        pad_token_id=0,
+    )[0, inputs["input_ids"].shape[1] :]
+    (completion,) = generate(engine, ["Say one"])
+    assert completion.ids == expected.tolist()[: len(completion.ids)]
