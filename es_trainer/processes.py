@@ -1,11 +1,13 @@
 """What the processes of a run share out and tell each other. Weights are not among it."""
 
 import atexit
+import functools
 import itertools
 import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,6 +17,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 
 T = TypeVar("T")
+
+# How long a process waits for others, which have members to evaluate and rewards to wait for. The `ddp_timeout` of the
+# run's process group is for transfers, which take seconds. A process that ends is noticed at once.
+PATIENCE = timedelta(days=1)
 
 _queue_numbers = itertools.count()  # the same on all processes, which make the same queues in the same order
 
@@ -42,10 +48,7 @@ class Queue:
         self.size = size
         self._store = store
         self._taken = 0
-        number = next(_queue_numbers)
-        self._key = f"es_trainer/queue/{number}"
-        if store is not None and dist.get_rank() == 0:
-            store.delete_key(f"es_trainer/queue/{number - 1}")  # which everyone is done with
+        self._key = f"es_trainer/queue/{next(_queue_numbers)}"
         self._group, self._rank = divmod(dist.get_rank(), group_size) if store is not None else (0, 0)
         self._group_size = group_size
         self._turns = 0  # of the group
@@ -67,6 +70,8 @@ class Queue:
             self._add(self.size)
             if self._rank == 0:
                 self._say(range(0))
+        if self._store is not None:
+            self._tick_off(self._key, dist.get_world_size())
 
     def _say(self, taken: range) -> None:
         """Tell the others of the group what the first of them has taken."""
@@ -74,11 +79,24 @@ class Queue:
             self._store.set(self._turn(), f"{taken.start} {taken.stop}")
 
     def _hear(self) -> range:
+        turn = self._turn()
         try:
-            start, stop = self._store.get(self._turn()).split()
+            self._store.wait([turn], PATIENCE)
+            start, stop = self._store.get(turn).split()
         except RuntimeError as error:
             raise _lost(error) from error
+        self._tick_off(turn, self._group_size - 1)
         return range(int(start), int(stop))
+
+    def _tick_off(self, key: str, count: int) -> None:
+        """This process is done with a key of the store. The last of `count` deletes it."""
+        done = f"{key}/done"
+        try:
+            if self._store.add(done, 1) == count:
+                self._store.delete_key(key)
+                self._store.delete_key(done)
+        except RuntimeError as error:
+            raise _lost(error) from error
 
     def _turn(self) -> str:
         self._turns += 1
@@ -102,6 +120,7 @@ class Processes:
         self.rank = dist.get_rank() if together else 0
         self.count = dist.get_world_size() if together else 1
         self._store = _get_default_store() if self.count > 1 else None
+        self._group = _numbers_group(dist.group.WORLD) if self.count > 1 else None
         if together:
             atexit.unregister(_leave)  # of a trainer before this one
             atexit.register(_leave)
@@ -135,7 +154,7 @@ class Processes:
         report = None if failure is None else "".join(traceback.format_exception(failure)).rstrip()
         replies: list[Any] = [None] * self.count
         try:
-            dist.all_gather_object(replies, (value, report))
+            dist.all_gather_object(replies, (value, report), group=self._group)
         except RuntimeError as error:
             raise failure or _lost(error) from error
         if failure is not None:
@@ -191,6 +210,15 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+@functools.cache
+def _numbers_group(world: "dist.ProcessGroup") -> "dist.ProcessGroup":
+    """
+    All processes, for what they tell each other: from CPU to CPU, and patiently. The run's own group may be NCCL's,
+    which ends the program when a process waits longer than `ddp_timeout`.
+    """
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 _before_leaving: list[Callable[[], None]] = []
 
 
@@ -199,6 +227,7 @@ def _leave() -> None:
         work()
     # A thread of gloo that still holds tensors of the last exchange needs the interpreter to let go of them. If that
     # is gone first, the thread aborts the process.
+    _numbers_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     time.sleep(0.2)  # as others, like DeepSpeed, hold the group and keep its threads from ending
