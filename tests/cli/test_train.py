@@ -131,7 +131,7 @@ def test_launched_as_one_process_and_pushed_to_the_hub(folder, options, run):
     assert_same(folder / "one", run)
     assert pushed["model.safetensors"] == (run / "model.safetensors").read_bytes()
     assert "README.md" in pushed
-    assert "Model saved to one." in result.stdout
+    assert f"Model saved to {folder / 'one'}." in result.stdout
     assert "Model pushed to the Hub in https://huggingface.co/user/one." in result.stdout
 
 
