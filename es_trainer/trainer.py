@@ -309,6 +309,7 @@ class ESTrainer(Trainer):
         )
         _, self.lr_scheduler = optimizers
         self.model.add_model_tags(self._tag_names)
+        self.model.eval()  # nothing is done with dropout here
         if not args.disable_tqdm:
             self.add_callback(MemberProgressCallback)
 

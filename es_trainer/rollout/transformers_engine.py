@@ -78,6 +78,9 @@ class TransformersEngine(Engine):
         """
         Try whether `Decoding` and `generate` agree. They don't where a model keeps what it has read elsewhere than in
         the cache that it is given (RWKV, XLNet), keeps nothing (OpenAI GPT) or makes more of its inputs (CPM-Ant).
+
+        Raises:
+            `FloatingPointError`: If logits are NaN.
         """
         group = self._members.group if self._members else 1
         rows = [Row(i % group, i, 0) for i in range(len(trial.LENGTHS))]
@@ -89,6 +92,8 @@ class TransformersEngine(Engine):
         except Exception as error:  # whatever a model raises that is given inputs that it does not know
             logger.info(f"Transformers' own loop generates, in which finished rows run on: {error!r}.")
             return False
+        if theirs.isnan().any():  # which says nothing about the two, and would be remembered
+            raise FloatingPointError("The model's logits are not numbers (NaN).")
         difference = trial.distance(mine, theirs)
         logger.info(f"Decoding without finished rows is {difference:.1e} away from Transformers' own loop.")
         return difference <= trial.tolerance(self.model)
