@@ -128,7 +128,7 @@ def test_every_key_is_known(name):
     script_args, training_args, model_args, _ = arguments
     assert hasattr(tasks, script_args.task)
     assert training_args.lr_scheduler_type == "constant"
-    assert training_args.output_dir == f"runs/{name.replace('/', '-')}"
+    assert training_args.output_dir == str(Path.cwd() / "runs" / name.replace("/", "-"))
     # The file says all that a reader asks for, instead of leaving it to defaults
     assert read(name).keys() >= {"population_size", "sigma", "learning_rate", "perturbation", "temperature"}
 
