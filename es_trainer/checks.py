@@ -1,6 +1,5 @@
 """What is refused before training begins, and why."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .config import ESConfig
 from .evolution.parameters import is_partitioned, whole_shape
 from .fingerprint import package_version
 from .frozen import is_quantized
+from .paths import check_local
 
 
 VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release
@@ -26,8 +26,6 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
         `TypeError`: If the model is no causal language model.
         `ValueError`: If it lies on several devices, or no tokenizer is given and it has no name to find one by.
     """
-    if isinstance(model, str):
-        return
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel) and not (isinstance(model, nn.Module) and is_peft_model(model)):
         raise TypeError(
@@ -94,9 +92,8 @@ def check_arguments(
         )
     if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         raise TypeError(f"`optimizers` has a {type(scheduler).__name__} for a scheduler: give an `LRScheduler`.")
-    if isinstance(model, str) and (Path(model).expanduser().is_absolute() or model.startswith(".")):
-        if not Path(model).expanduser().is_dir():
-            raise FileNotFoundError(f"`model={model!r}`: there is no such folder.")
+    if isinstance(model, str):
+        check_local("model", model, folder=True)
     options = args.model_init_kwargs or {}
     split = {"tp_plan", "distributed_config"} & options.keys()
     if split or (isinstance(model, nn.Module) and any(isinstance(p.data, DTensor) for p in model.parameters())):

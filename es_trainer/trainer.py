@@ -238,7 +238,8 @@ class ESTrainer(Trainer):
     ):
         if isinstance(model, os.PathLike):
             model = os.fspath(model)
-        check_model(model, processing_class)
+        if not isinstance(model, str):
+            check_model(model, processing_class)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = ESConfig(f"{Path(name).name}-ES")
@@ -258,12 +259,9 @@ class ESTrainer(Trainer):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         self.on_servers = args.use_vllm and args.vllm_mode == "server"
         self._source = model if isinstance(model, str) else None
-        if self.on_servers:
-            model = _without_weights(model, options)
         if isinstance(model, str):
-            if quantization_config is not None:
-                options["quantization_config"] = quantization_config
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **options})
+            model = _load(model, options, quantization_config, self.on_servers)
+            check_model(model, processing_class)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config._name_or_path,
@@ -272,7 +270,6 @@ class ESTrainer(Trainer):
                 padding_side="left",
             )
         require_pad_token(processing_class)
-        check_model(model, processing_class)
         check_special_tokens(model, processing_class)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
@@ -1450,6 +1447,16 @@ def _forwards(model: nn.Module) -> dict[str, Any]:
         name: (getattr(module.forward, "__func__", module.forward), module._compiled_call_impl)
         for name, module in model.named_modules()
     }
+
+
+def _load(
+    name: str, options: dict[str, Any], quantization_config: "BitsAndBytesConfig | None", on_servers: bool
+) -> PreTrainedModel:
+    if on_servers:
+        return _without_weights(name, options)
+    if quantization_config is not None:
+        options = {**options, "quantization_config": quantization_config}
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **options})
 
 
 def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -4,10 +4,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
+
+from ..paths import check_local
 
 
 if TYPE_CHECKING:
@@ -83,21 +84,6 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error about an unknown name."""
     nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1)
     return f": did you mean {prefix + nearest[0]!r}?" if nearest else "."
-
-
-FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".yaml", ".yml"}
-
-
-def check_local(option: str, name: str | None) -> None:
-    """
-    Raises:
-        `FileNotFoundError`: If the value of an option can only be a local path, and there is nothing there. What could
-            be the name of a repository on the Hub is left to the Hub.
-    """
-    if name is None or Path(name).expanduser().exists():
-        return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES:
-        raise FileNotFoundError(f"`{option}={name!r}`: there is no such file or folder.")
 
 
 @dataclass
@@ -244,7 +230,7 @@ class GenerationArguments:
         from ..config import ESConfig
 
         for option in ("model_name_or_path", "compare_to"):
-            check_local(option, getattr(self, option))
+            check_local(option, getattr(self, option), folder=True)
         if self.batch_size < 1:
             raise ValueError(f"`batch_size={self.batch_size}` is not valid: it must be at least 1.")
         same = "trust_remote_code use_cpu max_completion_length temperature top_p top_k min_p generation_kwargs seed"

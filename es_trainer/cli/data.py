@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ScriptArguments
 
-from .arguments import RewardArguments, check_local, suggestion
+from ..paths import check_local
+from .arguments import RewardArguments, suggestion
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def check_data(arguments: "ESScriptArguments | EvalArguments", mixture: DatasetM
         `FileNotFoundError`: If a local file or folder does not exist.
     """
     check_local("dataset_name", arguments.dataset_name)
-    check_local("reward_model_name_or_path", arguments.reward_model_name_or_path)
+    check_local("reward_model_name_or_path", arguments.reward_model_name_or_path, folder=True)
     if mixture.datasets and (arguments.task or arguments.dataset_name):
         raise ValueError("`datasets` is given together with `task` or `dataset_name`: leave out one of them.")
     if arguments.task is not None:

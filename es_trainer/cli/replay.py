@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .arguments import Parser, check_local
+from ..paths import check_local
+from .arguments import Parser
 
 
 @dataclass
@@ -47,7 +48,7 @@ class ReplayArguments:
 def main(argv: list[str]) -> None:
     """Replay a run and save the model."""
     (arguments,) = Parser(ReplayArguments, prog="es-trainer replay").parse_args_and_config(argv)
-    check_local("model_name_or_path", arguments.model_name_or_path)
+    check_local("model_name_or_path", arguments.model_name_or_path, folder=True)
     from transformers import AutoTokenizer
 
     from .. import replay

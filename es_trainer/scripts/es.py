@@ -17,9 +17,10 @@ python es.py \
     --output_dir SmolLM2-brief
 """
 
-from es_trainer.cli.arguments import Parser, check_local
+from es_trainer.cli.arguments import Parser
 from es_trainer.cli.data import ESScriptArguments, check_data, load_data, pick_split
 from es_trainer.cli.mistakes import told_in_one_line
+from es_trainer.paths import check_local
 
 
 def main(script_args, training_args, model_args, dataset_args):
@@ -79,7 +80,7 @@ def check(script_args, training_args, model_args, dataset_args):
     """What can be told before anything is loaded."""
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set: give the name or folder of a causal language model.")
-    check_local("model_name_or_path", model_args.model_name_or_path)
+    check_local("model_name_or_path", model_args.model_name_or_path, folder=True)
     check_data(script_args, dataset_args)
 
 

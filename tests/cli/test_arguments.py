@@ -8,7 +8,7 @@ import pytest
 
 from es_trainer import __version__
 from es_trainer.cli import COMMANDS, _take_debug, main
-from es_trainer.cli.arguments import GenerationArguments, Parser, check_local
+from es_trainer.cli.arguments import GenerationArguments, Parser
 
 
 @dataclass
@@ -172,14 +172,3 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch, place):
 
 def test_debug_with_a_value_is_the_trainers():
     assert _take_debug(["train", "--debug", "underflow_overflow"]) == ["train", "--debug", "underflow_overflow"]
-
-
-@pytest.mark.parametrize("name", ["./model", "~/nothing/here", "runs/brief/model", "rows.jsonl", "data/rows.parquet"])
-def test_a_path_where_nothing_is(name):
-    with pytest.raises(FileNotFoundError, match=f"`some_option='{name}'`: there is no such file or folder"):
-        check_local("some_option", name)
-
-
-@pytest.mark.parametrize("name", [None, "gpt2", "user/model-0.5b", "user/data.v1", "tests"])
-def test_what_may_be_on_the_hub_or_is_here(name):
-    check_local("some_option", name)

@@ -245,7 +245,7 @@ def test_what_does_not_exist(refused):
     assert "`dataset_name='missing.jsonl'`: there is no such file" in refused(
         "--dataset_name", "missing.jsonl", task=None
     )
-    assert "`model_name_or_path='a/b/c'`: there is no such file" in refused(model_name_or_path="a/b/c")
+    assert "`model_name_or_path='a/b/c'`: there is no such folder" in refused(model_name_or_path="a/b/c")
     assert "`--config` is given twice" in refused("--config", "nowhere.yaml")
 
 

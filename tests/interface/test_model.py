@@ -121,8 +121,9 @@ def test_code_of_a_models_repository_runs_only_when_trusted(trainer, own_code):
 
 def test_a_path(trainer, model_folder):
     assert type(trainer(Path(model_folder)).model).__name__ == "LlamaForCausalLM"
-    with pytest.raises(FileNotFoundError, match="there is no such folder"):
-        trainer(Path("/no/such/folder"))
+    for path in ("/no/such/folder", "no/such/folder"):
+        with pytest.raises(FileNotFoundError, match="there is no such folder"):
+            trainer(Path(path))
 
 
 def t5() -> T5ForConditionalGeneration:
