@@ -33,6 +33,19 @@ logger = logging.get_logger(__name__)
 
 PATIENCE = 60.0  # seconds that a function takes before that is warned of
 
+# What the trainer and Transformers' Trainer log themselves, of training and of evaluations (there after `eval_`)
+RESERVED = frozenset(
+    (
+        *("loss", "reward", "reward_std", "reward_max", "reward_min", "learning_rate", "grad_norm"),
+        *("epoch", "step", "num_tokens", "num_input_tokens_seen", "update_norm", "distance_from_start"),
+        *("noise_seconds", "generation_seconds", "reward_seconds", "update_seconds", "step_time"),
+        *("tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+        *("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
+        *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
+        *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),
+    )
+)
+
 Rewards = Sequence[float | None]
 # The name of a reward model, a reward model, or a function that returns a number for each completion
 RewardFunc = str | PreTrainedModel | Callable[..., Rewards] | Callable[..., Awaitable[Rewards]]
@@ -179,7 +192,8 @@ class Scorer:
         Raises:
             `RuntimeError`: If a function raises, or exits.
             `ValueError`: If a function does not return one finite number or `None` for each completion, or logs
-                another number of extra values, or the weighted sum is larger than a float can be.
+                another number of extra values or a metric that the trainer logs itself, or the weighted sum is larger
+                than a float can be.
         """
         return self.begin(rows, completions, completion_ids, trainer_state)()
 
@@ -307,6 +321,11 @@ class Scorer:
                     )
                 extra.append((column, values))
             for metric, values in call.metrics.items():
+                if self._is_logged(metric):
+                    raise ValueError(
+                        f"Reward function {name!r} gave `log_metric({metric!r}, ...)`, which the trainer logs itself: "
+                        f"give the metric another name, such as {f'own/{metric}'!r}."
+                    )
                 metrics.setdefault(metric, []).extend(values)
         columns = [_numbers(name, result, len(rows)) for name, result in zip(self.names, results, strict=True)]
         by_function = np.array(columns, dtype=np.float64).T
@@ -329,6 +348,13 @@ class Scorer:
             metrics,
             seconds,
         )
+
+    def _is_logged(self, metric: str) -> bool:
+        """Whether logs have something else of that name."""
+        metric = metric.removeprefix("eval_")
+        return metric in RESERVED or metric in {
+            f"rewards/{name}/{of}" for name in self.names for of in ("mean", "std")
+        }
 
 
 def _keywords(

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from es_trainer.rewards.scorer import Scorer
+
 
 # Of policy gradients, groups of completions and gradients
 ONLY_GRPO = {
@@ -43,6 +45,22 @@ def test_what_grpo_logs_and_es_has_bears_the_same_key(trainer, dataset, tmp_path
     assert train_keys[1] - train_keys[0] == ONLY_GRPO
     assert eval_keys[1] - eval_keys[0] == {f"eval_{key}" for key in ONLY_GRPO - {"grad_norm"}}
     assert "own/metric" in train_keys[0]
+
+
+def test_what_the_trainer_logs_cannot_be_logged_by_rewards(trainer):
+    run = trainer(eval_strategy="steps", eval_steps=1, max_steps=1)
+    run.train()
+    keys = set().union(*run.state.log_history)
+    assert {"reward", "learning_rate", "rewards/letters/mean", "eval_loss", "eval_runtime", "train_runtime"} <= keys
+    for key in keys:
+
+        def reward(completions, log_metric, **kwargs):
+            log_metric(key, 7.0)
+            return [0.0]
+
+        reward.__name__ = "letters"
+        with pytest.raises(ValueError, match=f"'letters' gave `log_metric\\('{key}', ...\\)`, which the trainer logs"):
+            Scorer(reward)([{"prompt": "a"}], ["b"], [[1]], run.state)
 
 
 def test_what_was_not_logged_yet_is_in_the_closing_log(trainer, tmp_path):
