@@ -634,10 +634,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             for item, value in values.items()
             if was_set(value, item) and value not in GRPO_FILLED_IN.get(item.name, ())
         }
+        # Of overrides without effect, the new config warns itself
+        mine = changed.keys() & left_out.keys() - GRPO_BATCH - overrides.keys()
         dropped = {
-            item.name: value
-            for item, value in values.items()
-            if item.name in changed.keys() & left_out.keys() - GRPO_BATCH and asks_for_something(value, item)
+            item.name: value for item, value in values.items() if item.name in mine and asks_for_something(value, item)
         }
         if dropped and config.process_index == 0:
             logger.warning(

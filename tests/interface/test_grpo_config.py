@@ -103,6 +103,15 @@ def test_one_warning_lists_what_has_no_meaning(grpo_config, caplog):
     assert "max_completion_length" not in warning and "per_device" not in warning and "padding" not in warning
 
 
+def test_overrides_are_warned_of_once(grpo_config, caplog):
+    theirs = grpo_config(beta=0.04, epsilon=0.1, learning_rate=1e-5, num_generations=4)
+    with caplog.at_level("WARNING"):
+        ESConfig.from_grpo_config(theirs, beta=0.05, learning_rate=0.1, num_generations=3)
+    assert "epsilon=0.1" in caplog.text and "beta=0.05" in caplog.text and "num_generations=3" in caplog.text
+    assert "beta=0.04" not in caplog.text and "learning_rate=1e-05" not in caplog.text
+    assert "num_generations=4" not in caplog.text
+
+
 def test_settings_of_vllm_are_carried_over(grpo_config, caplog):
     options = {
         "use_vllm": True,
