@@ -96,6 +96,10 @@ NEEDS: dict[str, tuple[Callable[["ESConfig"], bool], str]] = {
     "eval_delay": (lambda c: c.eval_strategy != "no", "eval_strategy='steps' or 'epoch'"),
     "save_steps": (lambda c: c.save_strategy == "steps", "save_strategy='steps'"),
     "logging_steps": (lambda c: c.logging_strategy == "steps", "logging_strategy='steps'"),
+    "train_sampling_strategy": (
+        lambda c: c.shuffle_dataset or c.train_sampling_strategy == "sequential",
+        "shuffle_dataset=True",
+    ),
     "length_column_name": (
         lambda c: c.train_sampling_strategy == "group_by_length",
         "train_sampling_strategy='group_by_length'",
@@ -715,8 +719,6 @@ class ESConfig(GRPOFields, TrainingArguments):
         self._validate()
         if self.data_seed is None or isinstance(self.data_seed, Derived):
             self.data_seed = Derived(self.seed)  # the order of the prompts must not hang on the global random state
-        if not self.shuffle_dataset:
-            self.train_sampling_strategy = "sequential"
         self._warn_of_settings_without_effect()
 
     def _leave_out_what_has_no_effect(self) -> None:

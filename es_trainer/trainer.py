@@ -19,7 +19,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -522,6 +522,8 @@ class ESTrainer(Trainer):
         }
         if isinstance(dataset, torch.utils.data.IterableDataset):
             del options["drop_last"]
+        elif is_training and not self.args.shuffle_dataset:
+            options["sampler"] = SequentialSampler(dataset)
         else:
             options["sampler"] = sampler_fn(dataset)
         if is_training:

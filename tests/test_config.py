@@ -291,6 +291,11 @@ def test_what_has_no_effect_is_named_and_reset(left_out, options, said):
         ({"perturbation_rank": 2}, "(needs perturbation='low_rank')", {"perturbation": "low_rank"}),
         ({"adam_beta1": 0.5}, "(needs es_optimizer='adam' or 'momentum')", {"es_optimizer": "momentum"}),
         ({"adam_beta2": 0.5}, "(needs es_optimizer='adam')", {"es_optimizer": "adam"}),
+        (
+            {"train_sampling_strategy": "group_by_length", "shuffle_dataset": False},
+            "train_sampling_strategy='group_by_length' (needs shuffle_dataset=True)",
+            {"shuffle_dataset": True},
+        ),
         ({"warmup_steps": 5}, "'constant_with_warmup'", {"lr_scheduler_type": "linear"}),
         ({"top_p": 0.5}, "(needs temperature > 0)", {"temperature": 0.7}),
         ({"top_k": 5}, "(needs temperature > 0)", {"generation_kwargs": {"temperature": 0.7}}),

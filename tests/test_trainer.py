@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import json
 import logging
 import re
@@ -97,8 +98,14 @@ def test_shuffle_dataset_false_keeps_the_order(trainer, dataset):
         seen.extend(prompts)
         return [0.0] * len(prompts)
 
-    trainer(reward_funcs=spy, max_steps=3, shuffle_dataset=False, population_size=2).train()
+    run = trainer(reward_funcs=spy, max_steps=3, shuffle_dataset=False, population_size=2)
+    run.train()
     assert list(dict.fromkeys(seen)) == dataset["prompt"]
+    seen.clear()
+    args = dataclasses.replace(run.args, shuffle_dataset=True, seed=1)
+    ESTrainer(make_model(), spy, args, dataset, processing_class=run.processing_class).train()
+    assert sorted(set(seen)) == sorted(dataset["prompt"])
+    assert list(dict.fromkeys(seen)) != dataset["prompt"]
 
 
 def test_iterable_datasets(trainer, dataset):
