@@ -148,7 +148,7 @@ class Decoding:
             length = int(lengths.max())
             mask = (torch.arange(length, device=device) >= length - lengths[:, None]).long()
             inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
-            cache = DynamicCache()
+            cache = DynamicCache(config=model.config)
             output = model(
                 input_ids=input_ids[firsts, width - length :],
                 attention_mask=None if mask.all() else mask,
@@ -184,12 +184,15 @@ class Decoding:
 class RowsLayer(DynamicLayer):
     """
     Keys and values of one layer in memory that is allocated once: growing by concatenation would copy all of them for
-    every token. Prompts end at the same place; what is before a shorter one is masked.
+    every token. Prompts end at the same place; what is before a shorter one is masked. As in Transformers' own cache, a
+    layer with a sliding window gives no more than the window: there are models whose mask does not know of it.
     """
 
     def __init__(self, computed: DynamicLayer, rows: int, width: int, total: int):
         super().__init__()
         self.dtype, self.device = computed.keys.dtype, computed.keys.device
+        self.is_sliding = computed.is_sliding
+        self.window = computed.sliding_window if computed.is_sliding else total
         self.all_keys, self.all_values = (
             states.new_zeros(rows, states.shape[1], total, states.shape[3])
             for states in (computed.keys, computed.values)
@@ -199,19 +202,28 @@ class RowsLayer(DynamicLayer):
 
     def _view(self, length: int) -> None:
         self.length = length
-        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+        seen = slice(max(0, length - self.window), length)
+        self.keys, self.values = self.all_keys[:, :, seen], self.all_values[:, :, seen]
 
     def put(self, computed: DynamicLayer, targets: list[int], sources: list[int]) -> None:
         """Take over what was computed for prompts: row `sources[i]` becomes row `targets[i]`."""
-        start = self.length - computed.keys.shape[2]
-        self.keys[targets, :, start:] = computed.keys[sources]
-        self.values[targets, :, start:] = computed.values[sources]
+        place = slice(self.length - computed.keys.shape[2], self.length)
+        self.all_keys[targets, :, place] = computed.keys[sources]
+        self.all_values[targets, :, place] = computed.values[sources]
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self._view(self.length + key_states.shape[2])
-        self.keys[:, :, -key_states.shape[2] :] = key_states
-        self.values[:, :, -value_states.shape[2] :] = value_states
+        """Append one token's."""
+        self._view(self.length + 1)
+        self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
         return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, *args) -> tuple[int, int]:
+        """How many keys the next token sees, with its own, and how many are before them."""
+        seen = min(self.length + 1, self.window)
+        return seen, self.length + 1 - seen
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]

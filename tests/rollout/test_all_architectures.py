@@ -65,13 +65,6 @@ ENOUGH = 40  # architectures that are to be compared
 
 DATA = Dataset.from_list([{"prompt": prompt} for prompt in ("Say one", "A longer prompt than the other")])
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-KNOWN = {
-    "moshi": pytest.mark.xfail(
-        strict=True,
-        reason="only its cache knows of the sliding window, and decoding without finished rows has its own cache: "
-        "prompts longer than the window are answered as without one",
-    )
-}
 
 found: dict[str, str] = {}  # what became of each architecture
 
@@ -151,7 +144,7 @@ def own_completions(model, ids) -> list[list[int]]:
     return completions
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=KNOWN.get(kind, ())) for kind in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32(kind, tmp_path, caplog):
     logging.getLogger("transformers").propagate = True
     model = build(kind)

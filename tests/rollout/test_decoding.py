@@ -7,6 +7,7 @@ from transformers import (
     GPT2Config,
     MambaConfig,
     MistralConfig,
+    MoshiConfig,
     Qwen3MoeConfig,
 )
 
@@ -21,6 +22,8 @@ TWO_KINDS = ["sliding_attention", "full_attention"]
 CONFIGS = {
     "mistral": MistralConfig(**TINY, sliding_window=8),
     "gemma3": Gemma3TextConfig(**TINY, head_dim=8, sliding_window=8, layer_types=TWO_KINDS, tie_word_embeddings=False),
+    # Whose mask does not know of the window: only its cache does
+    "moshi": MoshiConfig(**TINY, head_dim=8, ffn_dim=64, sliding_window=8),
     "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
     "qwen3_moe": Qwen3MoeConfig(**TINY, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "mamba": MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3),
@@ -74,7 +77,7 @@ def calls(engine) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "moshi", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
 def test_completions_are_those_of_transformers_own_loop(engine, architecture, options):
     engine = engine(make(architecture), **options)
@@ -84,7 +87,7 @@ def test_completions_are_those_of_transformers_own_loop(engine, architecture, op
     assert max(lengths(completions)) > 8
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "moshi", "gpt2", "qwen3_moe"])
 def test_prompts_of_one_length_need_no_mask(engine, architecture):
     engine = engine(make(architecture), temperature=1.0)
     prompts = ["Say one", "Say two", "Tell me"]
@@ -204,7 +207,7 @@ def alone(engine, optimizer, members, **options):
 @pytest.mark.parametrize(
     "perturbation", [LowRank(1), LowRank(3), Gaussian()], ids=["LowRank1", "LowRank3", "Gaussian"]
 )
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "moshi", "gpt2", "qwen3_moe"])
 def test_members_keep_their_weights_when_other_rows_leave(engine, architecture, perturbation, share, monkeypatch):
     monkeypatch.setattr(decoding, "FINISHED_SHARE", share)
     model = make(architecture)
