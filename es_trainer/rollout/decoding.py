@@ -184,8 +184,8 @@ class Decoding:
 class RowsLayer(DynamicLayer):
     """
     Keys and values of one layer in memory that is allocated once: growing by concatenation would copy all of them for
-    every token. Prompts end at the same place; what is before a shorter one is masked. As in Transformers' own cache, a
-    layer with a sliding window gives no more than the window: there are models whose mask does not know of it.
+    every token. Prompts end at the same place; what is before a shorter one is masked. As in Transformers' own cache,
+    a layer with a sliding window gives no more than the window: there are models whose mask does not know of it.
     """
 
     def __init__(self, computed: DynamicLayer, rows: int, width: int, total: int):
