@@ -55,7 +55,9 @@ def test_working_weights_beyond_float16_are_found(trainer):
         trainer(learning_rate=1e7, fp16=True).train()
 
 
-@pytest.mark.parametrize("options", [{}, {"perturbation": "low_rank"}, {"temperature": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"perturbation": "low_rank"}, {"temperature": 1.0}, {"generation_kwargs": {"use_cache": False}}]
+)
 def test_members_without_logits_are_named(trainer, tmp_path, options):
     with pytest.raises(FloatingPointError, match=r"Step 1: The model's logits are not numbers.* `sigma` \(1e\+39\)"):
         trainer(sigma=1e39, **options).train()

@@ -66,12 +66,7 @@ class Decoding:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> list[list[int]]:
-        """
-        Tokens of each row's completion, as many as `stopping_criteria` let it have.
-
-        Raises:
-            `FloatingPointError`: If logits are NaN.
-        """
+        """Tokens of each row's completion, as many as `stopping_criteria` let it have."""
         options = {key: model_kwargs[key] for key in ("logits_to_keep",) if key in model_kwargs}
         positions = "position_ids" in model_kwargs
         device = input_ids.device
@@ -87,22 +82,17 @@ class Decoding:
         self._assign(rows)
         completions: list[list[int]] = [[] for _ in rows]
         done = torch.zeros(size, dtype=torch.bool, device=device)
-        broken = torch.zeros((), dtype=torch.bool, device=device)
         ends = torch.full((size,), total, device=device)
         with tqdm(
             total=total - width, desc="Tokens", leave=False, position=2, dynamic_ncols=True, disable=not self.progress
         ) as bar:
             while True:
                 scores = logits_processor(input_ids, logits.float()) if logits_processor else logits
-                best = scores.max(-1, keepdim=True)
-                broken |= best.values.isnan().any()  # of which NaN counts as the largest
-                input_ids = torch.cat([input_ids, best.indices], dim=1)
+                input_ids = torch.cat([input_ids, scores.max(-1, keepdim=True).indices], dim=1)  # faster than argmax
                 ends[~done] = input_ids.shape[1]
                 done |= stopping_criteria(input_ids, scores)
                 bar.update()
                 if int(done.sum()) >= FINISHED_SHARE * len(rows):
-                    if broken:
-                        raise FloatingPointError("The model's logits are not numbers (NaN).")
                     for i in done.nonzero().flatten().tolist():
                         completions[rows[i]] = input_ids[i, width : ends[i]].tolist()
                     keep = (~done).nonzero().flatten()

@@ -3,7 +3,13 @@
 import functools
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 from transformers.utils import logging
@@ -13,6 +19,7 @@ from . import trial
 from .decoding import Decoding, Row
 from .engine import Completion, Engine
 from .generation_config import generation_config
+from .not_numbers import NOT_NUMBERS, NaNLogits
 from .population_batch import Rows
 from .sampling import CommonRandomNumbers, sampling_processors
 
@@ -93,7 +100,7 @@ class TransformersEngine(Engine):
             logger.info(f"Transformers' own loop generates, in which finished rows run on: {error!r}.")
             return False
         if theirs.isnan().any():  # which says nothing about the two, and would be remembered
-            raise FloatingPointError("The model's logits are not numbers (NaN).")
+            raise FloatingPointError(NOT_NUMBERS)
         difference = trial.distance(mine, theirs)
         logger.info(f"Decoding without finished rows is {difference:.1e} away from Transformers' own loop.")
         return difference <= trial.tolerance(self.model)
@@ -136,6 +143,9 @@ class TransformersEngine(Engine):
         Returns:
             `list[Completion]`: `num_generations` completions of the first prompt, then of the second, and so on; all
             of the first member, then of the second, and so on.
+
+        Raises:
+            `FloatingPointError`: If logits are NaN.
         """
         self.model.eval()
         self._members = members
@@ -171,10 +181,11 @@ class TransformersEngine(Engine):
             input_ids[i, width - lengths[i] :] = torch.tensor(prompt_ids[row.prompt])
             attention_mask[i, width - lengths[i] :] = 1
 
-        processors = None
+        nan = NaNLogits()
+        processors = LogitsProcessorList([nan])
         if self.sampling["temperature"] > 0:
             random_numbers = CommonRandomNumbers(seed, [(row.prompt, row.number) for row in rows], width)
-            processors = sampling_processors(**self.sampling, random_numbers=random_numbers)
+            processors += sampling_processors(**self.sampling, random_numbers=random_numbers)
         decoding = Decoding(rows, lengths, members, progress) if self.drops_finished_rows else None
         if members is not None:
             members.assign([row.member for row in rows])
@@ -188,6 +199,7 @@ class TransformersEngine(Engine):
                 synced_gpus=self.lockstep is not None,
                 custom_generate=decoding,
             )
+        nan.check()
         if decoding is None:
             output = [self._without_padding(ids) for ids in output[:, width:].tolist()]
         return [

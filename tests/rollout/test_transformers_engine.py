@@ -214,6 +214,30 @@ def test_prompts_must_leave_room_for_the_completion(engine):
         engine.tokenize(["x", ""])
 
 
+# ---- logits that are not numbers ----
+
+LOOPS = {
+    "decoding": {},
+    "decoding, sampled": {"temperature": 1.0},
+    "static": {"cache_implementation": "static", "generation_kwargs": {"disable_compile": True}},
+    "no_cache, sampled": {"temperature": 1.0, "generation_kwargs": {"use_cache": False}},
+    "beams": {"generation_kwargs": {"num_beams": 2}, "perturbation": "gaussian", "population_batch_size": 1},
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_logits_that_are_nan_are_named(engine, loop):
+    model = make_model()
+    engine = engine(model, **LOOPS[loop])
+    assert engine.drops_finished_rows == loop.startswith("decoding")
+    assert len(generate(engine)) == len(PROMPTS)
+    # Of one token in one prompt
+    (token,) = engine.tokenizer("x", add_special_tokens=False)["input_ids"]
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"The model's logits are not numbers \(NaN\)"):
+        generate(engine)
+
+
 # ---- the model's own generation config ----
 
 
