@@ -179,8 +179,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             Members evaluated together, in one batch. It changes speed and memory; results change only where the
             rounding of another batch size makes a different token the most likely one. If `None`, as many as fit into
             free memory, but one for `perturbation="gaussian"` on CPU: there a batch needs a copy of the weights for
-            each member, which pays on GPUs only. A model that uses a parameter in an unknown way has its members
-            evaluated one at a time, with a warning that names the module.
+            each member, which pays on GPUs only. It is one for beam search, too. A model that uses a parameter in an
+            unknown way has its members evaluated one at a time, with a warning that names the module.
         fitness_shaping (`str`, *optional*, defaults to `"z_score"`):
             How the members' rewards become the weights of their noises:
 
@@ -673,6 +673,10 @@ class ESConfig(GRPOFields, TrainingArguments):
         """Whether servers generate."""
         return self.use_vllm and self.vllm_mode == "server"
 
+    @property
+    def _has_beams(self) -> bool:
+        return (self.generation_kwargs or {}).get("num_beams", 1) > 1
+
     def _generates_with(self, name: str) -> Any:
         """A generation parameter, which `generation_kwargs` may override."""
         return (self.generation_kwargs or {}).get(name, getattr(self, name))
@@ -768,6 +772,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
         if self.generation_kwargs:
             self._drop_what_generation_kwargs_repeat()
+        if self._has_beams and self.perturbation == "gaussian" and self.population_batch_size is None:
+            self.population_batch_size = 1
         for name in ("num_generations", "num_generations_eval"):
             if (getattr(self, name) or 0) > 1 and not self.samples:
                 self._said[name] = getattr(self, name)
@@ -925,7 +931,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                 nearest = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
                 raise ValueError(f"`generation_kwargs` has {key!r}, which `GenerationConfig` does not know{hint}")
-        if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
+        if self._has_beams:
             if self.samples:
                 raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")
             if self.perturbation == "low_rank" or self.population_batch_size != 1:

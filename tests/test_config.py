@@ -233,12 +233,8 @@ def test_every_field_of_its_own_is_documented():
         ({"generation_kwargs": {"num_return_sequences": 2}}, "'num_return_sequences'.*num_generations"),
         ({"generation_kwargs": {"supress_tokens": [1]}}, "'supress_tokens'.*did you mean 'suppress_tokens'"),
         ({"generation_kwargs": {"num_beams": 2}, "temperature": 1.0}, "num_beams"),
-        ({"generation_kwargs": {"num_beams": 2}}, "num_beams.*population_batch_size=1"),
         ({"generation_kwargs": {"num_beams": 2}, "population_batch_size": 3}, "num_beams.*population_batch_size=1"),
-        (
-            {"generation_kwargs": {"num_beams": 2}, "population_batch_size": 1, "perturbation": "low_rank"},
-            "num_beams.*perturbation='gaussian'",
-        ),
+        ({"generation_kwargs": {"num_beams": 2}, "perturbation": "low_rank"}, "num_beams.*perturbation='gaussian'"),
         ({"bf16": True, "fp16": True}, "fp16 and bf16"),
     ],
 )
@@ -448,7 +444,10 @@ def test_tools_of_a_chat_template_are_their_schemas(tmp_path):
 
 
 def test_beam_search_goes_with_one_member_at_a_time(tmp_path):
-    assert make(tmp_path, generation_kwargs={"num_beams": 2}, population_batch_size=1).perturbation == "gaussian"
+    # With `do_sample`, it is what a script for GRPO has whose temperature was left alone
+    for options in ({"num_beams": 2}, {"do_sample": True, "num_beams": 2, "length_penalty": -0.1}):
+        assert make(tmp_path, generation_kwargs=options).population_batch_size == 1
+    assert make(tmp_path, generation_kwargs={"num_beams": 1}).population_batch_size is None
 
 
 def test_perturbations_parse_from_the_command_line(tmp_path):
