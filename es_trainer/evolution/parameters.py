@@ -38,12 +38,15 @@ class Home:
             every `period` of the parameter, like some columns of a matrix.
         copy (`bool`, *optional*, defaults to `False`):
             Whether another process has the same part and stands for it in sums.
+        shape (`torch.Size`, *optional*):
+            Shape of the whole parameter, if the one that is given has no more than this part of it, flat.
     """
 
     weights: torch.Tensor
     start: int = 0
     runs: tuple[int, int, int] | None = None
     copy: bool = False
+    shape: torch.Size | None = None
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
         """What lies here of a whole parameter, or of anything of its shape; flat, a view where it is in one piece."""
@@ -651,7 +654,11 @@ def _shard(
 ) -> Shard:
     shape = whole_shape(parameter)
     if home is not None:
-        given, start, working = home.part_of(parameter.data), home.start, home.weights
+        if home.shape is None:
+            given = home.part_of(parameter.data)
+        else:
+            shape, given = home.shape, parameter.data
+        start, working = home.start, home.weights
         parameter.data = working.view(shape) if working.numel() == shape.numel() else working.new_empty(0)
     else:
         parameter.data = parameter.data.contiguous()

@@ -4,7 +4,7 @@ vLLM fuses projections, pads vocabularies and shards over tensor-parallel ranks.
 and its noise are those of Transformers, so that an engine and a plain model get the same perturbations.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -99,13 +99,21 @@ def check_values(homes: Mapping[str, Home], parameters: Mapping[str, torch.Tenso
     Raises:
         [`LoadError`]: If they differ; names the parameters.
     """
-    different = [
-        f"{name} has other values than the model's"
-        for name, home in homes.items()
-        if not torch.equal(home.part_of(parameters[name]).to(home.weights), home.weights)
-    ]
-    if different:
-        raise _load_error(different)
+    refuse_other_values([name for name, home in homes.items() if not has_values(home, home.part_of(parameters[name]))])
+
+
+def has_values(home: Home, part: torch.Tensor) -> bool:
+    """Whether the engine's weights are those of a part of a parameter, rounded to their dtype."""
+    return torch.equal(part.to(home.weights), home.weights)
+
+
+def refuse_other_values(names: Sequence[str]) -> None:
+    """
+    Raises:
+        [`LoadError`]: If there are parameters whose values are not the model's.
+    """
+    if names:
+        raise _load_error([f"{name} has other values than the model's" for name in names])
 
 
 def _modules_and_parameters(engine: nn.Module) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:

@@ -7,20 +7,23 @@ import base64
 import functools
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm.config import set_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.platforms import current_platform
 
 from ..evolution import EvolutionStrategy, Member
 from ..evolution.parameters import Home
 from ..history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
-from .vllm_weights import carried_by_lora, check_values, find_homes
+from .vllm_base_model import everywhere, hand_out, load_in_first
+from .vllm_weights import carried_by_lora, find_homes, has_values, refuse_other_values
 
 
 def _prepare_cpu() -> None:
@@ -82,7 +85,9 @@ class WorkerExtension:
     """
 
     _run: dict[str, Any] | None = None  # what `begin` was given
-    _base: PreTrainedModel | None = None
+    # Parameters and buffers of the base model that the run does not train, in the worker that loaded it
+    _untrained: Mapping[str, torch.Tensor] = MappingProxyType({})
+    _checked = False  # whether the engine's weights were those of the base model
     _strategy: EvolutionStrategy | None = None
     _digest = ""
 
@@ -116,7 +121,7 @@ class WorkerExtension:
             `dict`: The `"updates"` done in this run, the `"digest"` of its history so far, and the `"checksum"`s of
             the trained weights.
         """
-        if self._run != {"header": header, "dtype": dtype}:
+        if not everywhere(self._run == {"header": header, "dtype": dtype}, get_tp_group()):
             self._restart(header, dtype)
         return self._position()
 
@@ -173,8 +178,8 @@ class WorkerExtension:
             home, values = shards[name].home, shards[name].trained[low:high].to(shards[name].given)
             size = home.weights.numel()
         else:
-            whole = self._base.state_dict()[name].reshape(-1)
-            home, values, size = Home(whole, copy=get_tensor_model_parallel_rank() > 0), whole[low:high], whole.numel()
+            whole = self._untrained[name].reshape(-1) if get_tp_group().is_first_rank else torch.empty(0)
+            home, values, size = Home(whole), whole[low:high], whole.numel()
         return {
             "data": base64.b64encode(values.cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode(),
             "dtype": str(values.dtype).removeprefix("torch."),
@@ -185,8 +190,8 @@ class WorkerExtension:
         }
 
     def _restart(self, header: dict[str, Any], dtype: str) -> None:
-        first = self._base is None
-        self._run = self._strategy = self._base = None
+        self._run = self._strategy = None
+        self._untrained = {}
         config = self.model_config
         wanted = str(working_dtype(header["config"]) or dtype).removeprefix("torch.")
         if str(config.dtype) != f"torch.{wanted}":
@@ -194,24 +199,53 @@ class WorkerExtension:
                 f"The server computes in {config.dtype}, but the run in {wanted}. Start the server with --dtype "
                 f"{wanted}, or choose with `bf16` and `fp16` of `ESConfig`."
             )
-        with set_current_vllm_config(self.vllm_config):  # whose patches of Transformers ask for it
-            self._base = AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-        parameters = dict(self._base.named_parameters())
-        trained = trained_parameters(self._base, header, "run")
-        homes = self.homes({name: parameter.shape for name, parameter in parameters.items()})
-        if first:
-            check_values(homes, parameters)
-        for name, home in homes.items():  # another run may have left its weights
-            home.weights.copy_(home.part_of(parameters[name].data))
+        trained = self._take_weights(header, dtype)
         self._strategy = make_optimizer(
-            trained,
+            [(name, parameter) for name, (parameter, _) in trained.items()],
             set(header["decayed"]),
             header["config"],
-            homes={parameter: homes[name] for name, parameter in trained},
+            homes=dict(trained.values()),
         )
         self._run, self._digest = {"header": header, "dtype": dtype}, first_digest(header)
+
+    def _take_weights(self, header: dict[str, Any], dtype: str) -> dict[str, tuple[nn.Parameter, Home]]:
+        """
+        Make the engine's weights those of the base model, which another run may have left otherwise.
+
+        Returns:
+            `dict[str, tuple[nn.Parameter, Home]]`: this worker's parts of the parameters to train, and their homes.
+        """
+        group = get_tp_group()
+        model, kinds = load_in_first(lambda: self._load(header, dtype), group)
+        homes = self.homes({name: kind.shape for name, kind in kinds.items()})
+        trained, different = {}, []
+        for name, whole in hand_out(model, kinds, group):
+            home = homes[name]
+            part = home.part_of(whole)
+            if not self._checked and not has_values(home, part):
+                different.append(name)
+                continue
+            home.weights.copy_(part)
+            if name in header["parameters"]:
+                own = part.clone() if part.numel() < whole.numel() else part
+                trained[name] = nn.Parameter(own, requires_grad=False), replace(home, shape=kinds[name].shape)
+            elif model is not None:
+                self._untrained[name] = whole
+        refuse_other_values(different)
+        self._checked = True
+        if model is not None:
+            buffers = {name for name, _ in model.named_buffers()}
+            self._untrained |= {name: t for name, t in model.state_dict().items() if name in buffers}
+        return {name: trained[name] for name in header["parameters"]}
+
+    def _load(self, header: dict[str, Any], dtype: str) -> PreTrainedModel:
+        config = self.model_config
+        with set_current_vllm_config(self.vllm_config):  # whose patches of Transformers ask for it
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        trained_parameters(model, header, "run")
+        return model
 
     def _running(self) -> EvolutionStrategy:
         if self._strategy is None:

@@ -15,9 +15,10 @@ from conftest import assert_same, letters, logs, weights
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_distributed import free_port
+from watched import Watched
 
 from es_trainer import replay
-from es_trainer.rollout.vllm_server import ServerError
+from es_trainer.rollout.vllm_server import Server, ServerError
 
 
 STARTING = 120  # seconds
@@ -37,6 +38,7 @@ class Process:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"VLLM_API_KEY": self.token} if self.token else {})}
         command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", tiny.tiny_folder()]
         command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(self.port), *self.options]
+        environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -293,7 +295,10 @@ def test_a_server_that_is_not_there(start):
 
 
 def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
-    server = Process("--tensor-parallel-size", "2", token="secret")
+    server = Process(
+        *("--tensor-parallel-size", "2", "--worker-extension-cls", f"{Watched.__module__}.{Watched.__name__}"),
+        token="secret",
+    )
     try:
         server.wait()
         request = {"method": "checksum"}
@@ -303,7 +308,14 @@ def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
         with pytest.raises(ServerError, match="asks for a token: set the environment variable VLLM_API_KEY"):
             start(server)
         monkeypatch.setenv("VLLM_API_KEY", "secret")
+        before = Server(server.url, 60.0).call("bytes")
         mine, theirs = start(server), plain()
+        after = mine.engine.servers[0].call("bytes")
+        whole = sum(parameter.nbytes for parameter in theirs.model.parameters())
+        assert [worker["loaded"] for worker in after] == [whole, 0]
+        for then, now in zip(before, after, strict=True):
+            # Masters of its half, and as much again from which the distance is measured; norms are in both
+            assert now["kept"] - then["kept"] < 1.1 * whole
         mine.train()
         assert_alike(mine, theirs, tmp_path / "saved")
         # Small models are measured whole, larger ones on other weights in every part
