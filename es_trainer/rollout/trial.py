@@ -81,5 +81,7 @@ def distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def tolerance(model: "PreTrainedModel | PeftModel") -> float:
     """How far answers of the model may be from one another by rounding alone."""
-    exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
-    return TOLERANCE if exact and torch.get_float32_matmul_precision() == "highest" else COARSE_TOLERANCE
+    backend = torch.backends.cuda if model.device.type == "cuda" else torch.backends.mkldnn
+    exact = backend.matmul.fp32_precision in ("none", "ieee")  # and not that of TF32 or bfloat16
+    exact &= all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    return TOLERANCE if exact else COARSE_TOLERANCE
