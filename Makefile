@@ -10,17 +10,17 @@ NEWEST := .venv-newest
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
 
-.PHONY: quickstart test test-lowest test-newest test-vllm slow bench bench-vllm lint clean
+.PHONY: quickstart test test-lowest test-newest test-vllm slow gpu bench bench-vllm lint clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/with_vllm
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/with_vllm --ignore tests/gpu
 
 # With the oldest versions that setup.py allows
 test-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore tests/with_vllm
+	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore tests/with_vllm --ignore tests/gpu
 
 # With the newest versions of what the trainer is built on; torch stays pinned
 test-newest: $(NEWEST)/installed
@@ -31,8 +31,13 @@ test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm
 
 slow: $(VENV)/dev $(VLLM)/installed
-	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm
+	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
 	$(VLLM)/bin/python -m pytest -m slow tests/with_vllm
+
+# On a machine with GPUs, with what is installed there
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests/evolution/test_cuda_kernel.py tests/gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/noise.py

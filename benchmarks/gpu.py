@@ -87,6 +87,11 @@ def show_kernels(weights: int, rounds: int) -> None:
     print(f"noise.add of 30 members: {30 * weights / took / 1e9:.1f} G/s")
 
 
+def update(strategy: EvolutionStrategy) -> None:
+    strategy.tell(strategy.ask(), torch.linspace(-1, 1, strategy.population_size).tolist())
+    strategy.step()
+
+
 def show_strategy(size: str, master_weights: str, rounds: int) -> None:
     """A member's perturbation and an update, for a model in bfloat16."""
     model = make_model(size, torch.bfloat16)
@@ -98,15 +103,9 @@ def show_strategy(size: str, master_weights: str, rounds: int) -> None:
         took = median_seconds(lambda s=strategy: s.perturb(Member(1)), rounds)
         strategy.restore()
         print(f"{size} {name}, masters {master_weights}: perturb {took * 1e3:.1f} ms, {count / took / 1e9:.1f} G/s")
-        utilities = torch.linspace(-1, 1, 30).tolist()
-
-        def update(strategy: EvolutionStrategy = strategy, utilities: list[float] = utilities) -> None:
-            strategy.tell(strategy.ask(), utilities)
-            strategy.step()
-
-        took = median_seconds(update, rounds)
+        took = median_seconds(lambda s=strategy: update(s), rounds)
         print(f"{size} {name}, masters {master_weights}: update of 30 members {took * 1e3:.0f} ms")
-        del strategy
+        del strategy  # before the next one's masters are made
     if DEVICE.type == "cuda":
         print(f"{size}, masters {master_weights}: peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from .adapters import add_adapter, from_json
 from .config import ESConfig
@@ -18,6 +19,8 @@ from .evolution.parameters import Home
 from .evolution.perturbation import Gaussian, LowRank
 from .history_file import HISTORY_NAME, History
 
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T", bound=EvolutionStrategy)
 
@@ -97,6 +100,7 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     """What a run is, apart from its base model and its updates: the first line of a history."""
     return {
         "noise_version": noise.VERSION,
+        "device": args.device.type,  # the kernels of different kinds round differently
         "config": run_config(args),
         "parameters": {shard.name: list(shard.shape) for shard in optimizer.weights.shards},
         "decayed": [
@@ -232,9 +236,10 @@ def replay(
     Args:
         base_model (`str` or [`~transformers.PreTrainedModel`]):
             The model that the run started with, in the dtype it was given in then. A string is loaded as
-            [`ESTrainer`] loads it (in float32 unless `dtype` says otherwise); an object is changed in place. If the
-            trainer was given a `peft_config`, the adapter is added as it did. If it was given a
-            [`~peft.PeftModel`], give one with the adapter's weights from before training.
+            [`ESTrainer`] loads it (in float32 unless `dtype` says otherwise), on a GPU if the run was on one and
+            there is one; an object is changed in place, where it is. If the trainer was given a `peft_config`, the
+            adapter is added as it did. If it was given a [`~peft.PeftModel`], give one with the adapter's weights from
+            before training.
         history (`str` or `Path`):
             The run's `history.jsonl`, or the folder it is in.
         steps (`int`, *optional*):
@@ -244,7 +249,8 @@ def replay(
 
     Returns:
         [`~transformers.PreTrainedModel`]: The model with the weights after the last update, bit-identical to those
-        of the run on the same kind of device, in the dtype it was given in.
+        of the run on the same kind of device (on another, the same up to the rounding of float32, which is warned of),
+        in the dtype it was given in.
 
     Raises:
         `ValueError`: If the history is of another model, other initial weights or another version of the noise, or has
@@ -255,7 +261,15 @@ def replay(
     if steps is not None and steps > len(lines):
         raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
     if isinstance(base_model, str):
-        base_model = AutoModelForCausalLM.from_pretrained(base_model, **{"dtype": torch.float32, **model_init_kwargs})
+        on_gpu = header.get("device") == "cuda" and torch.cuda.is_available()
+        options = {"dtype": torch.float32, "device_map": "cuda" if on_gpu else None, **model_init_kwargs}
+        base_model = AutoModelForCausalLM.from_pretrained(base_model, **options)
+    device = base_model.device.type
+    if header.get("device", device) != device:
+        logger.warning(
+            f"The run was on {header['device']!r} and is replayed on {device!r}, whose noise is the same up to the "
+            "rounding of float32. So are the weights; replay on the same kind of device for the same bits."
+        )
     if header.get("peft_config") is not None and not is_peft_model(base_model):
         base_model = add_adapter(base_model, from_json(header["peft_config"]), header["config"]["seed"])
     trained = trained_parameters(base_model, header, f"history {path}")

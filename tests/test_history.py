@@ -46,11 +46,23 @@ def test_noise_of_another_version_is_refused(trainer, model_folder, tmp_path, mo
         trainer(save_strategy="steps", max_steps=4).train(resume_from_checkpoint=True)
 
 
+def test_a_replay_on_another_kind_of_device_says_so(trainer, model_folder, tmp_path, caplog):
+    trainer().train()
+    header, lines = read(tmp_path / "run")
+    assert header["device"] == "cpu"
+    with caplog.at_level("WARNING"):
+        replay(model_folder, tmp_path / "run")
+        assert "is replayed on" not in caplog.text
+        History(tmp_path / "run" / "history.jsonl").write({**header, "device": "cuda"}, lines)
+        replay(make_model(), tmp_path / "run")
+    assert "The run was on 'cuda' and is replayed on 'cpu'" in caplog.text
+
+
 def test_a_history_without_a_version_is_of_the_first(trainer, model_folder, tmp_path):
     run = trainer()
     run.train()
     header, lines = read(tmp_path / "run")
-    for key in ("noise_version", "start"):
+    for key in ("noise_version", "start", "device"):
         del header[key]
     History(tmp_path / "run" / "history.jsonl").write(header, lines)
     assert_same(weights(replay(model_folder, tmp_path / "run")), weights(run.model))

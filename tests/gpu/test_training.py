@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_same, make_model, weights
 
+from es_trainer import replay
 from es_trainer.evolution import EvolutionStrategy
 
 
@@ -45,6 +46,13 @@ def test_resume_has_the_same_bits(trainer, options, tmp_path):
     run = trainer(make_model(), **GPU, **{**cut, "max_steps": 4})
     run.train(resume_from_checkpoint=True)
     assert_same({name: weight.cpu() for name, weight in weights(run.model).items()}, whole)
+
+
+@pytest.mark.parametrize("options", RUNS, ids=str)
+def test_a_replay_has_the_same_bits(trainer, model_folder, tmp_path, options):
+    run = trainer(**GPU, bf16=True, **options)
+    run.train()
+    assert_same(weights(replay(model_folder, tmp_path / "run")), weights(run.model))
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
