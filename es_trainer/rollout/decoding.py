@@ -23,7 +23,39 @@ from .sampling import CommonRandomNumbers
 # Tokens of a forward pass over prompts: enough for full speed; on CPU few enough for activations to stay in the cache
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
 
+# Options that `Decoding` follows. With any other, of later versions too, Transformers' own loop decodes: it has beams
+# and the like, and logits processors that keep something of each row
+FOLLOWED = (
+    # which tokens may follow
+    *("bad_words_ids", "begin_suppress_tokens", "suppress_tokens", "sequence_bias", "no_repeat_ngram_size"),
+    *("repetition_penalty", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("remove_invalid_values", "renormalize_logits", "bos_token_id", "pad_token_id"),
+    # where completions end
+    *("eos_token_id", "max_new_tokens", "max_time", "min_length", "min_new_tokens"),
+    # of caches that it does not have
+    *("cache_config", "disable_compile", "max_cache_len"),
+)
+# Values of other options that ask for nothing
+NEUTRAL = {
+    "cache_implementation": "dynamic",
+    "do_sample": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "num_beams": 1,
+    "use_cache": True,
+}
+
 FINISHED_SHARE = 1 / 8  # of the rows that makes it worth to copy the others together
+
+
+def follows(config: GenerationConfig) -> bool:
+    """Whether `Decoding` does all that a config for greedy decoding asks for."""
+    unset = vars(GenerationConfig())
+    return all(
+        name in FOLLOWED or value == unset.get(name) or value == NEUTRAL.get(name)
+        for name, value in vars(config).items()
+    )
 
 
 @dataclass(frozen=True)
@@ -226,6 +258,6 @@ def _keep(cache: Cache, logits_processor: LogitsProcessorList, rows: torch.Tenso
         if isinstance(processor, CommonRandomNumbers):
             processor.keep(rows.tolist())
         elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
-            # Of the processors of `generate` that greedy decoding has here, only this keeps something for each row
+            # Of the processors that `FOLLOWED` makes, only this keeps something for each row
             if isinstance(processor.prompt_ignore_length, torch.Tensor):
                 processor.prompt_ignore_length = processor.prompt_ignore_length[rows]

@@ -11,12 +11,11 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from ..config import ESConfig
 from . import trial
-from .decoding import Decoding, Row
+from .decoding import Decoding, Row, follows
 from .engine import Completion, Engine
 from .generation_config import generation_config
 from .not_numbers import NOT_NUMBERS, NaNLogits
@@ -25,9 +24,6 @@ from .sampling import CommonRandomNumbers, sampling_processors
 
 
 logger = logging.get_logger(__name__)
-
-# Options whose logits processors keep something for each row of the batch
-ROW_BOUND = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "guidance_scale", "watermarking_config")
 
 
 class TransformersEngine(Engine):
@@ -70,14 +66,10 @@ class TransformersEngine(Engine):
 
     def _is_plain(self) -> bool:
         """Whether nothing is asked for that `Decoding` does not have."""
-        config = self.generation_config
         layers = DynamicCache(config=self.model.config).layers
         return (
             self.lockstep is None
-            and config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-            and config.use_cache
-            and config.cache_implementation in (None, "dynamic")
-            and all(getattr(config, option) in (None, 1.0, 0) for option in ROW_BOUND)
+            and follows(self.generation_config)
             and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         )
 

@@ -4,6 +4,7 @@ from conftest import TINY, make_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     GPT2Config,
     MambaConfig,
     MistralConfig,
@@ -96,25 +97,53 @@ def test_prompts_of_one_length_need_no_mask(engine, architecture):
     assert len(set(lengths(completions))) > 2
 
 
+# A value of each option that `Decoding` follows
+OPTIONS = {
+    "bad_words_ids": [[token] for token in range(10, 70)],
+    "begin_suppress_tokens": [*range(3, 259, 2)],
+    "suppress_tokens": [*range(10, 70)],
+    "sequence_bias": [[[token], 50.0] for token in range(10, 70)],
+    "no_repeat_ngram_size": 1,
+    "repetition_penalty": 1.8,
+    "forced_eos_token_id": 99,
+    "exponential_decay_length_penalty": (2, 3.0),
+    "eos_token_id": [*range(2, 100)],
+    "max_new_tokens": 1,
+    "max_time": 0.0,
+    "min_length": 45,
+    "min_new_tokens": 5,
+}
+# And of those that change nothing here: prompts have more than one token, and logits are numbers
+WITHOUT_TRACE = {
+    "forced_bos_token_id": 99,
+    "remove_invalid_values": True,
+    "renormalize_logits": True,
+    "bos_token_id": 5,
+    "pad_token_id": 5,
+    "cache_config": {"backend": "quanto"},
+    "disable_compile": True,
+    "max_cache_len": 100,
+}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"min_new_tokens": 5},
-        {"suppress_tokens": [*range(10, 70)]},
-        {"no_repeat_ngram_size": 1},
-        {"repetition_penalty": 1.8},
-        {"min_new_tokens": 9, "max_new_tokens": 9},
-        {"max_new_tokens": 1},
-    ],
-    ids=str,
-)
-def test_generation_kwargs_do_what_they_do_in_transformers_own_loop(engine, options, temperature):
-    plain = engine(temperature=temperature)
-    engine = engine(temperature=temperature, generation_kwargs=options)
+@pytest.mark.parametrize("name", [name for name in decoding.FOLLOWED if name in vars(GenerationConfig())])
+def test_options_do_what_they_do_in_transformers_own_loop(engine, name, temperature):
+    plain = generate(engine(temperature=temperature), num_generations=2)
+    engine = engine(temperature=temperature, generation_kwargs={name: (OPTIONS | WITHOUT_TRACE)[name]})
     completions = generate(engine, num_generations=2)
     assert completions == by_transformers(engine, num_generations=2)
-    assert completions != generate(plain, num_generations=2)
+    assert (completions == plain) == (name in WITHOUT_TRACE)
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(vars(GenerationConfig()).keys() - {*decoding.FOLLOWED}), "of_a_later_version"]
+)
+def test_other_options_are_not_followed(name):
+    config = GenerationConfig()
+    assert decoding.follows(config)
+    setattr(config, name, "something")
+    assert not decoding.follows(config)
 
 
 def test_stop_strings_stop_rows_at_different_times(engine):
@@ -261,8 +290,12 @@ def test_a_static_cache_gives_the_same_for_members(engine, perturbation):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache_implementation": "static"}, {"generation_kwargs": {"use_cache": False}}],
-    ids=["static", "no_cache"],
+    [
+        {"cache_implementation": "static"},
+        {"generation_kwargs": {"use_cache": False}},
+        {"generation_kwargs": {"prefill_chunk_size": 4}},
+    ],
+    ids=["static", "no_cache", "chunks"],
 )
 def test_other_caches_are_left_to_transformers_and_give_the_same(engine, options):
     expected = generate(engine())
