@@ -904,6 +904,13 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
                     "text, lists and dictionaries."
                 ) from error
+        in_parts = self.on_servers or self.deepspeed_plugin is not None or self.vllm_tensor_parallel_size > 1
+        require(
+            not (self.save_only_model and self.load_best_model_at_end and in_parts),
+            "save_only_model",
+            "with load_best_model_at_end, weights that are on servers or partitioned are loaded from the optimizer's "
+            "state; leave it out.",
+        )
         self._validate_vllm(require, one_of)
         if self.use_vllm:
             self._validate_vllm_generation_kwargs()

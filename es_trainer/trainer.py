@@ -461,6 +461,8 @@ class ESTrainer(Trainer):
         self._pending = []
         self._done_before = []
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if resume_from_checkpoint is None and self.optimizer.updates > 0:
+            self._go_back_in_history()
         if self.optimizer.updates == 0:
             self._header = {**describe(self.optimizer, self.args), **self._origin()}
         self._check_consistency()
@@ -567,6 +569,10 @@ class ESTrainer(Trainer):
         With `resume_from_checkpoint=True`, updates after the last checkpoint that are in `history.jsonl` are done
         again from their seeds and utilities: no member is evaluated twice. Give the checkpoint's path to evaluate them
         anew, for instance with another reward. A history that does not go on is kept under another name.
+
+        A further call goes on with the weights and the optimizer's state as they are. After
+        `load_best_model_at_end`, those are of the best checkpoint, and the history goes on from its update. With
+        `save_only_model`, the best model begins a run of its own.
         """
         self._check_model()
         with self._at_work():
@@ -686,10 +692,7 @@ class ESTrainer(Trainer):
             "their members are evaluated anew."
         )
         self._done_before = []
-        if self.is_world_process_zero():
-            header, lines = self.history.read()
-            self._keep_history()
-            self.history.write(header, lines[: self.optimizer.updates])
+        self._go_back_in_history()
         return None
 
     def _step_again(self, line: dict[str, Any]) -> torch.Tensor:
@@ -1322,13 +1325,24 @@ class ESTrainer(Trainer):
         self.history.write(header, steps)
         return []
 
+    def _go_back_in_history(self) -> None:
+        """Let the history end where the weights are, from which on training went further before."""
+        if self.is_world_process_zero():
+            header, lines = self.history.read()
+            if len(lines) > self.optimizer.updates:
+                self._keep_history()
+                self.history.write(header, lines[: self.optimizer.updates])
+
     def _load_best_model(self) -> None:
-        if self.on_servers or self.optimizer.weights.partitioned:
-            self.optimizer.load_weights(self._optimizer_parts(Path(self.state.best_model_checkpoint)))
+        checkpoint = Path(self.state.best_model_checkpoint)
+        if _optimizer_files(checkpoint):
+            # All of its state: a further call of train() goes on from the best update, and the history with it
+            self.optimizer.load_parts(self._optimizer_parts(checkpoint))
             return
         with self.optimizer.weights.as_given():
             super()._load_best_model()
             self.optimizer.weights.adopt()
+        self.optimizer.begin()  # the model is all that was saved
 
     def _optimizer_parts(self, checkpoint: Path) -> list[dict[str, Any]]:
         """The parts of a checkpoint's optimizer state that this process's part may be in."""

@@ -118,6 +118,44 @@ def test_an_earlier_history_is_kept(trainer, tmp_path):
     assert len(list((tmp_path / "run").glob("history*.jsonl"))) == 3
 
 
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 6,
+    "learning_rate": 1.0,  # so large that it does not get better all the time
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward",
+}
+
+
+@pytest.mark.parametrize("options", [{"es_optimizer": "adam", "learning_rate": 0.3}, {"bf16": True}])
+def test_training_after_the_best_model_was_loaded_goes_on_from_its_update(trainer, model_folder, tmp_path, options):
+    run = trainer(**{**BEST, **options})
+    run.train()
+    best = run.state.best_global_step
+    assert best < 6
+    whole = (tmp_path / "run" / "history.jsonl").read_text()
+    assert_same(weights(replay(model_folder, tmp_path / "run", best)), weights(run.model))
+    run.args.load_best_model_at_end = False
+    run.train()
+    lines = read(tmp_path / "run")[1]
+    assert [line["step"] for line in lines] == list(range(1, best + 6 + 1))
+    assert_same(weights(replay(model_folder, tmp_path / "run")), weights(run.model))
+    assert (tmp_path / "run" / "history-1.jsonl").read_text() == whole
+
+
+def test_training_after_the_best_model_without_its_state_is_a_run_of_its_own(trainer, tmp_path):
+    run = trainer(**BEST, bf16=True, save_only_model=True)
+    run.train()
+    shutil.copytree(run.state.best_model_checkpoint, tmp_path / "best")
+    run.args.load_best_model_at_end = False
+    run.train()
+    assert len(read(tmp_path / "run")[1]) == 6
+    assert_same(weights(replay(str(tmp_path / "best"), tmp_path / "run")), weights(run.model))
+
+
 def test_a_run_that_fails_before_its_first_update_leaves_an_earlier_history(trainer, tmp_path):
     trainer().train()
     before = (tmp_path / "run" / "history.jsonl").read_text()

@@ -30,6 +30,16 @@ SERVER = {"use_vllm": True, "vllm_mode": "server"}
         ({"vllm_mode": "colo"}, "`vllm_mode='colo'` is not valid: choose one of 'colocate', 'server'."),
         ({"vllm_model_impl": "auto"}, "`vllm_model_impl='auto'` is not valid: choose one of 'vllm', 'transformers'."),
         ({"vllm_gpu_memory_utilization": 0.0}, "`vllm_gpu_memory_utilization=0.0` is not valid: it must be in (0, 1]"),
+        (
+            {
+                **SERVER,
+                "save_only_model": True,
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+            },
+            "`save_only_model=True` is not valid: with load_best_model_at_end, weights that are on servers",
+        ),
         ({"vllm_server_timeout": 0}, "`vllm_server_timeout=0` is not valid: it must be positive."),
         ({"vllm_max_model_length": 0}, "`vllm_max_model_length=0` is not valid: it must be at least 1"),
         ({"vllm_tensor_parallel_size": 2}, "it must divide the number of processes, which is 1."),

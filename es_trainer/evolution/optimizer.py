@@ -115,8 +115,6 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.eps = eps
         self.anchor_decay = anchor_decay
         self.seed = seed
-        self.updates = 0  # steps done
-        self.moves = 0  # those of them that moved the weights: what Adam's averages are made of
         self.update_norm = 0.0  # of the last step
         self.told: Told | None = None
 
@@ -127,6 +125,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
         ]
         self.weights = Weights(named, dtype, master_weights, perturbation, frozen, homes)
         self._stride = _stride([shard.shape for shard in self.weights.shards])
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all updates but what the weights have become."""
+        self.updates = 0  # steps done
+        self.moves = 0  # those of them that moved the weights: what Adam's averages are made of
         for shard in self.weights.shards:
             self.state[shard.parameter] = self._initial_state(shard)
 
@@ -353,16 +357,6 @@ class EvolutionStrategy(torch.optim.Optimizer):
             group.update(loaded)
         self.updates = parts[0]["updates"]
         self.moves = parts[0].get("moves", self.updates)  # states had no such number once
-        self.weights.refresh()
-
-    @torch.no_grad()
-    def load_weights(self, parts: Sequence[dict[str, Any]]) -> None:
-        """Copy the trained weights of a state, as `load_parts` does, and nothing else of it."""
-        self._check_runs(parts)
-        self.weights.take_back()
-        self.restore()
-        for shard in self.weights.shards:
-            _copy(parts, shard.name, "weights", shard.trained, shard.start)
         self.weights.refresh()
 
     def _check_runs(self, parts: Sequence[dict[str, Any]]) -> None:

@@ -642,9 +642,5 @@ class ServedStrategy(EvolutionStrategy):
 
     def load_parts(self, parts: Sequence[dict[str, Any]]) -> None:
         """Go on from a state; the history has to be given to the servers before, as `servers.lines`."""
-        self.load_weights(parts)
         self.updates = parts[0]["updates"]
-
-    def load_weights(self, parts: Sequence[dict[str, Any]]) -> None:
-        """Bring the weights of the servers to those of a state."""
-        self.servers.go_to(self.servers.lines[: parts[0]["updates"]], parts[0]["checksum"])
+        self.servers.go_to(self.servers.lines[: self.updates], parts[0]["checksum"])

@@ -515,9 +515,15 @@ def test_a_state_of_which_a_part_is_missing_is_refused(make_part):
     _, whole = make()
     with pytest.raises(ValueError, match="it lacks 934 of the numbers of 'weights'"):
         whole.load_parts(states[:1] + states[2:])
-    weights = [make_part(rank, 2) for rank in range(2)]
-    for optimizer in weights:
-        run_steps(optimizer, 1)
-    whole.load_weights([optimizer.state_dict() for optimizer in weights])
-    assert_parts(weights, whole)
-    assert whole.updates == 0
+
+
+def test_an_optimizer_that_begins_again_is_a_new_one_with_these_weights():
+    options = {"rule": "adam", "anchor_decay": 0.1, "lr": 0.02}
+    parameters, optimizer = make(**options)
+    run_steps(optimizer, 2)
+    optimizer.begin()
+    others, new = make({name: nn.Parameter(data) for name, data in snapshot(parameters).items()}, **options)
+    for each in (optimizer, new):
+        run_steps(each, 2)
+    assert_same(snapshot(parameters), snapshot(others))
+    assert optimizer.updates == 2 and optimizer.distance_from_start() == new.distance_from_start()
