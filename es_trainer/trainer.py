@@ -487,6 +487,8 @@ class ESTrainer(Trainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if resume_from_checkpoint is not None and self.state.best_model_checkpoint is None:
+            self._find_best_checkpoint(Path(resume_from_checkpoint))
         if self.state.global_step >= max_steps:  # a finished run that was started again: there is no epoch left
             return num_train_epochs, 0
         if self.state.global_step > 0 and not isinstance(self.train_dataset, Dataset):
@@ -497,6 +499,13 @@ class ESTrainer(Trainer):
             if not self.args.ignore_data_skip:
                 batches = round((self.state.epoch - epoch) * self._steps_of_checkpoint)
         return epoch, batches
+
+    def _find_best_checkpoint(self, resumed: Path) -> None:
+        """Paths in checkpoints are absolute: in a folder that was moved, the best one is beside the resumed one."""
+        best = resumed.absolute().with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best.is_dir():
+            logger.warning(f"The folder was moved: the best checkpoint is {best} now.")
+            self.state.best_model_checkpoint = str(best)
 
     def _get_dataloader(
         self,

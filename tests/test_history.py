@@ -146,6 +146,18 @@ def test_training_after_the_best_model_was_loaded_goes_on_from_its_update(traine
     assert (tmp_path / "run" / "history-1.jsonl").read_text() == whole
 
 
+def test_the_best_model_of_a_folder_that_was_moved(trainer, tmp_path):
+    first = trainer(**BEST)
+    first.train()
+    best = first.state.best_global_step
+    assert best < 6
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    again = trainer(**BEST, output_dir=str(tmp_path / "moved"))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "moved" / f"checkpoint-{best}")
+    assert_same(weights(again.model), weights(first.model))
+
+
 def test_training_after_the_best_model_without_its_state_is_a_run_of_its_own(trainer, tmp_path):
     run = trainer(**BEST, bf16=True, save_only_model=True)
     run.train()
