@@ -725,6 +725,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             self.data_seed = Derived(self.seed)  # the order of the prompts must not hang on the global random state
         self._warn_of_settings_without_effect()
 
+    def check(self) -> None:
+        """Check what was set since the config was made like what it was made with."""
+        self.__post_init__()
+
     def _leave_out_what_has_no_effect(self) -> None:
         """Reset fields that have no effect, so that they have none, and keep them for the warning."""
         for item in fields(self):

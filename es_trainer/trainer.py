@@ -245,6 +245,8 @@ class ESTrainer(Trainer):
             args = ESConfig(f"{Path(name).name}-ES")
         elif isinstance(args, GRPOConfig):
             args = ESConfig.from_grpo_config(args)
+        else:
+            args.check()
         refuse_unsupported(tools=tools, environment_factory=environment_factory)
         self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes)
         check_arguments(args, model, optimizers, quantization_config, peft_config, rollout_func)

@@ -1109,3 +1109,17 @@ def test_a_process_that_leaves_gpus_unused_says_so(config, dataset, reward, capl
         ESTrainer(make_model(), reward, args, dataset, processing_class=make_tokenizer())
     assert args.n_gpu == 1
     assert [record.message for record in caplog.records if "one of 8 GPUs" in record.message]
+
+
+def test_what_is_set_after_the_config_was_made_counts(config, model_folder, dataset, reward, caplog):
+    args = config(num_prompts_per_step=2)
+    args.num_prompts_per_step = 3
+    args.use_transformers_continuous_batching = True  # as an example of TRL does
+    with caplog.at_level("WARNING"):
+        trainer = ESTrainer(model_folder, reward, args, dataset)
+    assert caplog.text.count("use_transformers_continuous_batching=True (members that are evaluated together") == 1
+    assert trainer.args is args and not args.use_transformers_continuous_batching
+    assert [len(batch) for batch in trainer.get_train_dataloader()] == [3, 3]
+    args.temperature = -1.0
+    with pytest.raises(ValueError, match="`temperature=-1.0` is not valid"):
+        ESTrainer("org/does-not-exist", reward, args, dataset)
