@@ -54,7 +54,7 @@ def test_what_the_trainer_logs_cannot_be_logged_by_rewards(trainer):
     assert {"reward", "learning_rate", "rewards/letters/mean", "eval_loss", "eval_runtime", "train_runtime"} <= keys
     for key in keys:
 
-        def reward(completions, log_metric, **kwargs):
+        def reward(completions, log_metric, key=key, **kwargs):
             log_metric(key, 7.0)
             return [0.0]
 
