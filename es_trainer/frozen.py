@@ -41,9 +41,18 @@ def frozen_tensors(model: nn.Module, dtype: torch.dtype | None) -> list[torch.Te
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if dtype is not None:
         base = model.get_base_model() if is_peft_model(model) else model
-        frozen = {name: p for name, p in frozen.items() if is_partitioned(p) or not _stays_float32(base, name, dtype)}
+        kept = kept_in_float32(model, dtype)
+        frozen = {name: p for name, p in frozen.items() if is_partitioned(p) or name not in kept}
         frozen |= _buffers(base, dtype)
     return [tensor for tensor in frozen.values() if tensor not in encoded or is_partitioned(tensor)]
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> set[str]:
+    """Names of the parameters that the model's class keeps in float32 if it is loaded in the working dtype."""
+    if dtype is None:
+        return set()
+    base = model.get_base_model() if is_peft_model(model) else model
+    return {name for name, _ in model.named_parameters() if _stays_float32(base, name, dtype)}
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:

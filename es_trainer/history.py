@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from .evolution import EvolutionStrategy, Member, noise
 from .evolution.optimizer import Told
 from .evolution.parameters import Home
 from .evolution.perturbation import Gaussian, LowRank
+from .frozen import kept_in_float32
 from .history_file import HISTORY_NAME, History
 
 
@@ -184,6 +185,7 @@ def make_optimizer(
     config: dict[str, Any],
     frozen: Iterable[torch.Tensor] = (),
     homes: dict[torch.nn.Parameter, Home] | None = None,
+    float32: Collection[str] = (),
     kind: type[T] = EvolutionStrategy,
 ) -> T:
     """
@@ -200,6 +202,8 @@ def make_optimizer(
             The model's other parameters, and buffers.
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the parameters.
+        float32 (`Collection[str]`, *optional*):
+            Names of parameters that are computed with in float32; what `kept_in_float32` returned.
         kind (`type`, *optional*, defaults to `EvolutionStrategy`):
             Its class.
     """
@@ -224,6 +228,7 @@ def make_optimizer(
         perturbation=Gaussian() if config["perturbation"] == "gaussian" else LowRank(config["perturbation_rank"]),
         frozen=frozen,
         homes=homes,
+        float32=float32,
     )
 
 
@@ -273,7 +278,8 @@ def replay(
     if header.get("peft_config") is not None and not is_peft_model(base_model):
         base_model = add_adapter(base_model, from_json(header["peft_config"]), header["config"]["seed"])
     trained = trained_parameters(base_model, header, f"history {path}")
-    optimizer = make_optimizer(trained, set(header["decayed"]), header["config"])
+    float32 = kept_in_float32(base_model, working_dtype(header["config"]))
+    optimizer = make_optimizer(trained, set(header["decayed"]), header["config"], float32=float32)
     if header.get("start") not in (None, start_checksum(optimizer)):
         raise ValueError(
             f"The history {path} started with other weights than the base model has. Give the model that the run "

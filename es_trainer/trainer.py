@@ -44,7 +44,7 @@ from .config import ESConfig
 from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
-from .frozen import frozen_tensors
+from .frozen import frozen_tensors, kept_in_float32
 from .history import (
     agree,
     describe,
@@ -429,8 +429,9 @@ class ESTrainer(Trainer):
                 self.optimizer = self.engine.begin(named, decayed)
             else:
                 config = run_config(self.args)
-                frozen = frozen_tensors(self.model, working_dtype(config))
-                self.optimizer = make_optimizer(named, decayed, config, frozen, homes)
+                dtype = working_dtype(config)
+                frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
+                self.optimizer = make_optimizer(named, decayed, config, frozen, homes, float32)
             self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
             self.optimizer.register_step_post_hook(lambda *_: self._after_update())
         return self.optimizer

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import assert_same, make_model, weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MiniMaxConfig,
     OpenAIGPTConfig,
@@ -15,8 +17,9 @@ from transformers import (
     XGLMConfig,
 )
 
+from es_trainer import replay
 from es_trainer.evolution import EvolutionStrategy
-from es_trainer.frozen import frozen_tensors
+from es_trainer.frozen import frozen_tensors, kept_in_float32
 
 
 SMALL = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -34,6 +37,16 @@ CONFIGS = {
         eos_token_id=2,
     ),
     "xglm": XGLMConfig(vocab_size=259, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
+    "ernie": Ernie4_5_MoeConfig(
+        **SMALL,
+        **HEADS,
+        moe_intermediate_size=16,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=1,
+    ),
+    "gpt-oss": GptOssConfig(**SMALL, **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     "openai-gpt": OpenAIGPTConfig(vocab_size=259, n_embd=32, n_layer=2, n_head=4),
 }
 
@@ -45,7 +58,8 @@ def make(kind: str) -> PreTrainedModel:
 
 def strategy(model: nn.Module, dtype: torch.dtype) -> EvolutionStrategy:
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return EvolutionStrategy(named, dtype=dtype, frozen=frozen_tensors(model, dtype))
+    float32 = kept_in_float32(model, dtype)
+    return EvolutionStrategy(named, dtype=dtype, frozen=frozen_tensors(model, dtype), float32=float32)
 
 
 def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -96,6 +110,43 @@ def test_what_a_class_keeps_in_float32_stays():
     strategy(model, torch.bfloat16)
     found = dtypes(model)
     assert {found[name] for name in found if "e_score_correction_bias" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [("ernie", torch.bfloat16, "mlp.gate.weight"), ("gpt-oss", torch.float16, "norm.weight")],
+)
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_parameters_that_a_class_keeps_in_float32_stay(tmp_path, kind, dtype, kept, trained, given):
+    model = make(kind)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    model.requires_grad_(trained).get_input_embeddings().requires_grad_(True)
+    if trained:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(given)
+        loaded.load_state_dict(model.state_dict())
+    optimizer = strategy(model, dtype)
+    wanted = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert {dtype for name, dtype in wanted.items() if name.endswith(kept)} == {torch.float32}
+    ids = torch.arange(3, 15).view(2, 6)
+    for _ in range(2):
+        assert {name: parameter.dtype for name, parameter in model.named_parameters()} == wanted
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, loaded(ids).logits)
+        optimizer.weights.hand_out()
+        assert not trained or {parameter.dtype for parameter in model.parameters()} == {given}
+        optimizer.weights.take_back()
+        optimizer.perturb(optimizer.ask().members[0])
+        optimizer.restore()
+
+
+def test_a_run_of_a_model_that_keeps_parameters_in_float32_is_replayed(trainer, tmp_path):
+    for master_weights in ("device", "none"):
+        run = trainer(make("ernie"), bf16=True, master_weights=master_weights)
+        run.train()
+        assert_same(weights(replay(make("ernie"), tmp_path / "run")), weights(run.model))
 
 
 # ---- quantized modules ----

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,6 +83,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             The model's other parameters, and buffers; see [`parameters.Weights`].
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the working weights; see [`parameters.Weights`].
+        float32 (`Collection[str]`, *optional*):
+            Names of parameters that are computed with in float32 whatever `dtype` is.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         perturbation: Gaussian | None = None,
         frozen: Iterable[torch.Tensor] = (),
         homes: dict[nn.Parameter, Home] | None = None,
+        float32: Collection[str] = (),
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.sigma = sigma
@@ -123,7 +126,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        self.weights = Weights(named, dtype, master_weights, perturbation, frozen, homes)
+        self.weights = Weights(named, dtype, master_weights, perturbation, frozen, homes, float32)
         self._stride = _stride([shard.shape for shard in self.weights.shards])
         self.begin()
 

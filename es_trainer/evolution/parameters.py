@@ -1,7 +1,7 @@
 """The weights that are trained: flat shards of them, their float32 masters, and how a member gets in and out."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class Shard:
             Flat view of the weights that the model computes with.
         master (`torch.Tensor` or `None`):
             Flat weights that perturbed ones are written from, or `None` where the working weights are all there is.
+        dtype (`torch.dtype`):
+            The working dtype: of `working`, unless that was handed out.
         start (`int`, *optional*, defaults to `0`):
             Flat index of the first element in the whole parameter.
         home ([`Home`], *optional*):
@@ -94,6 +96,7 @@ class Shard:
     given: torch.dtype
     working: torch.Tensor
     master: torch.Tensor | None
+    dtype: torch.dtype
     start: int = 0
     home: Home | None = None
 
@@ -137,6 +140,8 @@ class Weights:
         homes (`dict[nn.Parameter, Home]`, *optional*):
             Where an inference engine keeps the working weights of the parameters. They are written and read there, and
             a parameter that lies there whole becomes a view of it.
+        float32 (`Collection[str]`, *optional*):
+            Names of parameters that are computed with in float32 whatever `dtype` is, as the model's class wants.
 
     Of parameters that DeepSpeed ZeRO-3 has partitioned, or of which an engine has a part in each process, each process
     keeps, perturbs and updates its own part.
@@ -153,6 +158,7 @@ class Weights:
         perturbation: Gaussian | None = None,
         frozen: Iterable[torch.Tensor] = (),
         homes: dict[nn.Parameter, Home] | None = None,
+        float32: Collection[str] = (),
     ):
         parameters, frozen, homes = list(parameters), list(frozen), homes or {}
         for name, parameter in parameters:
@@ -164,10 +170,10 @@ class Weights:
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
         self._pinned = PinnedMemory()
-        self.shards = [
-            _shard(name, parameter, dtype, master_weights, homes.get(parameter), self._pinned)
-            for name, parameter in parameters
-        ]
+        self.shards = []
+        for name, parameter in parameters:
+            working, home = torch.float32 if name in float32 else dtype, homes.get(parameter)
+            self.shards.append(_shard(name, parameter, working, master_weights, home, self._pinned))
         self.partitioned = any(shard.is_part for shard in self.shards)
         self._frozen = [
             (parameter, _round(parameter, dtype))
@@ -467,9 +473,9 @@ class Weights:
             ):
                 shard.trained.copy_(data)
                 changed.append(shard.name)
-            dtype = self.dtype or shard.given
-            if shard.home is None and shard.working.dtype != dtype:
-                shard.working = shard.trained.to(shard.working.device, dtype)
+            if shard.home is None and shard.working.dtype != shard.dtype:
+                separate = shard.master is not None
+                shard.working = shard.trained.to(shard.working.device, shard.dtype, copy=separate)
             elif shard.master is not None:
                 shard.working.copy_(shard.master)
             shard.parameter.data = shard.working.view(shard.shape)
@@ -625,7 +631,7 @@ def _gathered(part: Shard, master: bool) -> Shard:
         whole = None
         working = gather(part.working, part.parameter)
     part.parameter.data = working.view(part.shape)
-    return Shard(part.name, part.parameter, part.shape, part.given, working, whole)
+    return Shard(part.name, part.parameter, part.shape, part.given, working, whole, part.dtype)
 
 
 # ---- dtypes and masters ----
@@ -676,4 +682,4 @@ def _shard(
     else:
         # Nothing is copied if the model computes in another dtype than float32
         master = given.to(working.device, torch.float32, copy=given.data_ptr() == working.data_ptr())
-    return Shard(name, parameter, shape, given.dtype, working, master, start, home)
+    return Shard(name, parameter, shape, given.dtype, working, master, working.dtype, start, home)
