@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 import re
@@ -32,7 +33,13 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, seed_worker
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    TrainOutput,
+    get_last_checkpoint,
+    seed_worker,
+)
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
@@ -467,17 +474,22 @@ class ESTrainer(Trainer):
         if resume_from_checkpoint is None and self.optimizer.updates > 0:
             self._go_back_in_history()
         if self.optimizer.updates == 0:
-            self._header = {**describe(self.optimizer, self.args), **self._origin()}
+            self._header = self._new_header()
+            if self._go_on:  # from a history without a checkpoint
+                (self._done_before, *_) = self.processes.exchange(lambda: self._resume_history(self._header, []))
         self._check_consistency()
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
 
-    def _origin(self) -> dict[str, Any]:
-        """What the history says of the weights that the run starts with."""
-        start = None if self.on_servers else start_checksum(self.optimizer)
-        return {"start": start, **({"peft_config": self._peft_config} if self._peft_config is not None else {})}
+    def _new_header(self) -> dict[str, Any]:
+        """The first line of the history of a run that starts with the weights as they are."""
+        header = describe(self.optimizer, self.args)
+        header["start"] = None if self.on_servers else start_checksum(self.optimizer)
+        if self._peft_config is not None:
+            header["peft_config"] = self._peft_config
+        return json.loads(json.dumps(header))
 
     def _init_training_state(
         self,
@@ -579,7 +591,8 @@ class ESTrainer(Trainer):
         Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have.
 
         With `resume_from_checkpoint=True`, updates after the last checkpoint that are in `history.jsonl` are done
-        again from their seeds and utilities: no member is evaluated twice. Give the checkpoint's path to evaluate them
+        again from their seeds and utilities: no member is evaluated twice. A run without a checkpoint goes on from its
+        history alone. Give the checkpoint's path to evaluate them
         anew, for instance with another reward. A history that does not go on is kept under another name.
 
         A further call goes on with the weights and the optimizer's state as they are. After
@@ -596,6 +609,8 @@ class ESTrainer(Trainer):
         if self.args.push_to_hub and self.optimizer.updates == 0:
             self._before = self._answer_samples()
         self._go_on = resume_from_checkpoint is True
+        if self._go_on and self.processes.exchange(self._has_history_alone)[0]:
+            resume_from_checkpoint = None
         broken = None if self.on_servers else self.optimizer.weights.not_finite()
         if broken is not None and not resume_from_checkpoint:
             raise FloatingPointError(
@@ -603,6 +618,28 @@ class ESTrainer(Trainer):
                 f"model with finite weights{', or set bf16=True' * self.args.fp16}."
             )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _has_history_alone(self) -> bool:
+        """
+        Whether the run was interrupted before its first checkpoint, so that the history is all there is of it.
+
+        Raises:
+            `ValueError`: If it is the history of another run.
+        """
+        if self.optimizer.updates > 0 or not self.history.path.is_file():
+            return False
+        if get_last_checkpoint(self.args.output_dir) is not None:
+            return False
+        header, _ = self.history.read()
+        mine = self._new_header()
+        if header != mine:
+            found = differences(header, mine) or ["it started with other weights"]
+            raise ValueError(
+                f"`resume_from_checkpoint=True`: No valid checkpoint found in {self.args.output_dir}, and "
+                f"{self.history.path.name} there is of another run: {'; '.join(found)}. Train with the same model and "
+                "settings to go on with it, or without `resume_from_checkpoint` to start a new run."
+            )
+        return True
 
     def _check_model(self) -> None:
         """
@@ -1328,7 +1365,7 @@ class ESTrainer(Trainer):
             if later and self._go_on:
                 self.history.write(header, lines)  # without a torn last line
                 logger.warning(
-                    f"Going on after update {lines[-1]['step']} of {self.history.path}: the updates after the "
+                    f"Going on after update {lines[-1]['step']} of {self.history.path}: the updates that are in no "
                     f"checkpoint, from {later[0]['step']} on, are done again from their seeds and utilities."
                 )
                 return later

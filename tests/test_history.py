@@ -177,8 +177,10 @@ def test_a_run_that_fails_before_its_first_update_leaves_an_earlier_history(trai
 
     with pytest.raises(RuntimeError, match="KeyError"):
         trainer(reward_funcs=fails).train()
-    with pytest.raises(ValueError, match="No valid checkpoint"):
-        trainer().train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="No valid checkpoint .* is of another run: `seed` is 1 but was 42"):
+        trainer(seed=1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="No valid checkpoint .* is of another run: it started with other weights"):
+        trainer(make_model(1)).train(resume_from_checkpoint=True)
     assert (tmp_path / "run" / "history.jsonl").read_text() == before
 
 
@@ -267,6 +269,37 @@ def test_an_interrupted_run_goes_on_from_its_last_update(trainer, tmp_path, opti
     assert updates(tmp_path / "run") == updates(tmp_path / "whole")
     assert len(read(tmp_path / "run" / "checkpoint-6")[1]) == 6
     assert [log["reward"] for log in logs(again)] == [log["reward"] for log in logs(whole)]
+
+
+@pytest.mark.parametrize("options", [{"bf16": True, "es_optimizer": "adam"}, {"peft_config": True}])
+def test_a_run_without_a_checkpoint_goes_on_from_its_history(trainer, tmp_path, options):
+    options = {"max_steps": 4, **options}
+    if "peft_config" in options:
+        options["peft_config"] = adapter()
+    whole = trainer(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    seen = []
+
+    def interrupted(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 2:
+            raise KeyboardInterrupt
+        return letters(completions)
+
+    def noted(completions, trainer_state, **kwargs):
+        seen.append(trainer_state.global_step)
+        return letters(completions)
+
+    for function in (interrupted, noted):
+        function.__name__ = "letters"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(reward_funcs=interrupted, **options).train()
+    again = trainer(reward_funcs=noted, **options)
+    again.train(resume_from_checkpoint=True)
+    assert set(seen) == {2, 3}
+    assert_same(weights(again.model), weights(whole.model))
+    assert updates(tmp_path / "run") == updates(tmp_path / "whole")
+    assert [log["reward"] for log in logs(again)] == [log["reward"] for log in logs(whole)]
+    assert not list((tmp_path / "run").glob("history-*"))
 
 
 def test_updates_that_left_other_rounding_errors_are_evaluated_anew(trainer, tmp_path):
