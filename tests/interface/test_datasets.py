@@ -182,6 +182,13 @@ def test_a_format_that_leaves_the_prompts_out(trainer, dataset):
         trainer(model="no/such-model", train_dataset=dataset.with_format("torch", columns=["answer"]))
 
 
+def test_a_format_of_some_columns_with_all_of_them(trainer, dataset):
+    recorder = Recorder()
+    rows = dataset.with_format("torch", columns=["answer"], output_all_columns=True)
+    trainer(train_dataset=rows, reward_funcs=recorder, max_steps=1).train()
+    assert set(sum(recorder.prompts, [])) <= set(dataset["prompt"])
+
+
 @pytest.mark.parametrize("kind", [lambda dataset: dataset, stream])
 @pytest.mark.parametrize("format", ["torch", "numpy"])
 @pytest.mark.parametrize("prompts", [["one", "two"], [conversation("one"), conversation("two")]])
@@ -198,6 +205,11 @@ def test_formats(trainer, kind, format, prompts):
 def test_formats_of_tables(trainer, dataset, format):
     with pytest.raises(ValueError, match=f"`train_dataset` has the format '{format}'.*Give dataset.with_format"):
         trainer(model="no/such-model", train_dataset=dataset.with_format(format))
+
+
+def test_a_stream_of_tables(trainer, dataset):
+    with pytest.raises(TypeError, match="`train_dataset` has rows of type Table, but they must be dictionaries"):
+        trainer(train_dataset=stream(dataset).with_format("arrow")).train()
 
 
 def order(trainer, rows: Dataset, **options) -> list[str]:

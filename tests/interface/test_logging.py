@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from es_trainer.callbacks.completions import print_completions
 from es_trainer.rewards.scorer import Scorer
 
 
@@ -240,8 +241,14 @@ def test_messages_without_content_are_printed(trainer, capsys, monkeypatch, tmp_
         assert line in printed
 
 
+def test_what_looks_like_markup_is_printed_as_it_is(capsys):
+    print_completions("Step 1", {"prompt": ["[/a] say"], "completion": ["[bold]hi[/b]"], "reward": [0.5]})
+    printed = capsys.readouterr().out
+    assert "[/a] say" in printed and "[bold]hi[/b]" in printed
+
+
 def conversations() -> Dataset:
-    words = ("one", "one", "two|three")
+    words = ("one", "one", "two|three\nfour")
     return Dataset.from_list([{"prompt": [{"role": "user", "content": f"Say {word}"}]} for word in words])
 
 
@@ -262,7 +269,7 @@ def test_tensorboard_gets_scalars_and_completions(trainer, tmp_path, monkeypatch
     assert [event.step for event in texts] == [1, 2]
     lines = texts[0].tensor_proto.string_val[0].decode().splitlines()
     assert lines[0] == "| step | prompt | completion | reward | advantage |"
-    assert len(lines) == 2 + 3 and any("user: Say two\\|three" in line for line in lines)
+    assert len(lines) == 2 + 3 and any("user: Say two\\|three<br>four" in line for line in lines)
 
 
 def test_wandb_gets_scalars_and_completions(trainer, tmp_path, monkeypatch):

@@ -257,6 +257,36 @@ def test_every_call_has_rows_of_its_own():
         assert picture is image
 
 
+def test_async_functions_of_one_call_at_a_time_run_in_the_order_of_the_calls():
+    running: list[str] = []
+
+    async def judge(completions, **kwargs):
+        running.append(completions[0])
+        await asyncio.sleep(0.05)
+        running.append(completions[0])
+        return [1.0]
+
+    scorer = Scorer(judge)
+    texts = ["a", "b", "c"]
+    finish = [scorer.begin(ROWS[:1], [text], [[1]], TrainerState()) for text in texts]
+    for end in reversed(finish):
+        end()
+    assert running == [text for text in texts for _ in range(2)]
+
+
+def test_time_in_which_functions_run_together_counts_once():
+    async def judge(**kwargs):
+        await asyncio.sleep(1.0)
+        return [0.0, 0.0]
+
+    def blocking(**kwargs):
+        time.sleep(1.0)
+        return [0.0, 0.0]
+
+    assert 1.0 <= score([judge, blocking]).seconds < 1.9
+    assert 1.0 <= score([judge, judge]).seconds < 1.9
+
+
 def test_columns_and_rewards_of_the_same_name():
     def first(completions, log_extra, log_metric, **kwargs):
         log_extra("parsed", [1, 2])
