@@ -19,6 +19,7 @@ from es_trainer.evolution import Population
 from es_trainer.history import extend_digest, first_digest
 from es_trainer.rollout.vllm_sampling import common_seed, sampling_options
 from es_trainer.rollout.vllm_server import Jobs, ServerError, VLLMServers
+from es_trainer.rollout.vllm_weights import LoadError
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
@@ -274,6 +275,8 @@ class FakeServer:
     def __init__(self):
         self.requests: list[tuple[str, dict]] = []
         self.header, self.lines = None, []
+        self.changed: str | None = None  # a parameter
+        self.copied: set[str] = set()  # parameters that it does not compute with
         self.on: dict[str, Callable[[], None]] = {}  # called before a method is answered
         self.replies: dict[str, httpx.Response] = {}  # other answers, by path
 
@@ -285,8 +288,15 @@ class FakeServer:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"max_model_len": 256}]})
         if request.url.path == "/v1/completions":
+            logprobs = [{"a": -2.0 if self.changed in {None, *self.copied} else -1.0}] * content["max_tokens"]
             choices = [
-                {"index": i, "token_ids": [5, 2], "finish_reason": "stop"} for i in range(len(content["prompt"]))
+                {
+                    "index": i,
+                    "token_ids": [5, 2],
+                    "finish_reason": "stop",
+                    "logprobs": {"top_logprobs": logprobs} if "logprobs" in content else None,
+                }
+                for i in range(len(content["prompt"]))
             ]
             return httpx.Response(200, json={"choices": choices})
         if request.url.path == "/collective_rpc":
@@ -297,6 +307,8 @@ class FakeServer:
         self.on.get(method, lambda: None)()
         if method in ("begin", "restart") and (method == "restart" or self.header != args[0]):
             self.header, self.lines = args[0], []
+        if method in ("change", "settle"):
+            self.changed = next(iter(args), None)
         if method == "update":
             self.lines.append(args[0])
         digest = first_digest(self.header) if self.header else ""
@@ -329,6 +341,20 @@ def served(monkeypatch, config, tokenizer):
     return make
 
 
+def test_weights_that_a_server_does_not_compute_with(served):
+    fake = FakeServer()
+    fake.copied = {"model.layers.0.self_attn.k_proj.weight", "model.norm.weight"}
+    with pytest.raises(
+        LoadError,
+        match="http://server0:1: a change of model.layers.0.self_attn.k_proj.weight has no effect on prefill and "
+        "decoding; http://server0:1: a change of model.norm.weight has no effect .*. Perturbing what is there would",
+    ):
+        served(fake)
+    assert fake.changed is None
+    # One of the names that differ in numbers stands for all
+    assert fake.sent("change") == fake.sent("settle") == 11
+
+
 def test_every_set_of_weights_has_a_salt_of_its_own(served):
     fake = FakeServer()
     engine = served(fake)
@@ -336,7 +362,8 @@ def test_every_set_of_weights_has_a_salt_of_its_own(served):
     for _ in range(2):  # the same members again: a request that was given up may have left something
         assert len(list(engine.evaluate(population, 0.1, [[1, 2], [1, 3]], 0, 1))) == 4
     engine.generate([[1, 2]], 0)
-    completions = [content for path, content in fake.requests if path == "/v1/completions"]
+    answered = [content for path, content in fake.requests if path == "/v1/completions"]
+    completions = [content for content in answered if "logprobs" not in content]
     assert len({content["cache_salt"] for content in completions}) == len(completions) == 9
 
 
@@ -345,7 +372,7 @@ def test_requests_of_a_member_share_its_salt(served):
     engine = served(fake)
     engine.sampling = {**engine.sampling, "temperature": 1.0}
     engine.generate([[1, 2], [1, 3]], 0, 2)
-    completions = [content for path, content in fake.requests if path == "/v1/completions"]
+    completions = [content for path, content in fake.requests if path == "/v1/completions" and "seed" in content]
     assert len(completions) == 4 and len({content["cache_salt"] for content in completions}) == 1
 
 

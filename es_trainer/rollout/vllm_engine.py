@@ -25,8 +25,9 @@ from ..evolution.parameters import Home, Weights
 from ..history import run_config, working_dtype
 from ..processes import Processes
 from .engine import Completion, Engine
+from .live_weights import ANSWER, changed, without_effect
 from .vllm_sampling import common_seed, sampling_options
-from .vllm_weights import check_values
+from .vllm_weights import check_values, load_error
 
 
 if TYPE_CHECKING:
@@ -131,13 +132,26 @@ class VLLMEngine(Engine):
         )
 
     def homes(self) -> dict[nn.Parameter, Home]:
-        """Where the engine keeps the parameters of the model."""
+        """Where the engine keeps the parameters of the model, and computes with those that are trained."""
         parameters = dict(self.model.named_parameters())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         (found,) = self.llm.collective_rpc("homes", args=(shapes,))
         check_values(found, parameters)
+        self._check_effect({name: home for name, home in found.items() if parameters[name].requires_grad})
         # Of the groups of processes, which all have all of the weights, the first stands for the others in sums
         return {parameters[name]: replace(home, copy=home.copy or self.group > 0) for name, home in found.items()}
+
+    def _check_effect(self, homes: dict[str, Home]) -> None:
+        with self.awake():
+            problems = without_effect(
+                list(homes),
+                lambda name: changed(homes[name].weights),
+                functools.partial(logprobs, self.llm),
+                self.tokenizer,
+                self.context,
+            )
+        if problems:
+            raise load_error(problems)
 
     def adaptable(self) -> set[str]:
         """Names of the parameters that LoRA adapters can carry perturbations of."""
@@ -218,6 +232,15 @@ class VLLMEngine(Engine):
             )
         completions = [output.outputs[0] for output in outputs]
         return [self._completion(list(made.token_ids), made.finish_reason == "length") for made in completions]
+
+
+def logprobs(llm: "LLM", prompt: list[int], tokens: int, salt: str) -> list[float]:
+    """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(**ANSWER, max_tokens=tokens, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt, "cache_salt": salt}], params, use_tqdm=False)
+    return [best.logprob for token in output.outputs[0].logprobs for best in token.values()]
 
 
 class Adapters:

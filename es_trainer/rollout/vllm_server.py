@@ -1,6 +1,7 @@
 """Members evaluated by vLLM servers, which hold, perturb and update the weights. Only numbers and tokens travel."""
 
 import base64
+import contextlib
 import math
 import os
 import threading
@@ -24,7 +25,9 @@ from ..evolution import EvolutionStrategy, Population
 from ..evolution.parameters import Home
 from ..history import describe, extend_digest, first_digest, make_optimizer, run_config
 from .engine import Completion, Engine
+from .live_weights import ANSWER, without_effect
 from .vllm_sampling import common_seed, sampling_options
+from .vllm_weights import load_error
 
 
 T = TypeVar("T")
@@ -134,6 +137,22 @@ class Server:
                 lambda prompt, seed: self._complete([prompt], {**options, "seed": seed}), prompts, seeds
             )
             return [choice for (choice,) in answers]
+
+    def logprobs(self, prompt: list[int], tokens: int, salt: str) -> list[float]:
+        """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
+        # By their numbers, as several tokens may have the same text
+        options = {**ANSWER, "max_tokens": tokens, "cache_salt": salt, "return_tokens_as_token_ids": True}
+        (choice,) = self._complete([prompt], options)
+        return [logprob for token in choice["logprobs"]["top_logprobs"] for logprob in token.values()]
+
+    @contextlib.contextmanager
+    def changed(self, name: str) -> Iterator[None]:
+        """Inside, the weights of a parameter are others."""
+        self.call("change", name)
+        try:
+            yield
+        finally:
+            self.call("settle")
 
     def _complete(self, prompts: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
         request = {"prompt": prompts, "return_token_ids": True, **options}
@@ -289,6 +308,7 @@ class VLLMServers(Engine):
 
         Raises:
             [`ServerError`]: If a server does not have the model, or other weights than another server.
+            [`LoadError`]: If a server does not compute with the weights that are trained.
         """
         optimizer = make_optimizer(named_parameters, decayed, run_config(self.args), kind=ServedStrategy)
         optimizer.servers = self
@@ -296,8 +316,14 @@ class VLLMServers(Engine):
         shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         for server in self.servers:
             server.call("load_check", shapes)
+            self._check_effect(server, [name for name, _ in named_parameters])
         self.go_to([], None)
         return optimizer
+
+    def _check_effect(self, server: Server, names: list[str]) -> None:
+        problems = without_effect(names, server.changed, server.logprobs, self.tokenizer, self.context)
+        if problems:
+            raise load_error([f"{server.url}: {problem}" for problem in problems])
 
     def go_to(self, lines: list[dict[str, Any]], checksum: list[list[int]] | None) -> None:
         """

@@ -68,7 +68,7 @@ def find_homes(
         if covered[name] < tensor.numel() - _padding(modules[name.rpartition(".")[0]], tensor)
     ]
     if problems or strange:
-        raise _load_error(problems + strange)
+        raise load_error(problems + strange)
     return homes
 
 
@@ -113,22 +113,23 @@ def refuse_other_values(names: Sequence[str]) -> None:
         [`LoadError`]: If there are parameters whose values are not the model's.
     """
     if names:
-        raise _load_error([f"{name} has other values than the model's" for name in names])
+        raise load_error([f"{name} has other values than the model's" for name in names])
 
 
-def _modules_and_parameters(engine: nn.Module) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
-    """Those of the engine by the names that they have without LoRA."""
-    modules = {name.replace(WRAPPED, ""): module for name, module in engine.named_modules()}
-    return modules, {name.replace(WRAPPED, ""): parameter for name, parameter in engine.named_parameters()}
-
-
-def _load_error(problems: list[str]) -> LoadError:
+def load_error(problems: Sequence[str]) -> LoadError:
+    """The error for what is wrong with the engine's weights, a sentence each."""
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
     return LoadError(
         f"vLLM does not hold the model's weights as they are: {'; '.join(problems[:4])}{more}. Perturbing what is "
         "there would leave parts of the model as they were. Use another `vllm_model_impl`, an unquantized model, or "
         "use_vllm=False."
     )
+
+
+def _modules_and_parameters(engine: nn.Module) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
+    """Those of the engine by the names that they have without LoRA."""
+    modules = {name.replace(WRAPPED, ""): module for name, module in engine.named_modules()}
+    return modules, {name.replace(WRAPPED, ""): parameter for name, parameter in engine.named_parameters()}
 
 
 def _find(

@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from ..evolution import EvolutionStrategy, Member
 from ..evolution.parameters import Home
 from ..history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
+from .live_weights import change
 from .vllm_base_model import everywhere, hand_out, load_in_first
 from .vllm_weights import carried_by_lora, find_homes, has_values, refuse_other_values
 
@@ -87,6 +88,8 @@ class WorkerExtension:
     _run: dict[str, Any] | None = None  # what `begin` was given
     # Parameters and buffers of the base model that the run does not train, in the worker that loaded it
     _untrained: Mapping[str, torch.Tensor] = MappingProxyType({})
+    _homes: Mapping[str, Home] = MappingProxyType({})
+    _before: tuple[torch.Tensor, torch.Tensor] | None = None  # weights that were changed, and what they were
     _checked = False  # whether the engine's weights were those of the base model
     _strategy: EvolutionStrategy | None = None
     _digest = ""
@@ -104,7 +107,22 @@ class WorkerExtension:
     @_reported
     def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
         """Check that every parameter of a Transformers model is here, whole and with the right shape."""
-        return {"found": len(self.homes(parameters))}
+        self._settle()
+        self._homes = self.homes(parameters)
+        return {"found": len(self._homes)}
+
+    @_reported
+    def change(self, name: str) -> dict[str, Any]:
+        """Make the weights of a parameter others, until `settle` is called."""
+        weights = self._homes[name].weights
+        self._before = weights, change(weights)
+        return {}
+
+    @_reported
+    def settle(self) -> dict[str, Any]:
+        """Make the weights that were changed what they were."""
+        self._settle()
+        return {}
 
     @_reported
     def begin(self, header: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -188,6 +206,12 @@ class WorkerExtension:
             "runs": home.runs,
             "copy": home.copy,
         }
+
+    def _settle(self) -> None:
+        if self._before is not None:
+            weights, before = self._before
+            weights.copy_(before)
+            self._before = None
 
     def _restart(self, header: dict[str, Any], dtype: str) -> None:
         self._run = self._strategy = None

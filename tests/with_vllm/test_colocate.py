@@ -6,6 +6,7 @@ import torch
 from conftest import assert_same, logs, make_model, make_tokenizer, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from watched import compute_with_a_copy
 
 from es_trainer import ESConfig, ESTrainer, replay
 from es_trainer.evolution import Member
@@ -218,6 +219,26 @@ def test_weights_of_another_model_are_found_out(tmp_path, start):
     trainer.model.model.norm.weight.data = trainer.model.model.norm.weight.data + 1
     with pytest.raises(LoadError, match="model.norm.weight has other values"):
         trainer.engine.homes()
+
+
+@pytest.mark.parametrize(
+    ("broken", "when"),
+    [
+        ("prefill and decoding", lambda x: True),
+        ("prefill", lambda x: len(x) > 1),
+        ("decoding", lambda x: len(x) == 1),
+    ],
+)
+def test_weights_that_are_not_computed_with(start, broken, when):
+    trainer = start()
+    before = weights(trainer.model)
+    trainer.engine.llm.apply_model(
+        lambda model: compute_with_a_copy(model.get_submodule("model.layers.0.self_attn.qkv_proj"), when)
+    )
+    problem = f"a change of model.layers.0.self_attn.{{}}_proj.weight has no effect on {broken}"
+    with pytest.raises(LoadError, match="; ".join(problem.format(part) for part in "qkv") + "[.]"):
+        trainer.engine.homes()
+    assert_same(weights(trainer.model), before)
 
 
 def test_progress_of_a_member_is_shown(start, capfd):

@@ -1,6 +1,8 @@
 """Every parameter is found in vLLM's own weights, perturbed, restored and updated there like in a plain model."""
 
 import base64
+import contextlib
+import functools
 import json
 
 import pytest
@@ -35,6 +37,8 @@ from vllm import LLM
 from es_trainer import ESConfig
 from es_trainer.evolution import Member
 from es_trainer.history import describe, make_optimizer, replay_step, run_config
+from es_trainer.rollout.live_weights import without_effect
+from es_trainer.rollout.vllm_engine import logprobs
 from es_trainer.rollout.vllm_weights import check_values
 
 
@@ -87,6 +91,16 @@ def call(llm: LLM, method: str, *args) -> dict:
     return answer
 
 
+def effects_missing(llm: LLM, names: list[str]) -> list[str]:
+    @contextlib.contextmanager
+    def changed(name):
+        call(llm, "change", name)
+        yield
+        call(llm, "settle")
+
+    return without_effect(names, changed, functools.partial(logprobs, llm), make_tokenizer(), context=256)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, "float32") for name in MODELS), *((name, "bfloat16") for name in ("tied", "biases", "experts"))],
@@ -107,7 +121,8 @@ def test_weights_are_those_of_a_plain_model(tmp_path, name, dtype):
             assert torch.equal(homes[name].weights, parameter.data.reshape(-1)), name
 
     assert call(llm, "load_check", shapes) == {"found": len(shapes)}
-    first = call(llm, "begin", header, "float32")
+    assert effects_missing(llm, list(shapes)) == []
+    first = call(llm, "begin", header, "float32")  # which would find that a weight is not what it was
     check()
     call(llm, "perturb", 5, -1, 0.1)
     optimizer.weights.perturb(Member(5, -1), 0.1)
@@ -166,6 +181,8 @@ def test_weights_of_more_models_are_found(tmp_path, name):
     llm = start_llm(folder)  # after that: some models are Transformers' own in vLLM, which changes their classes
     (homes,) = llm.collective_rpc("homes", args=({name: list(p.shape) for name, p in parameters.items()},))
     check_values(homes, parameters)
+    call(llm, "load_check", {name: list(p.shape) for name, p in parameters.items()})
+    assert effects_missing(llm, list(parameters)) == []
     for name, home in homes.items():
         assert torch.equal(home.part_of(parameters[name].data), home.weights), name
 

@@ -28,4 +28,4 @@ def tiny_folder() -> str:
 
 def start_llm(folder: str, dtype: str = "float32") -> LLM:
     extension = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
-    return LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=64, worker_extension_cls=extension)
+    return LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=256, worker_extension_cls=extension)

@@ -1,22 +1,37 @@
-"""A worker that counts the bytes of the models that it loads and of the tensors that it keeps."""
+"""A worker that can be broken, and counts the bytes of the models that it loads and of the weights that it keeps."""
 
-import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from es_trainer.rollout.vllm_worker import WorkerExtension
+
+
+def compute_with_a_copy(layer: nn.Module, when: Callable[[torch.Tensor], bool] = lambda x: True) -> None:
+    """Break a linear layer of vLLM: for some inputs, it does not compute with its weights as they are from now on."""
+    copy = layer.weight.data.clone()
+    layer.cpu_linear = lambda x, weight, bias: linear(x, copy if when(x) else weight, bias)
 
 
 class Watched(WorkerExtension):
     loaded = 0
 
     def bytes(self) -> dict[str, Any]:
-        gc.collect()
-        tensors = (found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.numel())
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return {"loaded": self.loaded, "kept": sum(storages.values())}
+        """Of models that were loaded, of the weights that this worker trains, and of the memory that these keep."""
+        masters = [shard.master for shard in self._strategy.weights.shards]
+        return {
+            "loaded": self.loaded,
+            "trained": sum(master.nbytes for master in masters),
+            "kept": sum(master.untyped_storage().nbytes() for master in masters),
+        }
+
+    def compute_with_a_copy(self, module: str) -> dict[str, Any]:
+        compute_with_a_copy(self.get_model().get_submodule(module))
+        return {}
 
     def _load(self, *args: Any) -> PreTrainedModel:
         model = super()._load(*args)
