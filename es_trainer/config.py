@@ -41,6 +41,10 @@ REFUSED_SAMPLING_PARAMS = {
     "n": "set `num_generations`",
     "max_tokens": "set `max_completion_length`",
     "seed": "completions get seeds that are common to all members",
+    "eos_token_id": "give further tokens that end a completion as `stop_token_ids`",
+    "pad_token_id": "vLLM needs no padding",
+    "bos_token_id": "prompts begin as the tokenizer has them begin",
+    "suppress_tokens": "give `logit_bias`, `bad_words` or `allowed_token_ids`",
 }
 VLLM_MOST_RANK = 512
 SAMPLING_PARAMS = (
@@ -999,6 +1003,11 @@ class ESConfig(GRPOFields, TrainingArguments):
         if self.vllm_mode == "colocate":
             return
         require(not self.vllm_lora, "vllm_lora", "it needs vllm_mode='colocate'.")
+        require(
+            all(url.startswith(("http://", "https://")) for url in self.vllm_server_base_url or []),
+            "vllm_server_base_url",
+            "each URL must begin with http:// or https://, like 'http://localhost:8000'.",
+        )
         require(
             launched_processes() == 1,
             "vllm_mode",

@@ -62,6 +62,18 @@ SERVER = {"use_vllm": True, "vllm_mode": "server"}
             {"generation_kwargs": {"n": 2}},
             "`generation_kwargs` has 'n', which is not supported: set `num_generations`",
         ),
+        (
+            {"generation_kwargs": {"eos_token_id": 5}},
+            "`generation_kwargs` has 'eos_token_id', which is not supported: give further tokens that end a comple",
+        ),
+        (
+            {"generation_kwargs": {"pad_token_id": 0}},
+            "`generation_kwargs` has 'pad_token_id', which is not supported: vLLM needs no padding.",
+        ),
+        (
+            {**SERVER, "vllm_server_base_url": ["http://a:1", "b:8000"]},
+            "`vllm_server_base_url=['http://a:1', 'b:8000']` is not valid: each URL must begin with http:/",
+        ),
         ({"generation_kwargs": {"num_beams": 2}}, "'num_beams', which is none of those for `use_vllm=True`: temperat"),
     ],
 )
