@@ -125,7 +125,9 @@ def test_completions_are_kept_as_parquet(trainer, tmp_path, capsys):
     assert table["step"] == [1, 1] and table["prompt"][0].startswith("Say ")
     assert table["length"] == [len(text) for text in table["completion"]]
     assert table["with_extra"] == pytest.approx(letters(table["completion"]))
-    assert sum(table["with_extra"]) / 2 == pytest.approx(logs(run)[0]["reward_max"])
+    for file, log in zip(files, logs(run), strict=True):
+        rewards = pyarrow.parquet.read_table(file).to_pydict()["with_extra"]
+        assert sum(rewards) / 2 == pytest.approx(log["reward_max"])
     assert table["advantage"][0] == table["advantage"][1] > 0
     printed = capsys.readouterr().out
     assert printed.count("Say ") == 3  # one a step

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import letters, logs, make_judge, make_tokenizer
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
@@ -50,6 +51,9 @@ def test_a_reward_model_reads_conversations_by_the_template_of_its_tokenizer(tra
     rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("one", "three")]
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    # What a template says is all: nothing is put before it
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer("a").input_ids[0] == 1
     run = trainer(reward_funcs=make_judge(), reward_processing_classes=tokenizer, eval_dataset=Dataset.from_list(rows))
     texts = [f"[user]{w}[assistant]{a}" for w, a in zip(("one", "three"), answers(run), strict=True)]
     expected = np.mean([verdict(make_judge(), text) for text in texts])
