@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from es_trainer import ESConfig
-from es_trainer.evolution import EvolutionStrategy, Member, noise, perturbation
-from es_trainer.rollout import PopulationBatch, TransformersEngine
+from es_trainer.engines import PopulationBatch, TransformersEngine
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import noise
+from es_trainer.noise import shapes as perturbation
 
 
 QWEN = {"vocab_size": 151936, "max_position_embeddings": 4096, "tie_word_embeddings": True, "eos_token_id": 2}

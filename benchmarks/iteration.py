@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es_trainer import ESConfig
-from es_trainer.evolution import EvolutionStrategy, perturbation
+from es_trainer.engines import PopulationBatch, Rows, TransformersEngine
+from es_trainer.evolution import EvolutionStrategy
+from es_trainer.noise import shapes as perturbation
 from es_trainer.rewards import conciseness_reward
-from es_trainer.rollout import PopulationBatch, Rows, TransformersEngine
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
 

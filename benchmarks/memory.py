@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from es_trainer import ESConfig, ESTrainer
-from es_trainer.rollout import TransformersEngine
+from es_trainer.engines import TransformersEngine
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
 

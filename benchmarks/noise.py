@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import noise
 
 
 WEIGHTS = 135_000_000  # as many as SmolLM2-135M has

@@ -18,7 +18,7 @@ from iteration import SIGMA, LowRank, seconds
 from memory import MIB, Peak
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
-from es_trainer.rollout import Completion, Rows
+from es_trainer.engines import Completion, Rows
 
 
 SHORTEST, LONGEST = 8, 128

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.evolution import Member
-from es_trainer.metrics import summarize
+from es_trainer.run.metrics import summarize
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
 

@@ -21,9 +21,9 @@ import torch
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.evolution import EvolutionStrategy
-from es_trainer.evolution.parameters import Weights
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
+from es_trainer.weights.store import Weights
 
 
 ENGINES = {

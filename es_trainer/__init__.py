@@ -7,12 +7,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import ESConfig
-    from .history import replay
+    from .run.history import replay
     from .trainer import ESTrainer
 
 __all__ = ["ESConfig", "ESTrainer", "replay"]
 
-_MODULES = {"ESConfig": "config", "ESTrainer": "trainer", "replay": "history"}
+_MODULES = {"ESConfig": "config", "ESTrainer": "trainer", "replay": "run.history"}
 
 
 def __getattr__(name: str):

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .config import ESConfig
-from .evolution.parameters import is_partitioned, whole_shape
-from .fingerprint import package_version
-from .frozen import is_quantized
 from .paths import check_local
+from .run.fingerprint import package_version
+from .weights.frozen import is_quantized
+from .weights.store import is_partitioned, whole_shape
 
 
 VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release

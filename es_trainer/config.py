@@ -13,14 +13,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
 
-from . import zero3
+from .backends import zero3
 from .evolution.fitness import FitnessShaping
 from .evolution.optimizer import Rule
-from .evolution.parameters import MasterWeights
-from .evolution.perturbation import PerturbationName
 from .fields import REFUSED, GRPOFields, asks_for_something, default, listing, was_set, without_effect
-from .processes import launched_processes
+from .noise.shapes import PerturbationName
+from .run.processes import launched_processes
 from .values import converted, plain, with_schemas
+from .weights.store import MasterWeights
 
 
 logger = logging.get_logger(__name__)

@@ -44,15 +44,22 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
-from . import adapters, fingerprint
-from .callbacks import CompletionsLog, MemberProgressCallback, plain
+from . import adapters
+from .backends.rollout_func import RolloutFunc, call_rollout_func
+from .backends.zero3 import Zero3
 from .checks import check_arguments, check_model, check_special_tokens, refuse_unsupported, require_pad_token
 from .config import ESConfig
 from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
+from .engines import Adapters, Completion, Engine, PopulationBatch, Rows, TransformersEngine, VLLMEngine, VLLMServers
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
-from .frozen import frozen_tensors, kept_in_float32
-from .history import (
+from .report import CompletionsLog, MemberProgressCallback, plain
+from .report.model_card import REWARD_PLOT, model_card
+from .report.plots import plot_rewards
+from .rewards.model import RewardModel
+from .rewards.scorer import RewardFunc, Scorer
+from .run import fingerprint
+from .run.history import (
     agree,
     describe,
     differences,
@@ -62,28 +69,12 @@ from .history import (
     tell_again,
     working_dtype,
 )
-from .history_file import HISTORY_NAME, History
-from .metrics import Rollout, Summary, average, completion_metrics, json_number, side_by_side, summarize
-from .model_card import REWARD_PLOT, model_card
-from .plots import plot_rewards
-from .processes import ProcessError, Processes
-from .rewards.model import RewardModel
-from .rewards.scorer import RewardFunc, Scorer
-from .rollout import (
-    Adapters,
-    Completion,
-    Engine,
-    PopulationBatch,
-    RolloutFunc,
-    Rows,
-    TransformersEngine,
-    VLLMEngine,
-    VLLMServers,
-    call_rollout_func,
-)
+from .run.history_file import HISTORY_NAME, History
+from .run.metrics import Rollout, Summary, average, completion_metrics, json_number, side_by_side, summarize
+from .run.processes import ProcessError, Processes
 from .saving import make_savable
 from .text_only import freeze_other_modalities
-from .zero3 import Zero3
+from .weights.frozen import frozen_tensors, kept_in_float32
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from conftest import TINY_RUN, letters, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 
-from es_trainer import ESConfig, ESTrainer, fingerprint
+from es_trainer import ESConfig, ESTrainer
+from es_trainer.run import fingerprint
 
 
 RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1

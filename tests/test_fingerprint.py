@@ -2,7 +2,7 @@ import pytest
 from conftest import make_model
 from datasets import Dataset
 
-from es_trainer import fingerprint
+from es_trainer.run import fingerprint
 
 
 ROWS = [{"prompt": "a", "answer": 1.5, "tags": ["x"]}, {"prompt": "b", "answer": None, "tags": []}]

@@ -19,7 +19,7 @@ from transformers import (
 
 from es_trainer import replay
 from es_trainer.evolution import EvolutionStrategy
-from es_trainer.frozen import frozen_tensors, kept_in_float32
+from es_trainer.weights.frozen import frozen_tensors, kept_in_float32
 
 
 SMALL = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from es_trainer import replay
-from es_trainer.evolution import noise
-from es_trainer.history_file import History
-from es_trainer.plots import read_run
+from es_trainer.noise import noise
+from es_trainer.report.plots import read_run
+from es_trainer.run.history_file import History
 
 
 def read(folder) -> tuple[dict, list[dict]]:

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from es_trainer.metrics import Moments, Summary, average, completion_metrics
+from es_trainer.run.metrics import Moments, Summary, average, completion_metrics
 
 
 VALUES = np.array([1.0, 2.0, np.nan, 4.0, 1e6, 1e6 + 1, np.nan])

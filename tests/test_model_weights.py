@@ -6,7 +6,8 @@ from conftest import assert_same, make_model, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import noise
 
 
 BF16 = {"bf16": True}

@@ -3,7 +3,7 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from es_trainer.plots import plot_rewards, read_run
+from es_trainer.report.plots import plot_rewards, read_run
 
 
 def logged(step: int, reward: float) -> dict:

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from test_distributed import ENVIRONMENT, free_port
 
-from es_trainer import processes
-from es_trainer.processes import Processes, Queue
+from es_trainer.run import processes
+from es_trainer.run.processes import Processes, Queue
 
 
 def test_a_queue_gives_each_item_once():

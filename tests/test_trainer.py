@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from es_trainer import ESTrainer, replay
-from es_trainer.rollout import population_batch
-from es_trainer.rollout.vllm_server import Answer
+from es_trainer.engines import population_batch
+from es_trainer.engines.vllm_server import Answer
 
 
 # ---- training ----

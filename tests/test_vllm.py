@@ -15,11 +15,11 @@ from peft import LoraConfig, get_peft_model
 
 from es_trainer import ESConfig, checks
 from es_trainer.cli import main
+from es_trainer.engines.vllm_sampling import common_seed, sampling_options
+from es_trainer.engines.vllm_server import Jobs, ServerError, VLLMServers
+from es_trainer.engines.vllm_weights import LoadError
 from es_trainer.evolution import Population
-from es_trainer.history import extend_digest, first_digest
-from es_trainer.rollout.vllm_sampling import common_seed, sampling_options
-from es_trainer.rollout.vllm_server import Jobs, ServerError, VLLMServers
-from es_trainer.rollout.vllm_weights import LoadError
+from es_trainer.run.history import extend_digest, first_digest
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
@@ -343,7 +343,7 @@ def served(monkeypatch, config, tokenizer):
         client = functools.partial(
             httpx.Client, transport=httpx.MockTransport(lambda request: by_host[request.url.host](request))
         )
-        monkeypatch.setattr("es_trainer.rollout.vllm_server.httpx.Client", client)
+        monkeypatch.setattr("es_trainer.engines.vllm_server.httpx.Client", client)
         with torch.device("meta"):
             model = make_model()
         engine = VLLMServers(model, tokenizer, config(use_vllm=True, vllm_mode="server", vllm_server_base_url=urls))

@@ -1,7 +1,7 @@
 import pytest
 from accelerate.utils import DeepSpeedPlugin
 
-from es_trainer import zero3
+from es_trainer.backends import zero3
 
 
 def plugin(**config) -> DeepSpeedPlugin:

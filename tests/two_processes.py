@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from es_trainer.processes import Processes
+from es_trainer.run.processes import Processes
 
 
 RANK, PORT = map(int, sys.argv[1:])

@@ -254,7 +254,7 @@ def _report(arguments: EvalArguments, results: list[Results]) -> dict[str, Any]:
 
 
 def _json(values: Any) -> list[float | None]:
-    from ..metrics import json_number
+    from ..run.metrics import json_number
 
     return [json_number(float(value)) for value in values]
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checks import require_pad_token
 from ..config import ESConfig
-from ..rollout import Completion, TransformersEngine
+from ..engines import Completion, TransformersEngine
 
 
 class Generator(TransformersEngine):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..plots import plot_rewards, read_run
+from ..report.plots import plot_rewards, read_run
 from .arguments import Parser
 
 

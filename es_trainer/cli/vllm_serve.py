@@ -55,7 +55,7 @@ def server_command(
     """Environment variables and command line of a server."""
     import torch
 
-    from ..rollout.vllm_engine import WORKER_EXTENSION
+    from ..engines.vllm_engine import WORKER_EXTENSION
 
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # which serves calls of workers' methods
     if token:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import noise
+from ..noise import noise
+from ..noise.shapes import Gaussian, Sum
+from ..weights.store import Home, MasterWeights, Shard, Weights
 from .fitness import FitnessShaping, utilities
-from .parameters import Home, MasterWeights, Shard, Weights
-from .perturbation import Gaussian, Sum
 from .population import Member, Population
 
 

@@ -5,21 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Member:
-    """
-    One perturbation of the weights: `weights + sigma * sign * noise(seed)`.
-
-    Args:
-        seed (`int`):
-            Key of the noise, in `[0, 2**63)`.
-        sign (`int`, *optional*, defaults to `1`):
-            `1`, or `-1` for the mirrored half of an antithetic pair.
-    """
-
-    seed: int
-    sign: int = 1
+from ..weights.member import Member
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 
-from .. import zero3
-from ..evolution.parameters import is_partitioned
+from ..backends import zero3
+from ..weights.store import is_partitioned
 
 
 if TYPE_CHECKING:

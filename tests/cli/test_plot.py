@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from es_trainer import plots
 from es_trainer.cli import main
+from es_trainer.report import plots
 
 
 def write_run(folder, reward: float) -> str:

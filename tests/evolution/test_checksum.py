@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from es_trainer.evolution import noise
-from es_trainer.evolution.parameters import Weights, checksum
+from es_trainer.noise import noise
+from es_trainer.weights.store import Weights, checksum
 
 
 def weights(size: int = 1000, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from es_trainer.evolution.kernels import cuda
+from es_trainer.noise import cuda
 
 
 def compile(kernel, given):

@@ -10,10 +10,10 @@ import torch
 from conftest import assert_same
 from torch import nn
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
-from es_trainer.evolution.kernels import cpu
-from es_trainer.evolution.parameters import Home
-from es_trainer.evolution.perturbation import Factors, Gaussian, LowRank
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import cpu, noise
+from es_trainer.noise.shapes import Factors, Gaussian, LowRank
+from es_trainer.weights.store import Home
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ import torch
 from conftest import assert_same
 from torch import nn
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
-from es_trainer.evolution.parameters import Home
-from es_trainer.evolution.perturbation import Gaussian, LowRank, Scattered
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import noise
+from es_trainer.noise.shapes import Gaussian, LowRank, Scattered
+from es_trainer.weights.store import Home
 
 
 SHAPES = {"whole": (6, 10), "rows": (8, 5), "columns": (7, 12), "experts": (3, 8, 4), "vector": (9,)}

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from es_trainer.evolution import noise
-from es_trainer.evolution.kernels import cpu
+from es_trainer.noise import cpu, noise
 
 
 NAME = "model.layers.0.mlp.down_proj.weight"

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
+from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.evolution import optimizer as optimizer_module
 from es_trainer.evolution.optimizer import Told
-from es_trainer.evolution.parameters import _add_from_host
-from es_trainer.evolution.perturbation import Gaussian, LowRank
+from es_trainer.noise import noise
+from es_trainer.noise.shapes import Gaussian, LowRank
+from es_trainer.weights.store import _add_from_host
 
 
 SHAPES = {"linear.weight": (40, 70), "norm.weight": (33,), "embedding.weight": (300, 130)}

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
-from es_trainer.evolution import parameters as parameters_module
-from es_trainer.evolution.parameters import Home, Weights
-from es_trainer.evolution.perturbation import Gaussian, LowRank
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import noise
+from es_trainer.noise.shapes import Gaussian, LowRank
+from es_trainer.weights import store as parameters_module
+from es_trainer.weights.store import Home, Weights
 
 
 CPU = torch.device("cpu")

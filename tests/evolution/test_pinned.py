@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from es_trainer.evolution.pinned import PinnedMemory
+from es_trainer.weights.pinned import PinnedMemory
 
 
 class Cudart:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from es_trainer.evolution import Member, noise
-from es_trainer.evolution.kernels import cpu
-from es_trainer.evolution.parameters import Home, Weights, _add_from_host
-from es_trainer.evolution.perturbation import Gaussian, LowRank
+from es_trainer.evolution import Member
+from es_trainer.noise import cpu, noise
+from es_trainer.noise.shapes import Gaussian, LowRank
+from es_trainer.weights.store import Home, Weights, _add_from_host
 
 
 SIZE, SIGMA = 1 << 20, 1e-3

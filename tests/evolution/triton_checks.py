@@ -9,9 +9,8 @@ import os
 import pytest
 import torch
 
-from es_trainer.evolution import noise
-from es_trainer.evolution.kernels import cuda
-from es_trainer.evolution.perturbation import Products
+from es_trainer.noise import cuda, noise
+from es_trainer.noise.shapes import Products
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,9 +12,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from es_trainer.engines import PopulationBatch, TransformersEngine, decoding
 from es_trainer.evolution import EvolutionStrategy
-from es_trainer.evolution.perturbation import Gaussian, LowRank
-from es_trainer.rollout import PopulationBatch, TransformersEngine, decoding
+from es_trainer.noise.shapes import Gaussian, LowRank
 
 
 PROMPTS = ["Say one", "Hi", "A much longer prompt than the others", "Three", "Hello", "To be or not"]

@@ -13,8 +13,8 @@ from transformers import (
     OPTConfig,
 )
 
-from es_trainer.rollout.engine import context_length
-from es_trainer.rollout.transformers_engine import TransformersEngine
+from es_trainer.engines.base import context_length
+from es_trainer.engines.transformers_engine import TransformersEngine
 
 
 @pytest.fixture

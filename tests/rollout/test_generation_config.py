@@ -3,7 +3,7 @@
 import pytest
 from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
 
-from es_trainer.rollout.generation_config import KEPT, generation_config
+from es_trainer.engines.generation_config import KEPT, generation_config
 
 
 # What the run says, whatever the model's own config has: how completions are drawn and how long they are

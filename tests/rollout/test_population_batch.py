@@ -23,10 +23,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from es_trainer.evolution import EvolutionStrategy, Member, noise
-from es_trainer.evolution.parameters import Weights
-from es_trainer.evolution.perturbation import Factors, Gaussian, LowRank
-from es_trainer.rollout import PopulationBatch, TransformersEngine, population_batch
+from es_trainer.engines import PopulationBatch, TransformersEngine, population_batch
+from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.noise import noise
+from es_trainer.noise.shapes import Factors, Gaussian, LowRank
+from es_trainer.weights.store import Weights
 
 
 SIGMA = 0.05

@@ -12,7 +12,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from es_trainer.rollout import TransformersEngine
+from es_trainer.engines import TransformersEngine
 
 
 PROMPTS = ["Say one", "Hi", "A much longer prompt than the others", "Three", "x"]

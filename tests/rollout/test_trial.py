@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from es_trainer.rollout import trial
+from es_trainer.engines import trial
 
 
 @pytest.fixture

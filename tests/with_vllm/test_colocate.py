@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from watched import compute_with_a_copy
 
 from es_trainer import ESConfig, ESTrainer, replay
+from es_trainer.engines.vllm_weights import LoadError
 from es_trainer.evolution import Member
-from es_trainer.rollout.vllm_weights import LoadError
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
 

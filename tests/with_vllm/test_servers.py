@@ -18,8 +18,8 @@ from test_distributed import free_port
 from watched import Watched
 
 from es_trainer import replay
-from es_trainer.rollout.vllm_server import ServerError
-from es_trainer.rollout.vllm_weights import LoadError
+from es_trainer.engines.vllm_server import ServerError
+from es_trainer.engines.vllm_weights import LoadError
 
 
 STARTING = 120  # seconds

@@ -35,11 +35,11 @@ from transformers import (
 from vllm import LLM
 
 from es_trainer import ESConfig
+from es_trainer.engines.live_weights import without_effect
+from es_trainer.engines.vllm_engine import logprobs
+from es_trainer.engines.vllm_weights import check_values
 from es_trainer.evolution import Member
-from es_trainer.history import describe, make_optimizer, replay_step, run_config
-from es_trainer.rollout.live_weights import without_effect
-from es_trainer.rollout.vllm_engine import logprobs
-from es_trainer.rollout.vllm_weights import check_values
+from es_trainer.run.history import describe, make_optimizer, replay_step, run_config
 
 
 SMALL = {**TINY, "head_dim": 32, "initializer_range": 0.1}

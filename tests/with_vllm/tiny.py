@@ -12,7 +12,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from conftest import make_model, make_tokenizer
 from vllm import LLM
 
-from es_trainer.rollout.vllm_worker import WorkerExtension
+from es_trainer.engines.vllm_worker import WorkerExtension
 
 
 HEADS = {"head_dim": 32}  # vLLM's CPU attention knows no shorter ones

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from es_trainer.rollout.vllm_worker import WorkerExtension
+from es_trainer.engines.vllm_worker import WorkerExtension
 
 
 def compute_with_a_copy(layer: nn.Module, when: Callable[[torch.Tensor], bool] = lambda x: True) -> None:

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from . import trial
+from .base import Completion, Engine
 from .decoding import Decoding, Row, follows
-from .engine import Completion, Engine
 from .generation_config import generation_config
 from .not_numbers import NOT_NUMBERS, NaNLogits
 from .population_batch import Rows

@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..evolution import noise
+from ..noise import noise
 
 
 class CommonRandomNumbers(LogitsProcessor):

@@ -21,9 +21,9 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..evolution.parameters import Weights
-from ..evolution.perturbation import Factors
 from ..evolution.population import Member
+from ..noise.shapes import Factors
+from ..weights.store import Weights
 from . import trial
 
 

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from .history_file import HISTORY_NAME, History
+from ..run.history_file import HISTORY_NAME, History
 
 
 STATE_NAME = "trainer_state.json"

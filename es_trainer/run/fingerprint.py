@@ -8,8 +8,8 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from .config import ESConfig
-from .evolution.parameters import whole_shape
+from ..config import ESConfig
+from ..weights.store import whole_shape
 from .history import run_config
 
 

@@ -132,7 +132,7 @@ def add(
     if target.numel() == 0:  # a process's part of a small parameter
         return
     if target.device.type == "cuda":
-        from .kernels import cuda
+        from . import cuda
 
         cuda.add(source, target, start, stream(name), seeds, coefficients, rounding)
     elif target.device.type == "cpu":
@@ -150,7 +150,7 @@ def fill(target: torch.Tensor, name: str, seed: int, start: int = 0) -> torch.Te
 def fill_each(target: torch.Tensor, name: str, seeds: Sequence[int]) -> torch.Tensor:
     """Write `noise(seeds[k], name)` into row k of the float32 tensor `target`, for small rows, and return it."""
     if target.device.type == "cpu":
-        from .kernels import cpu
+        from . import cpu
 
         cpu.fill_each(target.numpy(), np.uint64(stream(name)), np.array(seeds, dtype=np.uint64))
     else:
@@ -161,7 +161,7 @@ def fill_each(target: torch.Tensor, name: str, seeds: Sequence[int]) -> torch.Te
 
 def _add_cpu(source, target, start, stream, seeds, coefficients, rounding):
     # Numba is imported where it is used: a machine that trains on CUDA does not need it
-    from .kernels import cpu
+    from . import cpu
 
     seeds = np.array(seeds, dtype=np.uint64)
     coefficients = np.array(coefficients, dtype=np.float32)
@@ -208,7 +208,7 @@ def on_cpu(
         rounding (`int`, *optional*):
             Key of a stochastic rounding; see `add`.
     """
-    from .kernels import cpu
+    from . import cpu
 
     dither = {torch.bfloat16: cpu.dither_bfloat16, torch.float16: cpu.dither_float16}
     nothing = np.empty(0, dtype=np.float32)

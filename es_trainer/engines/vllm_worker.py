@@ -20,8 +20,8 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.platforms import current_platform
 
 from ..evolution import EvolutionStrategy, Member
-from ..evolution.parameters import Home
-from ..history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
+from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
+from ..weights.store import Home
 from .live_weights import change
 from .vllm_base_model import everywhere, hand_out, load_in_first
 from .vllm_weights import carried_by_lora, find_homes, has_values, refuse_other_values

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from .evolution.parameters import WORKING_DTYPES, is_partitioned
-from .zero3 import unpartitioned
+from ..backends.zero3 import unpartitioned
+from .store import WORKING_DTYPES, is_partitioned
 
 
 WRAPPERS = (".base_layer", ".original_module")  # what PEFT puts between a module and what it wraps

@@ -52,11 +52,11 @@ class Products:
         if target.numel() == 0:
             return
         if target.device.type == "cuda":
-            from .kernels import cuda
+            from . import cuda
 
             cuda.add_product(source, target, start, self.left, self.right, rounding)
             return
-        from .kernels import cpu
+        from . import cpu
 
         left, right = self.left.flatten(0, 1).numpy(), self.right.numpy()
 

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
 from ..evolution import Member
-from ..evolution.parameters import Home, Weights
-from ..history import run_config, working_dtype
-from ..processes import Processes
-from .engine import Completion, Engine
+from ..run.history import run_config, working_dtype
+from ..run.processes import Processes
+from ..weights.store import Home, Weights
+from .base import Completion, Engine
 from .live_weights import ANSWER, changed, without_effect
 from .vllm_sampling import common_seed, sampling_options
 from .vllm_weights import check_values, load_error
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
-WORKER_EXTENSION = "es_trainer.rollout.vllm_worker.WorkerExtension"
+WORKER_EXTENSION = "es_trainer.engines.vllm_worker.WorkerExtension"
 
 # Keyword arguments of `from_pretrained` with which vLLM loads the same model by its name
 LOADABLE = {"dtype", "revision", "trust_remote_code", "attn_implementation"}

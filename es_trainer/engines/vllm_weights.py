@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..evolution.parameters import Home
+from ..weights.store import Home
 
 
 # Stacked experts of Transformers, as the parameters that hold them in vLLM

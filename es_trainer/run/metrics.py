@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .evolution.fitness import deviation, mean
-from .rewards.scorer import Scores
-from .rollout import Completion
+from ..engines import Completion
+from ..evolution.fitness import deviation, mean
+from ..rewards.scorer import Scores
 
 
 # Metrics of which a log shows the last value instead of the mean since the last log

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..copies import own_copy
-from .engine import Completion
+from ..engines.base import Completion
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .evolution.parameters import is_partitioned
+from ..weights.store import is_partitioned
 
 
 if TYPE_CHECKING:

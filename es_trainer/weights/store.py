@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from . import noise
-from .perturbation import Computed, Factors, Gaussian, Scattered, Sum
+from ..noise import noise
+from ..noise.shapes import Computed, Factors, Gaussian, Scattered, Sum
+from .member import Member
 from .pinned import PinnedMemory
-from .population import Member
 
 
 MasterWeights = Literal["device", "host", "none"]

@@ -11,13 +11,14 @@ from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from .adapters import add_adapter, from_json
-from .config import ESConfig
-from .evolution import EvolutionStrategy, Member, noise
-from .evolution.optimizer import Told
-from .evolution.parameters import Home
-from .evolution.perturbation import Gaussian, LowRank
-from .frozen import kept_in_float32
+from ..adapters import add_adapter, from_json
+from ..config import ESConfig
+from ..evolution import EvolutionStrategy, Member
+from ..evolution.optimizer import Told
+from ..noise import noise
+from ..noise.shapes import Gaussian, LowRank
+from ..weights.frozen import kept_in_float32
+from ..weights.store import Home
 from .history_file import HISTORY_NAME, History
 
 

@@ -1,0 +1,1 @@
+"""Where the weights are, how a member gets in, and who answers."""
