@@ -25,7 +25,7 @@ test-lowest: $(LOWEST)/installed
 # With the newest versions of what the trainer is built on; torch stays pinned
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest -m "not slow" tests/test_trainer_contract.py tests/test_trainer.py tests/test_config.py \
-		tests/interface tests/rollout
+		tests/interface tests/engines
 
 test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm
@@ -36,7 +36,7 @@ slow: $(VENV)/dev $(VLLM)/installed
 
 # On a machine with GPUs, with what is installed there
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest tests/evolution/test_cuda_kernel.py tests/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest tests/noise/test_cuda_kernel.py tests/gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 bench: $(VENV)/dev
@@ -55,6 +55,7 @@ bench-vllm: $(VLLM)/installed
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(VLLM) quickstart build *.egg-info

@@ -22,7 +22,7 @@ EXTRAS["test"] = [
     *EXTRAS["quickstart"],
     *["pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.5"],
 ]
-EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17"]
+EXTRAS["dev"] = [*EXTRAS["test"], "import-linter>=2.11", "ruff>=0.17"]
 
 setup(
     name="es-trainer",
@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
-    package_data={"es_trainer": ["py.typed", "model_card.md", "accelerate_configs/*.yaml", "cli/train_help.txt"]},
+    package_data={"es_trainer": ["py.typed", "*/*.md", "*/*.txt", "accelerate_configs/*.yaml"]},
     entry_points={"console_scripts": ["es-trainer=es_trainer.cli:main"]},
     install_requires=[
         "torch>=2.9.1,<3",

@@ -18,7 +18,8 @@ from iteration import SIGMA, LowRank, seconds
 from memory import MIB, Peak
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
-from es_trainer.engines import Completion, Rows
+from es_trainer.engines import Rows
+from es_trainer.rollout import Completion
 
 
 SHORTEST, LONGEST = 8, 128

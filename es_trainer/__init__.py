@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
+from .version import __version__
 
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import ESConfig
     from .run.history import replay
     from .trainer import ESTrainer
 
-__all__ = ["ESConfig", "ESTrainer", "replay"]
+__all__ = ["ESConfig", "ESTrainer", "__version__", "replay"]
 
 _MODULES = {"ESConfig": "config", "ESTrainer": "trainer", "replay": "run.history"}
 

@@ -13,14 +13,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
 
-from .backends import zero3
-from .evolution.fitness import FitnessShaping
-from .evolution.optimizer import Rule
+from . import deepspeed_config
+from .choices import FitnessShaping, MasterWeights, PerturbationName, Rule
 from .fields import REFUSED, GRPOFields, asks_for_something, default, listing, was_set, without_effect
-from .noise.shapes import PerturbationName
-from .run.processes import launched_processes
 from .values import converted, plain, with_schemas
-from .weights.store import MasterWeights
 
 
 logger = logging.get_logger(__name__)
@@ -711,14 +707,14 @@ class ESConfig(GRPOFields, TrainingArguments):
             # Without it, Accelerate starts DeepSpeed's processes as runs of one process each
             self.ddp_backend = self.ddp_backend or ("gloo" if launched_processes() > 1 else None)
             if use_deepspeed:
-                zero3.do_without_compiler()
+                deepspeed_config.do_without_compiler()
         super().__post_init__()
         # Reward functions may change the working directory
         self.output_dir = os.path.abspath(self.output_dir)
         self._validate_launch()
         if self.deepspeed_plugin is not None:
-            zero3.check(self.deepspeed_plugin, self.bf16)
-            zero3.prepare(self.deepspeed_plugin)
+            deepspeed_config.check(self.deepspeed_plugin, self.bf16)
+            deepspeed_config.prepare(self.deepspeed_plugin)
 
         # One batch of the dataloader is the batch of a step
         self.num_prompts_per_step = prompts
@@ -1037,6 +1033,11 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`generation_kwargs` has {key!r}, which is none of those for `use_vllm=True`: "
                     f"{', '.join(SAMPLING_PARAMS)}."
                 )
+
+
+def launched_processes() -> int:
+    """How many processes the launcher says that it started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device_has_bf16(use_cpu: bool) -> bool:

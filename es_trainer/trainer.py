@@ -47,10 +47,11 @@ from trl.data_utils import is_conversational
 from . import adapters
 from .backends.rollout_func import RolloutFunc, call_rollout_func
 from .backends.zero3 import Zero3
-from .checks import check_arguments, check_model, check_special_tokens, refuse_unsupported, require_pad_token
+from .checks import check_arguments, check_model, refuse_unsupported
 from .config import ESConfig
 from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
-from .engines import Adapters, Completion, Engine, PopulationBatch, Rows, TransformersEngine, VLLMEngine, VLLMServers
+from .engines import Adapters, Engine, PopulationBatch, Rows, TransformersEngine, VLLMEngine, VLLMServers
+from .engines.vocabulary import check_special_tokens, require_pad_token
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
 from .report import CompletionsLog, MemberProgressCallback, plain
@@ -58,6 +59,7 @@ from .report.model_card import REWARD_PLOT, model_card
 from .report.plots import plot_rewards
 from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
+from .rollout import Completion, Rollout
 from .run import fingerprint
 from .run.history import (
     agree,
@@ -70,7 +72,7 @@ from .run.history import (
     working_dtype,
 )
 from .run.history_file import HISTORY_NAME, History
-from .run.metrics import Rollout, Summary, average, completion_metrics, json_number, side_by_side, summarize
+from .run.metrics import Summary, average, completion_metrics, json_number, side_by_side, summarize
 from .run.processes import ProcessError, Processes
 from .saving import make_savable
 from .text_only import freeze_other_modalities

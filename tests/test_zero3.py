@@ -1,7 +1,7 @@
 import pytest
 from accelerate.utils import DeepSpeedPlugin
 
-from es_trainer.backends import zero3
+from es_trainer import deepspeed_config
 
 
 def plugin(**config) -> DeepSpeedPlugin:
@@ -39,7 +39,7 @@ def plugin(**config) -> DeepSpeedPlugin:
 )
 def test_settings_that_would_be_wrong_are_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
-        zero3.check(plugin(**config), bf16=False)
+        deepspeed_config.check(plugin(**config), bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_settings_that_would_be_wrong_are_refused_by_name(config, message):
     ],
 )
 def test_settings_that_do_no_harm_are_taken(config):
-    zero3.check(plugin(**config), bf16=False)
+    deepspeed_config.check(plugin(**config), bf16=False)
 
 
 def test_weights_are_loaded_in_their_own_dtype_and_none_stays_gathered():
@@ -60,7 +60,7 @@ def test_weights_are_loaded_in_their_own_dtype_and_none_stays_gathered():
         bf16={"enabled": True},
         zero_optimization={"stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 7},
     )
-    zero3.prepare(given)
+    deepspeed_config.prepare(given)
     config = given.deepspeed_config
     assert "bf16" not in config
     zero = config["zero_optimization"]

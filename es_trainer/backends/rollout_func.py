@@ -1,21 +1,19 @@
 """Completions by a function of the user, in TRL's protocol."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import Trainer
 
 from ..copies import own_copy
-from ..engines.base import Completion
+from ..rollout import Completion
 
 
-if TYPE_CHECKING:
-    from ..trainer import ESTrainer
-
-
-RolloutFunc = Callable[[list[Any], "ESTrainer"], dict[str, Any]]
+RolloutFunc = Callable[[list[Any], Trainer], dict[str, Any]]
 
 
 def call_rollout_func(
-    rollout_func: RolloutFunc, prompts: list[Any], trainer: "ESTrainer", num_generations: int
+    rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, num_generations: int
 ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
     """
     Let a function generate the completions.
@@ -72,7 +70,7 @@ def call_rollout_func(
     return completions, sum(map(len, prompt_ids)), fields
 
 
-def _call(rollout_func: RolloutFunc, prompts: list[Any], trainer: "ESTrainer", numbers: set[int]) -> dict[str, Any]:
+def _call(rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, numbers: set[int]) -> dict[str, Any]:
     """What the function returns, with as many entries as one of `numbers` in each field."""
     try:
         output = dict(rollout_func(own_copy(prompts), trainer))

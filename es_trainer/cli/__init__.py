@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from importlib import import_module
 
 from .. import __version__
-from .mistakes import DEBUG, told_in_one_line
+from ..scripts.mistakes import DEBUG, told_in_one_line
 
 
 # Each is a module here with a `main(argv)`, imported when it is the one to run

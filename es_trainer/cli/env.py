@@ -4,7 +4,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from .arguments import Parser
+from ..scripts.arguments import Parser
 
 
 PACKAGES = (

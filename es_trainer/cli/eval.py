@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig
 
-from .arguments import GenerationArguments, Parser, RewardArguments
+from ..scripts.arguments import GenerationArguments, Parser, RewardArguments
 
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
         `ValueError`: If something given cannot work.
     """
     from ..rewards.scorer import Scorer
-    from .data import check_data, load_data
+    from ..scripts.data import check_data, load_data
 
     mixture = DatasetMixtureConfig()
     check_data(arguments, mixture)
@@ -161,7 +161,7 @@ def mean_and_error(values: "np.ndarray") -> tuple[float, float]:
 
 
 def _rows(splits: Any, arguments: EvalArguments) -> list[dict[str, Any]]:
-    from .data import pick_split
+    from ..scripts.data import pick_split
 
     name = arguments.dataset_split or (next(iter(splits)) if len(splits) == 1 else "test")
     rows = list(islice(pick_split(splits, "dataset_split", name), arguments.limit))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import GenerationArguments, Parser
+from ..scripts.arguments import GenerationArguments, Parser
 
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def generate(arguments: GenerateArguments) -> tuple[list[str], list[list[str]]]:
 
 
 def _complete(name: str, prompts: list[str], config: "ESConfig", arguments: GenerateArguments) -> list[str]:
-    from .data import with_system_prompt
+    from ..scripts.data import with_system_prompt
     from .generation import Generator
 
     generator = Generator(name, config)

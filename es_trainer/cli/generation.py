@@ -5,9 +5,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checks import require_pad_token
 from ..config import ESConfig
-from ..engines import Completion, TransformersEngine
+from ..engines import TransformersEngine
+from ..engines.vocabulary import require_pad_token
+from ..rollout import Completion
 
 
 class Generator(TransformersEngine):

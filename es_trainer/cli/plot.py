@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..report.plots import plot_rewards, read_run
-from .arguments import Parser
+from ..scripts.arguments import Parser
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..paths import check_local
-from .arguments import Parser
+from ..scripts.arguments import Parser
 
 
 @dataclass

@@ -10,7 +10,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(0)
     # Imported here, because it takes seconds
     from ..scripts import es
-    from .launch import from_yaml, launch
+    from ..scripts.launch import from_yaml, launch
 
     parser = es.make_parser(prog="es-trainer train")
     if "--help-all" in argv:

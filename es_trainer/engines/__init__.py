@@ -1,6 +1,7 @@
 """Completions of members for prompts."""
 
-from .base import Completion, Engine
+from ..rollout import Completion
+from .base import Engine
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
 from .vllm_engine import Adapters, VLLMEngine

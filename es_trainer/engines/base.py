@@ -1,44 +1,17 @@
 """What engines have in common: prompts to tokens, tokens to completions."""
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checks import check_token_ids, embedding_rows
 from ..config import ESConfig
+from ..rollout import Completion
+from .vocabulary import check_token_ids, embedding_rows
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """
-    One completion.
-
-    Args:
-        ids (`list[int]`):
-            Tokens, up to and with the end-of-sequence token.
-        text (`str`):
-            The decoded tokens without special ones.
-        truncated (`bool`):
-            Whether it was cut at the maximum length, and did not end there by itself.
-        others (`int`, *optional*, defaults to `0`):
-            How many of the tokens are not the model's own, but an environment's.
-    """
-
-    ids: list[int]
-    text: str
-    truncated: bool
-    others: int = 0
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that the model wrote."""
-        return len(self.ids) - self.others
 
 
 class Engine:

@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from ..config import ESConfig
+from ..rollout import Completion
 from . import trial
-from .base import Completion, Engine
+from .base import Engine
 from .decoding import Decoding, Row, follows
 from .generation_config import generation_config
 from .not_numbers import NOT_NUMBERS, NaNLogits

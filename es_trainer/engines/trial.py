@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..checks import embedding_rows
+from .vocabulary import embedding_rows
 
 
 if TYPE_CHECKING:

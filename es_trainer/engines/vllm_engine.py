@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
 from ..evolution import Member
+from ..rollout import Completion
 from ..run.history import run_config, working_dtype
 from ..run.processes import Processes
 from ..weights.store import Home, Weights
-from .base import Completion, Engine
+from .base import Engine
 from .live_weights import ANSWER, changed, without_effect
 from .vllm_sampling import common_seed, sampling_options
 from .vllm_weights import check_values, load_error

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Population
+from ..rollout import Completion
 from ..run.history import describe, extend_digest, first_digest, make_optimizer, run_config
 from ..weights.store import Home
-from .base import Completion, Engine
+from .base import Engine
 from .live_weights import ANSWER, without_effect
 from .vllm_sampling import common_seed, sampling_options
 from .vllm_weights import load_error

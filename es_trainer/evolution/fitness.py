@@ -1,12 +1,12 @@
 """From rewards to utilities, the numbers by which the members' noises are weighted."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
+from ..choices import FitnessShaping
 
-FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "prompt_centered", "none"]
 
 # Numbers are equal if they differ by less than this, relative to the rewards that they are made of. A reward is a
 # weighted sum of functions and a mean over generations: each of its roundings is off by at most half an epsilon of

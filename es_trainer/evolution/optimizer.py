@@ -4,20 +4,19 @@ import functools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..choices import FitnessShaping, MasterWeights, Rule
 from ..noise import noise
 from ..noise.shapes import Gaussian, Sum
-from ..weights.store import Home, MasterWeights, Shard, Weights
-from .fitness import FitnessShaping, utilities
+from ..weights.store import Home, Shard, Weights
+from .fitness import utilities
 from .population import Member, Population
 
-
-Rule = Literal["sgd", "momentum", "adam"]
 
 # The state that a rule keeps for each weight, float32
 RULE_STATE: dict[Rule, tuple[str, ...]] = {"sgd": (), "momentum": ("exp_avg",), "adam": ("exp_avg", "exp_avg_sq")}

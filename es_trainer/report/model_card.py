@@ -9,8 +9,8 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..config import ESConfig
+from ..version import __version__
 
 
 REWARD_PLOT = "reward.png"

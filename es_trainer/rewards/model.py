@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 
-from ..backends import zero3
+from ..deepspeed_config import unpartitioned
 from ..weights.store import is_partitioned
 
 
@@ -40,7 +40,7 @@ class RewardModel:
         revision = None
         if isinstance(model, str):
             revision = options.get("revision")
-            with zero3.unpartitioned():
+            with unpartitioned():
                 model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **options)
         elif any(is_partitioned(parameter) for parameter in model.parameters()):
             raise ValueError(

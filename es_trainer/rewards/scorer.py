@@ -27,6 +27,7 @@ from ..evolution.fitness import total_reward
 
 if TYPE_CHECKING:
     from ..config import ESConfig
+from ..rollout import Scores
 
 
 logger = logging.get_logger(__name__)
@@ -49,31 +50,6 @@ RESERVED = frozenset(
 Rewards = Sequence[float | None]
 # The name of a reward model, a reward model, or a function that returns a number for each completion
 RewardFunc = str | PreTrainedModel | Callable[..., Rewards] | Callable[..., Awaitable[Rewards]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """
-    Rewards of some completions.
-
-    Args:
-        by_function (`np.ndarray`):
-            Shape `(completions, functions)`; NaN where a function does not apply.
-        total (`np.ndarray`):
-            Shape `(completions,)`; the weighted sum, NaN where no function applies.
-        extra (`dict[str, list]`):
-            Columns given to `log_extra`. Columns of the same name from different functions are numbered.
-        metrics (`dict[str, list[float]]`):
-            Values given to `log_metric`.
-        seconds (`float`):
-            Time that the functions took.
-    """
-
-    by_function: np.ndarray
-    total: np.ndarray
-    extra: dict[str, list[Any]]
-    metrics: dict[str, list[float]]
-    seconds: float
 
 
 @dataclass

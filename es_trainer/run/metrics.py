@@ -2,40 +2,16 @@
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engines import Completion
 from ..evolution.fitness import deviation, mean
-from ..rewards.scorer import Scores
+from ..rollout import Rollout
 
 
 # Metrics of which a log shows the last value instead of the mean since the last log
 LAST_VALUE = ("num_tokens", "distance_from_start")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What came of one set of weights: completions of a batch of rows, and their scores."""
-
-    rows: list[dict[str, Any]]  # the dataset's row of each completion
-    completions: list[Completion]
-    messages: list[Any]  # the completions as the reward functions got them
-    scores: Scores
-    num_tokens: int
-    seconds: float  # of the generation
-    generated_by: Hashable  # the process or server, of which several work side by side
-    scored_by: Hashable
-
-    def prompt_rewards(self, num_generations: int, mask_truncated: bool = False) -> np.ndarray:
-        """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
-        rewards = self.scores.total
-        if mask_truncated:
-            truncated = np.array([completion.truncated for completion in self.completions])
-            rewards = np.where(truncated, np.nan, rewards)
-        return mean(rewards.reshape(-1, num_generations), axis=1)
 
 
 class Moments(NamedTuple):

@@ -3,7 +3,6 @@
 import atexit
 import functools
 import itertools
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -203,11 +202,6 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         self.exchange(lambda: None)
-
-
-def launched_processes() -> int:
-    """How many processes the launcher says that it started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @functools.cache

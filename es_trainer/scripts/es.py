@@ -17,10 +17,10 @@ python es.py \
     --output_dir SmolLM2-brief
 """
 
-from es_trainer.cli.arguments import Parser
-from es_trainer.cli.data import ESScriptArguments, check_data, load_data, pick_split
-from es_trainer.cli.mistakes import told_in_one_line
 from es_trainer.paths import check_local
+from es_trainer.scripts.arguments import Parser
+from es_trainer.scripts.data import ESScriptArguments, check_data, load_data, pick_split
+from es_trainer.scripts.mistakes import told_in_one_line
 
 
 def main(script_args, training_args, model_args, dataset_args):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from ..backends.zero3 import unpartitioned
+from ..deepspeed_config import unpartitioned
 from .store import WORKING_DTYPES, is_partitioned
 
 

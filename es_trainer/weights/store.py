@@ -3,20 +3,19 @@
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ..choices import MasterWeights
 from ..noise import noise
 from ..noise.shapes import Computed, Factors, Gaussian, Scattered, Sum
 from .member import Member
 from .pinned import PinnedMemory
 
-
-MasterWeights = Literal["device", "host", "none"]
 
 MOST_FACTORS = 1 << 26  # numbers of low-rank terms, 256 MiB, that are drawn at once
 

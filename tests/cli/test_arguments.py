@@ -8,7 +8,7 @@ import pytest
 
 from es_trainer import __version__
 from es_trainer.cli import COMMANDS, _take_debug, main
-from es_trainer.cli.arguments import GenerationArguments, Parser
+from es_trainer.scripts.arguments import GenerationArguments, Parser
 
 
 @dataclass

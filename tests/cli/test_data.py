@@ -7,7 +7,9 @@ from datasets import Dataset, IterableDataset
 from trl import DatasetMixtureConfig
 from trl.rewards import think_format_reward
 
-from es_trainer.cli.data import (
+from es_trainer.cli.eval import EvalArguments
+from es_trainer.rewards import conciseness_reward, countdown_reward
+from es_trainer.scripts.data import (
     ESScriptArguments,
     check_data,
     load_data,
@@ -15,8 +17,6 @@ from es_trainer.cli.data import (
     pick_split,
     with_system_prompt,
 )
-from es_trainer.cli.eval import EvalArguments
-from es_trainer.rewards import conciseness_reward, countdown_reward
 from es_trainer.tasks import conciseness
 
 

@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 from es_trainer import ESConfig, replay
 from es_trainer.cli import main
 from es_trainer.cli.help import GROUPS, TRAIN_HELP, train_help
-from es_trainer.cli.launch import accelerate_configs, find_accelerate_config, from_yaml
 from es_trainer.scripts import es
+from es_trainer.scripts.launch import accelerate_configs, find_accelerate_config, from_yaml
 
 
 ROOT = Path(__file__).parents[2]

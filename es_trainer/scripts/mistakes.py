@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 
 
 DEBUG = "ES_TRAINER_DEBUG"  # environment variable: processes that are started see it, too
@@ -33,3 +34,9 @@ def told_in_one_line(prog: str) -> Iterator[None]:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{prog}: error: {message} (--debug shows where.)", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error about an unknown name."""
+    nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1)
+    return f": did you mean {prefix + nearest[0]!r}?" if nearest else "."

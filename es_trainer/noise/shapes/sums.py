@@ -1,17 +1,12 @@
-"""Shapes of the noise. A new one is a class with the methods of `Gaussian`."""
+"""Sums of perturbations of a parameter, of which any slice can be written alone."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
-from . import noise
-
-
-PerturbationName = Literal["gaussian", "low_rank"]
+from .. import noise
 
 
 class Noises:
@@ -52,11 +47,11 @@ class Products:
         if target.numel() == 0:
             return
         if target.device.type == "cuda":
-            from . import cuda
+            from .. import cuda
 
             cuda.add_product(source, target, start, self.left, self.right, rounding)
             return
-        from . import cpu
+        from .. import cpu
 
         left, right = self.left.flatten(0, 1).numpy(), self.right.numpy()
 
@@ -166,99 +161,3 @@ class Factors:
 
     left: torch.Tensor
     right: torch.Tensor
-
-
-class Gaussian:
-    """Full-rank noise: every weight gets its own standard normal, as in arXiv 2509.24372."""
-
-    def combine(
-        self,
-        name: str,
-        shape: Sequence[int],
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        device: torch.device,
-    ) -> Noises | Products:
-        """The sum `sum_k coefficients[k] * perturbation(seeds[k])` of the parameter `name` of that shape."""
-        return Noises(name, seeds, coefficients)
-
-    def factors(
-        self,
-        name: str,
-        shape: Sequence[int],
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Factors | None:
-        """The perturbations `coefficients[k] * perturbation(seeds[k])` as factors, or `None` if they have none."""
-        return None
-
-    def factored(self, shape: Sequence[int]) -> bool:
-        """Whether perturbations of a parameter have factors."""
-        return False
-
-    def numbers(self, shape: Sequence[int]) -> int:
-        """How many numbers a member's perturbation of a parameter is made of."""
-        return math.prod(shape)
-
-
-class LowRank(Gaussian):
-    """
-    Low-rank noise on matrices: E = A B^T / sqrt(rank) with standard normal A and B (EGGROLL, arXiv 2511.16652).
-
-    The entries of E are uncorrelated and have variance 1, and the sum over a population has rank `rank * members`.
-    Parameters of more than two dimensions are matrices side by side (the experts of a mixture); vectors get full
-    noise.
-
-    Args:
-        rank (`int`, *optional*, defaults to `1`):
-            Rank of each member's perturbation.
-    """
-
-    def __init__(self, rank: int = 1):
-        self.rank = rank
-
-    def combine(self, name, shape, seeds, coefficients, device):
-        if not self.factored(shape):
-            return Noises(name, seeds, coefficients)
-        left, right = self._draw(name, shape, seeds, coefficients, device)
-        left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
-        return Products(left.contiguous(), right.contiguous())
-
-    def factors(self, name, shape, seeds, coefficients, device, dtype):
-        if not self.factored(shape):
-            return None
-        # Each factor gets the root of the coefficient: with all of it, those of float16 would lose bits below 6e-5
-        roots = [math.sqrt(abs(coefficient)) for coefficient in coefficients]
-        signed = [math.copysign(root, coefficient) for root, coefficient in zip(roots, coefficients, strict=True)]
-        left, right = self._draw(name, shape, seeds, signed, device)
-        right = right * torch.tensor(roots, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
-        return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
-
-    def factored(self, shape):
-        return len(shape) >= 2
-
-    def numbers(self, shape):
-        if not self.factored(shape):
-            return math.prod(shape)
-        *matrices, rows, columns = shape
-        return math.prod(matrices) * (rows + columns) * self.rank
-
-    def _draw(
-        self,
-        name: str,
-        shape: Sequence[int],
-        seeds: Sequence[int],
-        coefficients: Sequence[float],
-        device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`coefficient * A / sqrt(rank)` and B of each seed, of shape (seeds, matrices, rows or columns, rank)."""
-        *matrices, rows, columns = shape
-        count = math.prod(matrices)
-        normals = torch.empty(len(seeds), self.numbers(shape), dtype=torch.float32, device=device)
-        noise.fill_each(normals, name, seeds)
-        a, b = normals.split([count * rows * self.rank, count * columns * self.rank], dim=1)
-        a = a.view(-1, count, rows, self.rank) / math.sqrt(self.rank)
-        a *= torch.tensor(coefficients, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
-        return a, b.view(-1, count, columns, self.rank)

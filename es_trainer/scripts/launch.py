@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from .arguments import suggestion
+from .mistakes import suggestion
 
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"

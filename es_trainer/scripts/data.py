@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..paths import check_local
-from .arguments import RewardArguments, suggestion
+from .arguments import RewardArguments
+from .mistakes import suggestion
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from ..rewards.scorer import RewardFunc
     from ..tasks import Task
-    from .eval import EvalArguments
 
 
 @dataclass
@@ -38,7 +38,19 @@ class ESScriptArguments(RewardArguments, ScriptArguments):
     )
 
 
-def check_data(arguments: "ESScriptArguments | EvalArguments", mixture: DatasetMixtureConfig) -> None:
+class DataArguments(Protocol):
+    """What says which data and rewards to take, in the arguments of several commands."""
+
+    task: str | None
+    dataset_name: str | None
+    dataset_config: str | None
+    dataset_streaming: bool
+    system_prompt: str | None
+    reward_funcs: list[str] | None
+    reward_model_name_or_path: str | None
+
+
+def check_data(arguments: DataArguments, mixture: DatasetMixtureConfig) -> None:
     """
     Look through what `load_data` will be given, before anything is loaded.
 
@@ -68,13 +80,13 @@ def check_data(arguments: "ESScriptArguments | EvalArguments", mixture: DatasetM
 
 
 def load_data(
-    arguments: "ESScriptArguments | EvalArguments", mixture: DatasetMixtureConfig
+    arguments: DataArguments, mixture: DatasetMixtureConfig
 ) -> tuple[Mapping[str, "Dataset | IterableDataset"], list["RewardFunc"]]:
     """
     Load datasets and reward functions.
 
     Args:
-        arguments ([`ESScriptArguments`]):
+        arguments ([`DataArguments`]):
             What to load; `check_data` has nothing against it.
         mixture ([`~trl.DatasetMixtureConfig`]):
             Datasets to mix, in place of `task` and `dataset_name`.

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
 
 from ..paths import check_local
+from .mistakes import suggestion
 
 
 if TYPE_CHECKING:
@@ -78,12 +78,6 @@ class Parser(TrlParser):
     def error(self, message: str) -> None:
         """End with the message alone: the usage of some hundred options would hide it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error about an unknown name."""
-    nearest = get_close_matches(name.replace("-", "_"), sorted(known), n=1)
-    return f": did you mean {prefix + nearest[0]!r}?" if nearest else "."
 
 
 @dataclass

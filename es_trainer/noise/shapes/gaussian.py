@@ -1,0 +1,43 @@
+"""Full-rank noise."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .sums import Factors, Noises, Products
+
+
+class Gaussian:
+    """Full-rank noise: every weight gets its own standard normal, as in arXiv 2509.24372."""
+
+    def combine(
+        self,
+        name: str,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        device: torch.device,
+    ) -> Noises | Products:
+        """The sum `sum_k coefficients[k] * perturbation(seeds[k])` of the parameter `name` of that shape."""
+        return Noises(name, seeds, coefficients)
+
+    def factors(
+        self,
+        name: str,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Factors | None:
+        """The perturbations `coefficients[k] * perturbation(seeds[k])` as factors, or `None` if they have none."""
+        return None
+
+    def factored(self, shape: Sequence[int]) -> bool:
+        """Whether perturbations of a parameter have factors."""
+        return False
+
+    def numbers(self, shape: Sequence[int]) -> int:
+        """How many numbers a member's perturbation of a parameter is made of."""
+        return math.prod(shape)

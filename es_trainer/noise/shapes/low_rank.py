@@ -1,0 +1,71 @@
+"""Low-rank noise."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .. import noise
+from .gaussian import Gaussian
+from .sums import Factors, Noises, Products
+
+
+class LowRank(Gaussian):
+    """
+    Low-rank noise on matrices: E = A B^T / sqrt(rank) with standard normal A and B (EGGROLL, arXiv 2511.16652).
+
+    The entries of E are uncorrelated and have variance 1, and the sum over a population has rank `rank * members`.
+    Parameters of more than two dimensions are matrices side by side (the experts of a mixture); vectors get full
+    noise.
+
+    Args:
+        rank (`int`, *optional*, defaults to `1`):
+            Rank of each member's perturbation.
+    """
+
+    def __init__(self, rank: int = 1):
+        self.rank = rank
+
+    def combine(self, name, shape, seeds, coefficients, device):
+        if not self.factored(shape):
+            return Noises(name, seeds, coefficients)
+        left, right = self._draw(name, shape, seeds, coefficients, device)
+        left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
+        return Products(left.contiguous(), right.contiguous())
+
+    def factors(self, name, shape, seeds, coefficients, device, dtype):
+        if not self.factored(shape):
+            return None
+        # Each factor gets the root of the coefficient: with all of it, those of float16 would lose bits below 6e-5
+        roots = [math.sqrt(abs(coefficient)) for coefficient in coefficients]
+        signed = [math.copysign(root, coefficient) for root, coefficient in zip(roots, coefficients, strict=True)]
+        left, right = self._draw(name, shape, seeds, signed, device)
+        right = right * torch.tensor(roots, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
+        return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
+
+    def factored(self, shape):
+        return len(shape) >= 2
+
+    def numbers(self, shape):
+        if not self.factored(shape):
+            return math.prod(shape)
+        *matrices, rows, columns = shape
+        return math.prod(matrices) * (rows + columns) * self.rank
+
+    def _draw(
+        self,
+        name: str,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`coefficient * A / sqrt(rank)` and B of each seed, of shape (seeds, matrices, rows or columns, rank)."""
+        *matrices, rows, columns = shape
+        count = math.prod(matrices)
+        normals = torch.empty(len(seeds), self.numbers(shape), dtype=torch.float32, device=device)
+        noise.fill_each(normals, name, seeds)
+        a, b = normals.split([count * rows * self.rank, count * columns * self.rank], dim=1)
+        a = a.view(-1, count, rows, self.rank) / math.sqrt(self.rank)
+        a *= torch.tensor(coefficients, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
+        return a, b.view(-1, count, columns, self.rank)

@@ -1,0 +1,83 @@
+"""What came of prompts: completions and their scores."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .evolution.fitness import mean
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    One completion.
+
+    Args:
+        ids (`list[int]`):
+            Tokens, up to and with the end-of-sequence token.
+        text (`str`):
+            The decoded tokens without special ones.
+        truncated (`bool`):
+            Whether it was cut at the maximum length, and did not end there by itself.
+        others (`int`, *optional*, defaults to `0`):
+            How many of the tokens are not the model's own, but an environment's.
+    """
+
+    ids: list[int]
+    text: str
+    truncated: bool
+    others: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model wrote."""
+        return len(self.ids) - self.others
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    Rewards of some completions.
+
+    Args:
+        by_function (`np.ndarray`):
+            Shape `(completions, functions)`; NaN where a function does not apply.
+        total (`np.ndarray`):
+            Shape `(completions,)`; the weighted sum, NaN where no function applies.
+        extra (`dict[str, list]`):
+            Columns given to `log_extra`. Columns of the same name from different functions are numbered.
+        metrics (`dict[str, list[float]]`):
+            Values given to `log_metric`.
+        seconds (`float`):
+            Time that the functions took.
+    """
+
+    by_function: np.ndarray
+    total: np.ndarray
+    extra: dict[str, list[Any]]
+    metrics: dict[str, list[float]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What came of one set of weights: completions of a batch of rows, and their scores."""
+
+    rows: list[dict[str, Any]]  # the dataset's row of each completion
+    completions: list[Completion]
+    messages: list[Any]  # the completions as the reward functions got them
+    scores: Scores
+    num_tokens: int
+    seconds: float  # of the generation
+    generated_by: Hashable  # the process or server, of which several work side by side
+    scored_by: Hashable
+
+    def prompt_rewards(self, num_generations: int, mask_truncated: bool = False) -> np.ndarray:
+        """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
+        rewards = self.scores.total
+        if mask_truncated:
+            truncated = np.array([completion.truncated for completion in self.completions])
+            rewards = np.where(truncated, np.nan, rewards)
+        return mean(rewards.reshape(-1, num_generations), axis=1)
