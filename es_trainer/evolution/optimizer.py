@@ -16,10 +16,8 @@ from ..noise.shapes import Gaussian, Sum
 from ..weights.store import Home, Shard, Weights
 from .fitness import utilities
 from .population import Member, Population
+from .update_rules import UPDATE_RULES
 
-
-# The state that a rule keeps for each weight, float32
-RULE_STATE: dict[Rule, tuple[str, ...]] = {"sgd": (), "momentum": ("exp_avg",), "adam": ("exp_avg", "exp_avg_sq")}
 
 DISTANCE_SAMPLE = 1 << 20  # least number of weights from which the distance from the start is measured
 
@@ -113,8 +111,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.antithetic = antithetic
         self.fitness_shaping = fitness_shaping
         self.rule = rule
-        self.betas = betas
-        self.eps = eps
+        self._rule = UPDATE_RULES[rule](betas, eps)
         self.anchor_decay = anchor_decay
         self.seed = seed
         self.update_norm = 0.0  # of the last step
@@ -137,7 +134,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             self.state[shard.parameter] = self._initial_state(shard)
 
     def _initial_state(self, shard: Shard) -> dict[str, torch.Tensor]:
-        state = {key: torch.zeros_like(shard.trained, dtype=torch.float32) for key in RULE_STATE[self.rule]}
+        state = {key: torch.zeros_like(shard.trained, dtype=torch.float32) for key in self._rule.averages}
         state["start"] = self._sample(shard).clone()
         if self.anchor_decay > 0:
             state["anchor"] = shard.trained.to(shard.given, copy=True)
@@ -242,11 +239,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
         device = shard.working.device
         state = self.state[shard.parameter]
         weights = shard.trained[piece].to(device, torch.float32)
-        averages = [state[key][piece].to(device) for key in RULE_STATE[self.rule]]
+        averages = [state[key][piece].to(device) for key in self._rule.averages]
 
         delta = noise.scratch(weights.numel(), device)
         g.add(None, delta, shard.start + low)
-        self._ascend(delta, averages)
+        self._rule.ascend(delta, averages, self.moves + 1)
         if group["weight_decay"] > 0:
             delta.sub_(weights, alpha=group["weight_decay"])
         if self.anchor_decay > 0:
@@ -258,24 +255,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         shard.working[piece].copy_(weights)
         # Both are no-ops where `to` returned the tensor itself
         _write_back(shard.trained[piece], weights)
-        for key, average in zip(RULE_STATE[self.rule], averages, strict=True):
+        for key, average in zip(self._rule.averages, averages, strict=True):
             _write_back(state[key][piece], average)
         return float(torch.linalg.vector_norm(delta)) ** 2
-
-    def _ascend(self, g: torch.Tensor, averages: list[torch.Tensor]) -> None:
-        """Turn g into the rule's direction, in place, and update the rule's averages."""
-        beta1, beta2 = self.betas
-        if self.rule == "momentum":
-            (average,) = averages
-            g.copy_(average.mul_(beta1).add_(g))
-        elif self.rule == "adam":
-            average, square = averages
-            average.lerp_(g, 1 - beta1)
-            square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            correction1 = 1 - beta1 ** (self.moves + 1)
-            correction2 = 1 - beta2 ** (self.moves + 1)
-            denominator = (square / correction2).sqrt_().add_(self.eps)
-            torch.div(average / correction1, denominator, out=g)
 
     def distance_from_start(self) -> float:
         """
