@@ -17,15 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -40,7 +36,7 @@ from transformers.trainer_utils import (
     get_last_checkpoint,
     seed_worker,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
+from transformers.utils import logging
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
 
@@ -54,6 +50,7 @@ from .engines import Adapters, Engine, PopulationBatch, Rows, TransformersEngine
 from .engines.vocabulary import check_special_tokens, require_pad_token
 from .evolution import EvolutionStrategy, Member, Population
 from .evolution.fitness import deviation, fitness, mean
+from .loading import load_model, load_tokenizer, with_adapter
 from .report import CompletionsLog, MemberProgressCallback, plain
 from .report.model_card import REWARD_PLOT, model_card
 from .report.plots import plot_rewards
@@ -61,6 +58,7 @@ from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Completion, Rollout
 from .run import fingerprint
+from .run.checkpoint import check_complete, load_parts, optimizer_files, save_part
 from .run.history import (
     agree,
     describe,
@@ -262,22 +260,17 @@ class ESTrainer(Trainer):
         self.on_servers = args.use_vllm and args.vllm_mode == "server"
         self._source = model if isinstance(model, str) else None
         if isinstance(model, str):
-            model = _load(model, options, quantization_config, self.on_servers)
+            model = load_model(model, options, quantization_config, with_weights=not self.on_servers)
             check_model(model, processing_class)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path,
-                revision=options.get("revision", "main"),
-                trust_remote_code=options["trust_remote_code"],
-                padding_side="left",
-            )
+            processing_class = load_tokenizer(model, options)
         require_pad_token(processing_class)
         check_special_tokens(model, processing_class)
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
         model.generation_config.pad_token_id = processing_class.pad_token_id
         self._peft_config: dict[str, Any] | None = None  # of an adapter that is made here
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args.seed)
+            model = with_adapter(model, peft_config, args.seed)
             self._peft_config = adapters.to_json(peft_config)
         make_savable(model)
         freeze_other_modalities(model)
@@ -1283,8 +1276,7 @@ class ESTrainer(Trainer):
         os.makedirs(output_dir, exist_ok=True)
         parts = self.processes.count if self.zero3 is not None else self.group_size
         if self.processes.rank < parts:
-            name = f"optimizer_{self.processes.rank}-of-{parts}.pt"
-            torch.save(self.optimizer.state_dict(), Path(output_dir) / name)
+            save_part(Path(output_dir), self.optimizer.state_dict(), self.processes.rank, parts)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         self.processes.barrier()  # what follows says that the checkpoint is complete
@@ -1304,16 +1296,7 @@ class ESTrainer(Trainer):
         Raises:
             `ValueError`: If going on from the checkpoint would not be going on with its run.
         """
-        missing = [
-            name for name in ("scheduler.pt", "trainer_state.json", HISTORY_NAME) if not (checkpoint / name).is_file()
-        ]
-        if not _optimizer_files(checkpoint):
-            missing.insert(0, "optimizer.pt")
-        if missing:
-            raise ValueError(
-                f"The checkpoint {checkpoint} has no {missing[0]}, so training can't be resumed from it. It was saved "
-                "by another trainer or with save_only_model=True, or saving was interrupted: resume from another."
-            )
+        check_complete(checkpoint)
         header, _ = History(checkpoint / HISTORY_NAME).read()
         found = differences(header, describe(self.optimizer, self.args))
         if found:
@@ -1328,7 +1311,7 @@ class ESTrainer(Trainer):
         header, steps = History(Path(checkpoint) / HISTORY_NAME).read()
         if self.on_servers:
             self.engine.lines = steps
-        self.optimizer.load_parts(self._optimizer_parts(Path(checkpoint)))
+        self.optimizer.load_parts(load_parts(Path(checkpoint), self.processes.rank, self.group_size))
         self._last_checkpoint, self._spoiled = checkpoint, None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
@@ -1377,23 +1360,14 @@ class ESTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         checkpoint = Path(self.state.best_model_checkpoint)
-        if _optimizer_files(checkpoint):
+        if optimizer_files(checkpoint):
             # All of its state: a further call of train() goes on from the best update, and the history with it
-            self.optimizer.load_parts(self._optimizer_parts(checkpoint))
+            self.optimizer.load_parts(load_parts(checkpoint, self.processes.rank, self.group_size))
             return
         with self.optimizer.weights.as_given():
             super()._load_best_model()
             self.optimizer.weights.adopt()
         self.optimizer.begin()  # the model is all that was saved
-
-    def _optimizer_parts(self, checkpoint: Path) -> list[dict[str, Any]]:
-        """The parts of a checkpoint's optimizer state that this process's part may be in."""
-        files = _optimizer_files(checkpoint)
-        if self.group_size > 1 and len(files) == self.group_size:
-            rank = self.processes.rank % self.group_size
-            files = [checkpoint / f"optimizer_{rank}-of-{self.group_size}.pt"]
-        # Mapped into memory: a process that needs a part reads a part
-        return [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
 
     # ---- the Hub ----
 
@@ -1505,42 +1479,3 @@ def _forwards(model: nn.Module) -> dict[str, Any]:
         name: (getattr(module.forward, "__func__", module.forward), module._compiled_call_impl)
         for name, module in model.named_modules()
     }
-
-
-def _load(
-    name: str, options: dict[str, Any], quantization_config: "BitsAndBytesConfig | None", on_servers: bool
-) -> PreTrainedModel:
-    if on_servers:
-        return _without_weights(name, options)
-    if quantization_config is not None:
-        options = {**options, "quantization_config": quantization_config}
-    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": torch.float32, **options})
-
-
-def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """A model on the meta device, for which no weights are read or downloaded."""
-    source = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-    trust = {"trust_remote_code": options["trust_remote_code"]}
-    config = AutoConfig.from_pretrained(name, **source, **trust)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **trust)
-    if cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **source) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(name, **source)
-    return model
-
-
-def _with_adapter(model: PreTrainedModel, peft_config: "PeftConfig", seed: int) -> "PeftModel":
-    if is_peft_model(model):
-        raise ValueError(
-            "You passed a `PeftModel` together with a `peft_config`. Merge and unload the existing adapter first and "
-            "pass the base model, or leave `peft_config` out to train the adapter that the model has."
-        )
-    return adapters.add_adapter(model, peft_config, seed)
-
-
-def _optimizer_files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint's optimizer state; none if one of them is missing."""
-    files = sorted(checkpoint.glob("optimizer_*-of-*.pt"))
-    if files:
-        return files if len(files) == int(files[0].stem.split("-of-")[1]) else []
-    return [file for file in [checkpoint / "optimizer.pt"] if file.is_file()]
