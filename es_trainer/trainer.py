@@ -4,11 +4,10 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -38,17 +37,15 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 from trl import GRPOConfig
-from trl.data_utils import is_conversational
 
 from . import adapters
-from .backends.rollout_func import RolloutFunc, call_rollout_func
-from .backends.zero3 import Zero3
+from .backends import Prompts, RolloutFunc, evaluate_batches, evaluate_population, pick
 from .checks import check_arguments, check_model, refuse_unsupported
 from .config import ESConfig
-from .data import by_name, check_datasets, check_eval_dataset, collate, prompts, shuffled
-from .engines import Adapters, Engine, PopulationBatch, Rows, TransformersEngine, VLLMEngine, VLLMServers
+from .data import by_name, check_datasets, check_eval_dataset, collate, shuffled
+from .engines import Engine
 from .engines.vocabulary import check_special_tokens, require_pad_token
-from .evolution import EvolutionStrategy, Member, Population
+from .evolution import EvolutionStrategy, Population
 from .evolution.fitness import deviation, fitness, mean
 from .loading import load_model, load_tokenizer, with_adapter
 from .report import CompletionsLog, MemberProgressCallback, plain
@@ -56,25 +53,20 @@ from .report.model_card import REWARD_PLOT, model_card
 from .report.plots import plot_rewards
 from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
-from .rollout import Completion, Rollout
+from .rollout import Rollout
 from .run import fingerprint
 from .run.checkpoint import check_complete, load_parts, optimizer_files, save_part
 from .run.history import (
     agree,
     describe,
     differences,
-    make_optimizer,
-    run_config,
-    start_checksum,
     tell_again,
-    working_dtype,
 )
 from .run.history_file import HISTORY_NAME, History
-from .run.metrics import Summary, average, completion_metrics, json_number, side_by_side, summarize
+from .run.metrics import Summary, average, completion_metrics, json_number
 from .run.processes import ProcessError, Processes
 from .saving import make_savable
 from .text_only import freeze_other_modalities
-from .weights.frozen import frozen_tensors, kept_in_float32
 
 
 if TYPE_CHECKING:
@@ -85,7 +77,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MANY_BATCHES = 1 << 40  # more than an evaluation has
 SAMPLES = 3  # of the model card
 
 # Waits for the scores of completions that are being scored
@@ -257,10 +248,10 @@ class ESTrainer(Trainer):
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        self.on_servers = args.use_vllm and args.vllm_mode == "server"
-        self._source = model if isinstance(model, str) else None
+        source = model if isinstance(model, str) else None
+        self.backend = pick(args, self.processes, source, rollout_func, self)
         if isinstance(model, str):
-            model = load_model(model, options, quantization_config, with_weights=not self.on_servers)
+            model = load_model(model, options, quantization_config, self.backend.loads_weights)
             check_model(model, processing_class)
         if processing_class is None:
             processing_class = load_tokenizer(model, options)
@@ -305,19 +296,13 @@ class ESTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(MemberProgressCallback)
 
-        self.zero3 = self._distribute_weights()
-        self.lockstep = self.zero3 is not None and not args.ds3_gather_for_generation
-        # Processes that generate for the same member together; the first of them scores
-        self.group_size = args.vllm_tensor_parallel_size if args.use_vllm else 1
-        self.leads = self.processes.rank % self.group_size == 0
-        self.engine = self._make_engine()
-        if rollout_func is None:
-            for name, dataset in datasets.items():
-                self._check_prompts(name, dataset)
+        self.is_deepspeed_enabled = False  # the Trainer's own code for it is about optimizers and gradients
+        if self.processes.count > 1:
+            self.processes.agree(fingerprint.of_model(self.model))
+        self.backend.start(self.model, processing_class)
+        for name, dataset in datasets.items():
+            self.backend.answers.check(self.engine, name, dataset)
         self.create_optimizer()
-        self.population_batch = self._make_population_batch()
-        self._forwards = _forwards(self.model)
-        self._check_drift()
         self.history = History(Path(args.output_dir) / HISTORY_NAME)
         self.completions_log = CompletionsLog(args) if args.log_completions and args.process_index == 0 else None
         self._before: list[str] = []  # what the model answered to the prompts of its card before training
@@ -337,10 +322,18 @@ class ESTrainer(Trainer):
         self._best = 0  # the best of all members in the last step
         self._best_utility = 0.0
         self._warned_of_equal_fitness = False
-        self._warned_of_memory = False
         self._evaluating_members = False
-        if not self.on_servers:
-            self.optimizer.weights.hand_out()
+        self.optimizer.weights.hand_out()
+
+    @property
+    def engine(self) -> Engine:
+        """What generates."""
+        return self.backend.engine
+
+    @property
+    def population_batch(self) -> Any:
+        """What evaluates many members at once, or `None` if they are evaluated one at a time."""
+        return self.backend.population_batch
 
     @property
     def reward_funcs(self) -> list[Callable | PreTrainedModel]:
@@ -363,87 +356,19 @@ class ESTrainer(Trainer):
         """The weight of each reward function. Values written into it count from the next rewards on."""
         return self.scorer.weights
 
-    def _distribute_weights(self) -> Zero3 | None:
-        """Give every process the weights of process 0: all of them, or its part if they are to be partitioned."""
-        if self.processes.count > 1:
-            self.processes.agree(fingerprint.of_model(self.model))
-        if self.args.deepspeed_plugin is not None:
-            # The Trainer's own DeepSpeed code is about optimizers and gradients
-            self.is_deepspeed_enabled = False
-            hooks = not self.args.ds3_gather_for_generation
-            return Zero3(self.model, self.args.deepspeed_plugin, self.args.device, hooks)
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.processes.broadcast([tensor.data for tensor in tensors], self.args.device)
-        return None
-
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self.args.use_vllm:  # which has the weights on the device already
+        if self.backend.moves_model:
             super()._move_model_to_device(model, device)
-
-    def _make_engine(self) -> Engine:
-        tokenizer = self.processing_class
-        if self.on_servers:
-            return VLLMServers(self.model, tokenizer, self.args)
-        if self.args.use_vllm:
-            return VLLMEngine(self.model, tokenizer, self.args, self._source, self.processes)
-        shares = (self.processes.rank, self.processes.count) if self.lockstep else None
-        return TransformersEngine(self.model, tokenizer, self.args, shares)
-
-    def _check_drift(self) -> None:
-        if self.optimizer.weights.drifts and self.processes.count > self.group_size:
-            if self.zero3 is None and self.population_batch is None:
-                raise ValueError(
-                    "`master_weights='none'` leaves rounding errors of the members that a process evaluates in its "
-                    f"weights, so those of {self.processes.count} processes would drift apart. Use 'device' or "
-                    "'host', or perturbation='low_rank', which does not write members into the weights."
-                )
-
-    def _check_prompts(self, name: str, dataset: Dataset | IterableDataset | None) -> None:
-        """Raise now what generation would raise about a prompt."""
-        if isinstance(dataset, Dataset):
-            lengths: list[int] = []
-            for batch in prompts(name, dataset):
-                lengths += map(len, self.engine.encode(batch, first_row=len(lengths)))
-            self.engine.check_lengths(lengths, conversational=isinstance(batch[0], list), name=name)
 
     # ---- the evolution strategy in the Trainer's loop ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> EvolutionStrategy:
         """Make the evolution strategy over all parameters with `requires_grad`."""
         if self.optimizer is None:
-            homes = None
-            if self.args.use_vllm and not self.on_servers:
-                homes = self.engine.homes()
-                if self.args.vllm_lora:
-                    self._freeze_what_adapters_cannot_carry()
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            decayed = set(self.get_decay_parameter_names(self.model))
-            if self.on_servers:
-                self.optimizer = self.engine.begin(named, decayed)
-            else:
-                config = run_config(self.args)
-                dtype = working_dtype(config)
-                frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
-                self.optimizer = make_optimizer(named, decayed, config, frozen, homes, float32)
+            self.optimizer = self.backend.begin(set(self.get_decay_parameter_names(self.model)))
             self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
             self.optimizer.register_step_post_hook(lambda *_: self._after_update())
         return self.optimizer
-
-    def _freeze_what_adapters_cannot_carry(self) -> None:
-        carried = self.engine.adaptable()
-        others = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in carried}
-        if len(others) == sum(p.requires_grad for p in self.model.parameters()):
-            raise ValueError(
-                f"`vllm_lora=True`: adapters can carry none of the trained parameters ({', '.join(list(others)[:4])}, "
-                "...). Set vllm_lora=False."
-            )
-        for parameter in others.values():
-            parameter.requires_grad = False
-        if others:
-            logger.warning(
-                f"`vllm_lora=True`: {len(others)} parameters that adapters cannot carry stay as they are: "
-                f"{', '.join(dict.fromkeys(re.sub('[.][0-9]+[.]', '.*.', name) for name in others))}."
-            )
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -472,7 +397,7 @@ class ESTrainer(Trainer):
     def _new_header(self) -> dict[str, Any]:
         """The first line of the history of a run that starts with the weights as they are."""
         header = describe(self.optimizer, self.args)
-        header["start"] = None if self.on_servers else start_checksum(self.optimizer)
+        header["start"] = self.backend.start_checksum()
         if self._peft_config is not None:
             header["peft_config"] = self._peft_config
         return json.loads(json.dumps(header))
@@ -585,7 +510,7 @@ class ESTrainer(Trainer):
         `load_best_model_at_end`, those are of the best checkpoint, and the history goes on from its update. With
         `save_only_model`, the best model begins a run of its own.
         """
-        self._check_model()
+        self.backend.check()
         with self._at_work():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -597,7 +522,7 @@ class ESTrainer(Trainer):
         self._go_on = resume_from_checkpoint is True
         if self._go_on and self.processes.exchange(self._has_history_alone)[0]:
             resume_from_checkpoint = None
-        broken = None if self.on_servers else self.optimizer.weights.not_finite()
+        broken = self.optimizer.weights.not_finite()
         if broken is not None and not resume_from_checkpoint:
             raise FloatingPointError(
                 f"Weights of `{broken}` are NaN or infinite before training{' in float16' * self.args.fp16}. Give a "
@@ -627,30 +552,11 @@ class ESTrainer(Trainer):
             )
         return True
 
-    def _check_model(self) -> None:
-        """
-        Raises:
-            `RuntimeError`: If perturbations would not reach the model, because it was changed after the trainer was
-                made.
-        """
-        if self.on_servers:
-            return
-        self.optimizer.weights.check(self.model)
-        if isinstance(self.population_batch, PopulationBatch) and _forwards(self.model) != self._forwards:
-            raise RuntimeError(
-                "The model's modules compute in another way than when the trainer was made (`forward` was replaced or "
-                "compiled), so it is not known whether perturbations would reach them. Change the model first, and "
-                "make the trainer of it then; or set population_batch_size=1 and perturbation='gaussian'."
-            )
-
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
         """Inside, the model computes with the unperturbed weights in the working dtype."""
-        if self.on_servers:
-            yield
-            return
         if self._evaluating_members:
-            if self.processes.count > 1 or self.zero3 is not None:
+            if self.processes.count > 1 or self.backend.partitioned:
                 raise RuntimeError(
                     "The model cannot be evaluated or saved while several processes evaluate the members of a "
                     "population, each at its own pace. Do it in `on_step_end` instead of `on_substep_end`."
@@ -669,13 +575,13 @@ class ESTrainer(Trainer):
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Evaluate a population on the prompts and tell the optimizer how it did. Returns minus the mean reward."""
-        self._check_model()
+        self.backend.check()
         self._step_start = time.perf_counter()
         population = self.optimizer.ask()
         self._line = self._next_line(population)
         if self._line is not None:
             return self._step_again(self._line)
-        self._step_metrics["noise_seconds"] = 0.0
+        self.backend.noise_seconds = self._step_metrics["noise_seconds"] = 0.0
         self._reported = 0
         self._rollouts = {}
         self._evaluating_members = True
@@ -685,8 +591,8 @@ class ESTrainer(Trainer):
             raise self._diverged(str(error)) from error
         finally:
             self._evaluating_members = False
-            with self._timed_noise():
-                self.optimizer.restore()
+            self.backend.restore()
+            self._step_metrics["noise_seconds"] = self.backend.noise_seconds
         self._report_members(len(population))
         utilities = self.optimizer.tell(population, rewards)
         if not utilities.any():
@@ -718,7 +624,7 @@ class ESTrainer(Trainer):
             "seeds": [member.seed for member in population],
             "signs": [member.sign for member in population],
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
-            "in_place": self._in_place(),
+            "in_place": self.backend.in_place,
         }
         if {key: line[key] for key in expected} == expected:
             return line
@@ -738,10 +644,6 @@ class ESTrainer(Trainer):
         reward = line["metrics"]["reward"]
         return torch.tensor(math.nan if reward is None else -reward, device=self.args.device)
 
-    def _in_place(self) -> bool:
-        """Whether members are written into the weights, which leaves rounding errors without masters."""
-        return self.population_batch is None and (self.zero3 is None or self.lockstep)
-
     def _keep_history(self) -> None:
         """Give the history another name, so that what follows does not replace it."""
         kept = self.history.set_aside()
@@ -752,117 +654,20 @@ class ESTrainer(Trainer):
         self, population: Population, rows: list[dict[str, Any]]
     ) -> tuple[np.ndarray, list[Summary]]:
         """Rewards of all members, of shape (members, prompts), and what to log."""
-        prompt_ids = self._tokenize(rows)
+        prompts = self._prompts(rows, self.num_generations, seed=population.members[0].seed)
         self._check_same_prompts(rows)
-        seed = population.members[0].seed
-        if self.lockstep:
-            return self._evaluate_in_lockstep(population, rows, prompt_ids, seed)
-        with self.engine.awake(), self.optimizer.weights.gathered(masters=self.population_batch is None):
-            parts = self.processes.exchange(lambda: self._evaluate_members(population, rows, prompt_ids, seed))
-        by_member = {member: summary for part in parts for member, summary in part.items()}
-        summaries = [by_member[member] for member in range(len(population))]
-        return np.array([summary.rewards for summary in summaries]), summaries
 
-    def _evaluate_members(
-        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> dict[int, Summary]:
-        """Evaluate members that no other process has taken, until all are. What is returned is theirs by number."""
-        summaries: dict[int, Summary] = {}
-        scoring: dict[int, Scoring] = {}
+        def keep(member: int, rollout: Rollout) -> None:
+            if self.args.log_completions:
+                self._rollouts[member] = rollout
 
-        def finish() -> None:
-            for member, scored in scoring.items():
-                rollout = scored()
-                rewards = rollout.prompt_rewards(self.num_generations, self.args.mask_truncated_completions)
-                summaries[member] = summarize(rollout, rewards)
-                if self.args.log_completions:
-                    self._rollouts[member] = rollout
+        mask = self.args.mask_truncated_completions
+        return evaluate_population(
+            self.backend, self.scorer, population, prompts, self.state, mask, self._report_members, keep
+        )
 
-        generate = self._generate_on_servers if self.on_servers else self._generate_here
-        # Both end at once if something fails, so that nobody does what is in vain
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.scorer.cancel)
-            generated = stack.enter_context(contextlib.closing(generate(population, rows, prompt_ids, seed)))
-            for group, scores, done in generated:
-                # Async reward functions scored the group before while this one was generated
-                finish()
-                if self.leads:
-                    # Others run here and now: on the main thread, and before other members get into the weights
-                    scoring = {k: score() for k, score in zip(group, scores, strict=True)}
-                self._report_members(done)
-            finish()
-        return summaries
-
-    def _generate_here(
-        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Scoring]], int]]:
-        """Groups of members, what begins to score each of them, and how many any process has taken."""
-        size, batch_size = self._batch_sizes(prompt_ids, self.num_generations)
-        with self.processes.queue(len(population), self.group_size) as queue:
-            while group := queue.take(size):
-                with self._installed(population.members[group.start : group.stop]) as installed:
-                    scores = self._generate(rows, prompt_ids, seed, self.num_generations, installed, batch_size)
-                yield group, scores, group.stop
-
-    def _generate_on_servers(
-        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> Iterator[tuple[Sequence[int], list[Callable[[], Scoring]], int]]:
-        """The same, as servers are done with members."""
-        repeated = [row for row in rows for _ in range(self.num_generations)]
-        prompt_tokens = sum(map(len, prompt_ids)) * self.num_generations
-        answers = self.engine.evaluate(population, self.optimizer.sigma, prompt_ids, seed, self.num_generations)
-        noise = []
-        with contextlib.closing(answers):
-            for done, answer in enumerate(answers, 1):
-                noise.append((answer.server, answer.noise_seconds))
-                scores = self._scores(repeated, answer.completions, prompt_tokens, answer.seconds, answer.server)
-                yield [answer.member], scores, done
-        self._step_metrics["noise_seconds"] += side_by_side(noise)
-
-    def _evaluate_in_lockstep(
-        self, population: Population, rows: list[dict[str, Any]], prompt_ids: list[list[int]], seed: int
-    ) -> tuple[np.ndarray, list[Summary]]:
-        """Evaluate all members, one after another: every process has its part of the weights and of the prompts."""
-        rewards, summaries = [], []
-        for number, member in enumerate(population):
-            with self._timed_noise():
-                self.optimizer.perturb(member)
-            values, parts, rollout = self._share_prompts(
-                rows, prompt_ids, seed, self.num_generations, self.args.mask_truncated_completions
-            )
-            rewards.append(values)
-            summaries += parts
-            if rollout is not None and self.args.log_completions:
-                self._rollouts[number] = rollout
-            self._report_members(number + 1)
-        return np.array(rewards), summaries
-
-    def _share_prompts(
-        self,
-        rows: list[dict[str, Any]],
-        prompt_ids: list[list[int]],
-        seed: int,
-        number: int,
-        mask_truncated: bool = False,
-    ) -> tuple[np.ndarray, list[Summary], Rollout | None]:
-        """Rewards of all prompts and what to log, and the rollout of those prompts that were this process's share."""
-        with self.zero3.lockstep():
-            scores = self._generate(rows, prompt_ids, seed, number, batch_size=self.args.generation_batch_size)
-        rollouts: list[Rollout] = []
-
-        def score() -> Summary | None:
-            if not scores:  # fewer prompts than processes
-                return None
-            rollouts.append(scores[0]()())
-            return summarize(rollouts[0], rollouts[0].prompt_rewards(number, mask_truncated))
-
-        rewards = np.empty(len(rows))
-        parts = self.processes.exchange(score)
-        for rank, part in enumerate(parts):
-            if part is not None:
-                rewards[rank :: len(parts)] = part.rewards
-        made = [part for part in parts if part is not None]
-        return rewards, [part.share(len(made)) for part in made], rollouts[0] if rollouts else None
+    def _prompts(self, rows: list[dict[str, Any]], number: int, seed: int) -> Prompts:
+        return Prompts(rows, self.backend.answers.tokenize(self.engine, rows), number, seed)
 
     def _report_members(self, done: int) -> None:
         """Tell callbacks of members that are done, here or elsewhere."""
@@ -870,137 +675,11 @@ class ESTrainer(Trainer):
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self._reported = done
 
-    def _tokenize(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        """Tokens of the rows' prompts, which a `rollout_func` makes by itself."""
-        if self.rollout_func is not None:
-            return [[] for _ in rows]
-        return self.engine.tokenize([row["prompt"] for row in rows])
-
     def _check_same_prompts(self, rows: list[dict[str, Any]]) -> None:
         # Streams cannot be compared at the start
         if self.processes.count > 1 and not isinstance(self.train_dataset, Dataset):
             checksum = zlib.crc32(repr([row["prompt"] for row in rows]).encode())
             self.processes.agree({f"the checksum of the prompts of step {self.state.global_step + 1}": checksum})
-
-    @contextlib.contextmanager
-    def _installed(self, members: Sequence[Member]) -> Iterator[Rows | None]:
-        """Inside, the model evaluates `members`: many in a population batch, or one written into the weights."""
-        if self.population_batch is None:
-            with self._timed_noise():
-                self.optimizer.perturb(*members)
-            yield None
-            return
-        with contextlib.ExitStack() as stack:
-            with self._timed_noise():
-                group = stack.enter_context(self.population_batch.install(members, self.optimizer.sigma))
-            yield group
-
-    @contextlib.contextmanager
-    def _timed_noise(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._step_metrics["noise_seconds"] += time.perf_counter() - start
-
-    def _make_population_batch(self) -> "PopulationBatch | Adapters | None":
-        """What evaluates many members at once, or `None` if they are evaluated one at a time."""
-        if self.args.use_vllm:
-            return Adapters(self.optimizer.weights) if self.args.vllm_lora else None
-        if self.lockstep or self.rollout_func is not None:
-            return None
-        if self.args.perturbation == "gaussian":
-            on_cpu = self.model.device.type == "cpu"
-            if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
-                return None
-        batch = PopulationBatch(self.model, self.optimizer.weights)
-        problem = batch.check()
-        if problem is not None:
-            logger.warning(
-                f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."
-            )
-            return None
-        self.engine.generation_config.disable_compile = True  # compiled code would not see the members
-        return batch
-
-    def _batch_sizes(self, prompt_ids: list[list[int]], number: int) -> tuple[int, int | None]:
-        """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
-        batch_size = self.args.generation_batch_size
-        if self.population_batch is None:
-            return 1, batch_size
-        if self.args.vllm_lora:
-            return self.engine.most_members, batch_size
-        if self.args.population_batch_size is not None:
-            return self.args.population_batch_size, batch_size
-        rows = len(prompt_ids) * number
-        tokens = max(map(len, prompt_ids)) + self.engine.max_new_tokens
-        members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
-        wanted = min(rows, batch_size or rows)
-        if fitting == 0:
-            raise ValueError(
-                f"There is no memory left to generate {tokens} tokens (the longest prompt and "
-                f"`max_completion_length={self.engine.max_new_tokens}`). Lower `max_completion_length`, drop the "
-                "longest prompts, or set `population_batch_size` to try nevertheless."
-            )
-        if fitting < wanted:
-            if not self._warned_of_memory:
-                logger.warning(
-                    f"Memory does not suffice for all sequences of a member at once: they are generated {fitting} at "
-                    "a time. Set `generation_batch_size` to choose another number. (Shown once.)"
-                )
-                self._warned_of_memory = True
-            batch_size = fitting
-        # No more than leaves something for the other processes
-        return min(members, -(-self.args.population_size // self.processes.count)), batch_size
-
-    def _generate(
-        self,
-        rows: list[dict[str, Any]],
-        prompt_ids: list[list[int]],
-        seed: int,
-        number: int,
-        group: Rows | None = None,
-        batch_size: int | None = None,
-    ) -> list[Callable[[], Scoring]]:
-        """Generate with the weights as they are. For each member, what is returned begins to score."""
-        start = time.perf_counter()
-        own = self.engine.own_prompts(len(prompt_ids))
-        repeated = [rows[i] for i in own for _ in range(number)]
-        if self.rollout_func is None:
-            progress = not self.args.disable_tqdm and self.is_world_process_zero()
-            completions = self.engine.generate(prompt_ids, seed, number, group, batch_size, progress)
-            prompt_tokens = sum(len(prompt_ids[i]) for i in own) * number
-        else:
-            self.engine.forget()
-            completions, prompt_tokens, fields = call_rollout_func(
-                self.rollout_func, [rows[i]["prompt"] for i in own], self, number
-            )
-            repeated = [{**row, **extra} for row, extra in zip(repeated, fields, strict=True)]
-        if not own:  # fewer prompts than processes, which generate together nevertheless
-            return []
-        seconds = (time.perf_counter() - start) * len(repeated) / len(completions)
-        return self._scores(repeated, completions, prompt_tokens, seconds, self.processes.rank)
-
-    def _scores(
-        self,
-        rows: list[dict[str, Any]],
-        completions: list[Completion],
-        prompt_tokens: int,
-        seconds: float,
-        generated_by: int | str,
-    ) -> list[Callable[[], Scoring]]:
-        """For each member, what begins to score its completions of the rows."""
-        conversational = is_conversational({"prompt": rows[0]["prompt"]})
-
-        def score(mine: list[Completion]) -> Scoring:
-            messages: list[Any] = [completion.text for completion in mine]
-            if conversational:
-                messages = [[{"role": "assistant", "content": text}] for text in messages]
-            finish = self.scorer.begin(rows, messages, [completion.ids for completion in mine], self.state)
-            num_tokens = prompt_tokens + sum(completion.length for completion in mine)
-            rank = self.processes.rank
-            return lambda: Rollout(rows, mine, messages, finish(), num_tokens, seconds, generated_by, scored_by=rank)
-
-        members = [completions[i : i + len(rows)] for i in range(0, len(completions), len(rows))]
-        return [functools.partial(score, mine) for mine in members]
 
     def _warn_of_equal_fitness(self) -> None:
         if not self._warned_of_equal_fitness:
@@ -1022,7 +701,7 @@ class ESTrainer(Trainer):
     def _after_update(self) -> None:
         """Keep the metrics and write the history, now that the update is done."""
         self._step_metrics["update_seconds"] = time.perf_counter() - self._update_start
-        broken = None if self.on_servers else self.optimizer.weights.not_finite()
+        broken = self.optimizer.weights.not_finite()
         parts = [(self.optimizer.update_norm, self.optimizer.distance_from_start(), broken)]
         if self.optimizer.weights.partitioned:
             parts = self.processes.exchange(lambda: parts[0])
@@ -1051,7 +730,7 @@ class ESTrainer(Trainer):
                     "global_step": self.state.global_step + 1,
                     **asdict(self._told),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
-                    "in_place": self._in_place(),
+                    "in_place": self.backend.in_place,
                     "rewards": self._member_rewards,
                     "metrics": metrics,
                 }
@@ -1076,15 +755,16 @@ class ESTrainer(Trainer):
         Raises:
             [`~processes.ProcessError`]: If processes that should have the same weights do not.
         """
-        if self.processes.count == self.group_size or self.zero3 is not None:
+        parts = self.backend.parts
+        if self.processes.count == parts:
             return
         checksums = self.processes.exchange(self.optimizer.weights.checksums)
         found = []
-        for first in range(self.group_size):  # processes that have the same part of the weights
-            most_have, _ = Counter(map(tuple, checksums[first :: self.group_size])).most_common(1)[0]
+        for first in range(parts):  # processes that have the same part of the weights
+            most_have, _ = Counter(map(tuple, checksums[first::parts])).most_common(1)[0]
             found += [
                 f"`{shard.name}` on process {rank}"
-                for rank in range(first, len(checksums), self.group_size)
+                for rank in range(first, len(checksums), parts)
                 for shard, number, usual in zip(self.optimizer.weights.shards, checksums[rank], most_have, strict=True)
                 if number != usual
             ]
@@ -1115,15 +795,16 @@ class ESTrainer(Trainer):
             return self._evaluate_dataloader(dataloader, metric_key_prefix)
 
     def _evaluate_dataloader(self, dataloader: DataLoader, metric_key_prefix: str) -> EvalLoopOutput:
-        if self.lockstep:
-            parts = [self._evaluate_batches_in_lockstep(dataloader)]
-        else:
-            with self.engine.awake(), self.optimizer.weights.gathered(masters=False):
-                parts = self.processes.exchange(lambda: self._evaluate_batches(dataloader))
-        by_batch = {step: batch for part in parts for step, batch in part.items()}
-        if not by_batch:
+        def report() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        def prompts(rows: list[dict[str, Any]], number: int) -> Prompts:
+            # Other random numbers for every batch, the same ones at every evaluation
+            return self._prompts(rows, self.num_generations_eval, seed=number)
+
+        batches = evaluate_batches(self.backend, self.scorer, dataloader, prompts, self.state, report)
+        if not batches:
             raise ValueError("`eval_dataset` is empty: the stream has no rows to evaluate.")
-        batches = [by_batch[step] for step in range(len(by_batch))]
         rewards = np.concatenate([values for values, _ in batches])
         summaries = [summary for _, parts in batches for summary in parts]
         metrics = {
@@ -1139,33 +820,6 @@ class ESTrainer(Trainer):
             metrics={f"{metric_key_prefix}_{key}": json_number(value) for key, value in metrics.items()},
             num_samples=len(rewards),
         )
-
-    def _evaluate_batches(self, dataloader: DataLoader) -> dict[int, tuple[np.ndarray, list[Summary]]]:
-        """Evaluate batches that no other process has taken, until all are: rewards and what to log, by number."""
-        batches = {}
-        with self.processes.queue(MANY_BATCHES, self.group_size) as queue:
-            mine = queue.take()
-            for step, rows in enumerate(dataloader):
-                if step in mine:
-                    number, prompt_ids = self.num_generations_eval, self._tokenize(rows)
-                    _, size = self._batch_sizes(prompt_ids, number)
-                    # Other random numbers for every batch, the same ones at every evaluation
-                    (score,) = self._generate(rows, prompt_ids, step, number, batch_size=size)
-                    if self.leads:
-                        rollout = score()()
-                        rewards = rollout.prompt_rewards(number)
-                        batches[step] = rewards, [summarize(rollout, rewards)]
-                    mine = queue.take()
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return batches
-
-    def _evaluate_batches_in_lockstep(self, dataloader: DataLoader) -> dict[int, tuple[np.ndarray, list[Summary]]]:
-        batches = {}
-        for step, rows in enumerate(dataloader):
-            rewards, parts, _ = self._share_prompts(rows, self._tokenize(rows), step, self.num_generations_eval)
-            batches[step] = rewards, parts
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return batches
 
     # ---- logs ----
 
@@ -1231,19 +885,11 @@ class ESTrainer(Trainer):
             with self._at_work():  # refuses it, or takes the member out
                 pass
         with self.optimizer.weights.as_given():
-            self._whole = self._collect_weights()
+            self._whole = self.backend.collect()
             try:
                 super().save_model(output_dir, _internal_call)
             finally:
                 self._whole = None
-
-    def _collect_weights(self) -> dict[torch.Tensor, torch.Tensor] | None:
-        """All weights, by the tensors of the model, if this process does not have them; all processes help."""
-        if self.on_servers:
-            return self.engine.collect()
-        if self.optimizer.weights.partitioned:
-            return self.optimizer.weights.collect(keep=self.args.should_save)
-        return None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is None and self._whole is not None:
@@ -1274,7 +920,7 @@ class ESTrainer(Trainer):
             return
         self.processes.barrier()  # until the folder is cleared
         os.makedirs(output_dir, exist_ok=True)
-        parts = self.processes.count if self.zero3 is not None else self.group_size
+        parts = self.backend.parts
         if self.processes.rank < parts:
             save_part(Path(output_dir), self.optimizer.state_dict(), self.processes.rank, parts)
         if self.args.should_save:
@@ -1285,7 +931,7 @@ class ESTrainer(Trainer):
         self.processes.exchange(lambda: self._check_resumable(Path(resume_from_checkpoint)))
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         self._steps_of_checkpoint = state.max_steps
-        if self.on_servers or self.optimizer.weights.partitioned:
+        if not self.backend.has_whole_weights:
             return  # the optimizer's state has the weights, or says where in the history they are
         with self.optimizer.weights.as_given():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -1309,9 +955,8 @@ class ESTrainer(Trainer):
         if checkpoint is None:
             return
         header, steps = History(Path(checkpoint) / HISTORY_NAME).read()
-        if self.on_servers:
-            self.engine.lines = steps
-        self.optimizer.load_parts(load_parts(Path(checkpoint), self.processes.rank, self.group_size))
+        self.backend.resume(steps)
+        self.optimizer.load_parts(load_parts(Path(checkpoint), self.processes.rank, self.backend.group_size))
         self._last_checkpoint, self._spoiled = checkpoint, None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
@@ -1362,7 +1007,7 @@ class ESTrainer(Trainer):
         checkpoint = Path(self.state.best_model_checkpoint)
         if optimizer_files(checkpoint):
             # All of its state: a further call of train() goes on from the best update, and the history with it
-            self.optimizer.load_parts(load_parts(checkpoint, self.processes.rank, self.group_size))
+            self.optimizer.load_parts(load_parts(checkpoint, self.processes.rank, self.backend.group_size))
             return
         with self.optimizer.weights.as_given():
             super()._load_best_model()
@@ -1384,23 +1029,11 @@ class ESTrainer(Trainer):
         if not rows:
             return []
         with self._at_work():
-            return self._answer(self._tokenize(rows))
-
-    def _answer(self, prompt_ids: list[list[int]]) -> list[str]:
-        if self.lockstep:
-            with self.zero3.lockstep():
-                completions = self.engine.generate(prompt_ids, seed=0)
-            parts = self.processes.exchange(lambda: [completion.text for completion in completions])
-            return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompt_ids))]
-        with self.engine.awake(), self.optimizer.weights.gathered(masters=False):
-            replies = self.processes.exchange(
-                lambda: self.engine.generate(prompt_ids, seed=0) if self.processes.rank < self.group_size else []
-            )
-        return [completion.text for completion in replies[0]]
+            return self.backend.texts(self.backend.answers.tokenize(self.engine, rows))
 
     def _sample_rows(self) -> list[dict[str, Any]]:
         dataset = next(iter(by_name(self.eval_dataset).values()), self.train_dataset)
-        if self.rollout_func is not None or dataset is None:
+        if dataset is None or not self.backend.answers.by_engine:
             return []
         return collate(list(itertools.islice(dataset, SAMPLES)), name="dataset")
 
@@ -1471,11 +1104,3 @@ class ESTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The weights themselves are bf16 or fp16: no autocast, no gradient scaler
         return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}
-
-
-def _forwards(model: nn.Module) -> dict[str, Any]:
-    """What each module computes with, compiled or not."""
-    return {
-        name: (getattr(module.forward, "__func__", module.forward), module._compiled_call_impl)
-        for name, module in model.named_modules()
-    }

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from es_trainer import ESTrainer, replay
+from es_trainer.backends.servers import Servers
 from es_trainer.engines import population_batch
 from es_trainer.engines.vllm_server import Answer
 
@@ -310,14 +311,14 @@ def test_seconds_of_servers_that_work_side_by_side(trainer, monkeypatch):
     """Members that four servers have evaluated in ten seconds each, after a second for the noise."""
     run = trainer(population_size=8)
 
-    class Servers(type(run.engine)):
+    class Engine(type(run.engine)):
         def evaluate(self, population, sigma, prompt_ids, seed, num_generations):
             for member in range(len(population)):
                 completions = self.generate(prompt_ids, seed, num_generations)
                 yield Answer(member, f"http://server-{member % 4}", completions, seconds=10.0, noise_seconds=1.0)
 
-    run.engine.__class__ = Servers
-    run.on_servers = True
+    run.engine.__class__ = Engine
+    run.backend.__class__ = Servers
     run.training_step(run.model, [{"prompt": "Say one"}, {"prompt": "Say two"}])
     assert run._step_metrics["generation_seconds"] == 20.0
     assert run._step_metrics["noise_seconds"] == pytest.approx(2.0, abs=0.5)  # with that for `restore`

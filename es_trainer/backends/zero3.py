@@ -1,56 +1,114 @@
 """Weights partitioned by DeepSpeed ZeRO-3. DeepSpeed loads, partitions and gathers; it has no optimizer here."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..engines import TransformersEngine
+from ..evolution import Member
 from ..weights.store import is_partitioned
+from .local import Local
+from .results import Prompts, Result
 
 
 if TYPE_CHECKING:
-    from accelerate.utils import DeepSpeedPlugin
     from deepspeed import DeepSpeedEngine
 
 
-class Zero3:
-    """
-    The model with its weights partitioned.
+class Gathered(Local):
+    """The weights are gathered once a step, after which each process evaluates members of its own."""
 
-    Args:
-        model (`nn.Module`):
-            The model. What is not partitioned yet, will be: process 0's weights count.
-        plugin ([`~accelerate.utils.DeepSpeedPlugin`]):
-            Has the config.
-        device (`torch.device`):
-            Device of this process.
-        hooks (`bool`):
-            Whether modules gather their parameters for each forward pass. If not, all have to be gathered before.
-    """
+    partitioned = True
 
-    def __init__(self, model: nn.Module, plugin: "DeepSpeedPlugin", device: torch.device, hooks: bool):
+    @property
+    def parts(self) -> int:
+        return self.processes.count
+
+    @property
+    def in_place(self) -> bool:
+        return False
+
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self._partition()
+        self.engine = self._make_engine(tokenizer)
+
+    def _partition(self) -> dict:
+        """What is not partitioned yet, will be: process 0's weights count. Returns DeepSpeed's config."""
         import deepspeed
 
-        zero = {key: value for key, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
+        given = self.args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero = {key: value for key, value in given.items() if value != "auto"}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
-        others = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
+        partitioned = [parameter for parameter in self.model.parameters() if is_partitioned(parameter)]
+        others: list[nn.Parameter] = [p for p in self.model.parameters() if not is_partitioned(p)]
         if partitioned and others:  # an adapter was added
             partitioned[0].convert_to_zero_parameters(param_list=others)
         elif others:
-            deepspeed.zero.Init(module=model, config_dict_or_path=config)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(device)
-        self.engine: DeepSpeedEngine | None = None
-        if hooks:
-            self.engine, *_ = deepspeed.initialize(model=model, config=config)
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=config)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.args.device)
+        return config
 
     @contextlib.contextmanager
-    def lockstep(self) -> Iterator[None]:
-        """Inside, modules gather their parameters for each forward pass; afterwards, none is gathered any more."""
+    def ready(self, for_members: bool) -> Iterator[None]:
+        with self.optimizer.weights.gathered(masters=for_members and self.population_batch is None):
+            yield
+
+
+class Lockstep(Gathered):
+    """
+    All processes evaluate the same member, each on its share of the prompts; modules gather their parameters for each
+    forward pass.
+    """
+
+    in_lockstep = True
+    deepspeed: "DeepSpeedEngine"
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    def _partition(self) -> dict:
+        import deepspeed
+
+        config = super()._partition()
+        self.deepspeed, *_ = deepspeed.initialize(model=self.model, config=config)
+        return config
+
+    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
+        shares = (self.processes.rank, self.processes.count)
+        return TransformersEngine(self.model, tokenizer, self.args, shares)
+
+    def _make_population_batch(self) -> None:
+        return None
+
+    def ready(self, for_members: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _forward_passes(self) -> Iterator[None]:
+        """Inside, modules gather their parameters; afterwards, none is gathered any more."""
         try:
             yield
         finally:
-            self.engine.optimizer.partition_all_parameters()
+            self.deepspeed.optimizer.partition_all_parameters()
+
+    def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
+        for number, member in members:
+            with self._timed_noise():
+                self.optimizer.perturb(member)
+            yield self.answer(prompts, number), number + 1
+
+    def answer(self, prompts: Prompts, number: int) -> list[Result]:
+        with self._forward_passes():
+            return self._complete([number], prompts, None, self.args.generation_batch_size)
+
+    def texts(self, prompt_ids: list[list[int]]) -> list[str]:
+        with self._forward_passes():
+            completions = self.engine.generate(prompt_ids, seed=0)
+        parts = self.processes.exchange(lambda: [completion.text for completion in completions])
+        return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompt_ids))]

@@ -367,6 +367,19 @@ class PopulationBatch:
         for path, module in model.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 self.owners.setdefault(id(parameter), []).append((path, module, attribute))
+        self._forwards = _forwards(model)
+
+    def check_forwards(self) -> None:
+        """
+        Raises:
+            `RuntimeError`: If modules compute in another way than when this was made.
+        """
+        if _forwards(self.model) != self._forwards:
+            raise RuntimeError(
+                "The model's modules compute in another way than when the trainer was made (`forward` was replaced or "
+                "compiled), so it is not known whether perturbations would reach them. Change the model first, and "
+                "make the trainer of it then; or set population_batch_size=1 and perturbation='gaussian'."
+            )
 
     @contextlib.contextmanager
     def install(self, members: Sequence[Member], sigma: float) -> Iterator[Rows]:
@@ -489,3 +502,11 @@ class PopulationBatch:
         shard = next(shard for shard in self.weights.shards if shard.name == name)
         path, module, attribute = self.owners[id(shard.parameter)][0]
         return f"`{path}` ({type(module).__name__}) with its parameter `{attribute}`: {reason}"
+
+
+def _forwards(model: nn.Module) -> dict[str, Any]:
+    """What each module computes with, compiled or not."""
+    return {
+        name: (getattr(module.forward, "__func__", module.forward), module._compiled_call_impl)
+        for name, module in model.named_modules()
+    }

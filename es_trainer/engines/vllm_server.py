@@ -24,7 +24,7 @@ from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Population
 from ..rollout import Completion
 from ..run.history import describe, extend_digest, first_digest, make_optimizer, run_config
-from ..weights.store import Home
+from ..weights.store import Home, Weights
 from .base import Engine
 from .live_weights import ANSWER, without_effect
 from .vllm_sampling import common_seed, sampling_options
@@ -637,6 +637,23 @@ def _export(server: Server, name: str, like: torch.Tensor) -> torch.Tensor:
     return whole
 
 
+class ServedWeights(Weights):
+    """Weights that are on servers: there is nothing here to look at, to cast or to hand out."""
+
+    def check(self, model: nn.Module) -> None:
+        """Servers check their own."""
+
+    def not_finite(self) -> None:
+        """Not known here."""
+
+    def hand_out(self) -> None:
+        """The model's parameters have no values."""
+
+    def at_work(self) -> contextlib.AbstractContextManager[list[str]]:
+        """Servers evaluate the unperturbed weights by themselves."""
+        return contextlib.nullcontext([])
+
+
 class ServedStrategy(EvolutionStrategy):
     """
     An [`EvolutionStrategy`] whose weights are on servers: parameters here are on the meta device.
@@ -644,6 +661,7 @@ class ServedStrategy(EvolutionStrategy):
     It asks and is told as always. A step is done by all servers, each for itself.
     """
 
+    weights_kind = ServedWeights
     servers: VLLMServers
     distance = 0.0
 

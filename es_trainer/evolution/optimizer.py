@@ -84,6 +84,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Names of parameters that are computed with in float32 whatever `dtype` is.
     """
 
+    weights_kind: type[Weights] = Weights
+
     def __init__(
         self,
         params: Iterable[tuple[str, nn.Parameter]] | Iterable[dict[str, Any]],
@@ -122,7 +124,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        self.weights = Weights(named, dtype, master_weights, perturbation, frozen, homes, float32)
+        self.weights = self.weights_kind(named, dtype, master_weights, perturbation, frozen, homes, float32)
         self._stride = _stride([shard.shape for shard in self.weights.shards])
         self.begin()
 

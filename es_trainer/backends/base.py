@@ -1,0 +1,151 @@
+"""What backends have in common. A backend knows where the weights are, how a member gets in, and who answers."""
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import ESConfig
+from ..engines import Engine
+from ..evolution import EvolutionStrategy, Member
+from ..run.history import start_checksum
+from ..run.processes import Processes
+from .answers import Answers
+from .results import Prompts, Result
+
+
+class Backend(ABC):
+    """
+    Evaluates members.
+
+    Args:
+        args ([`ESConfig`]):
+            The config.
+        processes ([`Processes`]):
+            Those of the run.
+        answers ([`Answers`]):
+            Who makes completions of prompts.
+        source (`str`, *optional*):
+            Name or folder of the model, if it was given by that.
+    """
+
+    loads_weights = True  # whether this process loads the model with its weights
+    moves_model = True  # whether the Trainer moves the model to the device
+    partitioned = False  # whether each process has a part of every parameter
+    in_lockstep = False  # whether all processes go through every forward pass together
+    group_size = 1  # processes that evaluate the same members, each with its part of the weights
+
+    engine: Engine
+    optimizer: EvolutionStrategy
+
+    def __init__(self, args: ESConfig, processes: Processes, answers: Answers, source: str | None):
+        self.args = args
+        self.processes = processes
+        self.answers = answers
+        self.source = source
+        self.population_batch: Any = None  # what evaluates many members at once, if they are not written into weights
+        self.noise_seconds = 0.0  # since it was set to zero
+
+    @property
+    def parts(self) -> int:
+        """Processes among which the weights are shared out."""
+        return self.group_size
+
+    @property
+    def scores(self) -> bool:
+        """Whether this process scores what it generates. Of a group, the first does."""
+        return self.processes.rank % self.group_size == 0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether members are written into the weights, which leaves rounding errors without masters."""
+        return self.population_batch is None
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether this process has all of every parameter."""
+        return not self.optimizer.weights.partitioned
+
+    # ---- the run ----
+
+    @abstractmethod
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give every process the weights of process 0, or its part of them, and make the engine."""
+
+    @abstractmethod
+    def begin(self, decayed: set[str]) -> EvolutionStrategy:
+        """Make the evolution strategy over all parameters with `requires_grad`; `decayed` names those that decay."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            `RuntimeError`: If perturbations would not reach the model, because it was changed since `begin`.
+        """
+        self.optimizer.weights.check(self.model)
+
+    def start_checksum(self) -> int | None:
+        """The checksum of the weights, if this process can tell it."""
+        return start_checksum(self.optimizer)
+
+    def resume(self, lines: list[dict[str, Any]]) -> None:  # noqa: B027 (most have nothing to note)
+        """Take note of the history that a checkpoint goes on from, before the optimizer's state is loaded."""
+
+    def collect(self) -> dict[torch.Tensor, torch.Tensor] | None:
+        """All weights, by the tensors of the model, if this process does not have them; all processes help."""
+        return None if self.has_whole_weights else self.optimizer.weights.collect(keep=self.args.should_save)
+
+    # ---- evaluation ----
+
+    def ready(self, for_members: bool) -> contextlib.AbstractContextManager[None]:
+        """Inside, members can be evaluated, or the unperturbed weights if not `for_members`."""
+        return self.engine.awake()
+
+    @abstractmethod
+    def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
+        """
+        Have members complete the prompts, those that no other process has taken.
+
+        Args:
+            members (`Sequence[tuple[int, Member]]`):
+                Members and their numbers in the population.
+            prompts ([`Prompts`]):
+                What they complete.
+
+        Yields:
+            `tuple[list[Result], int]`: results of members that were evaluated together, and how many members are done
+            or taken.
+        """
+
+    @abstractmethod
+    def answer(self, prompts: Prompts, number: int) -> list[Result]:
+        """Have the weights as they are complete the prompts. The result, which there is none of where a process has no
+        share of the prompts, has the number of the batch that they are."""
+
+    def texts(self, prompt_ids: list[list[int]]) -> list[str]:
+        """Greedy answers of the unperturbed weights, on all processes."""
+        with self.ready(for_members=False):
+            replies = self.processes.exchange(
+                lambda: self.engine.generate(prompt_ids, seed=0) if self.processes.rank < self.group_size else []
+            )
+        return [completion.text for completion in replies[0]]
+
+    def restore(self) -> None:
+        """Make the weights the unperturbed ones."""
+        with self._timed_noise():
+            self.optimizer.restore()
+
+    @contextlib.contextmanager
+    def _timed_noise(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.noise_seconds += time.perf_counter() - start
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters to train."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,155 @@
+"""Every process has all weights and evaluates members of its own: one at a time, or many in a population batch."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..engines import PopulationBatch, TransformersEngine
+from ..evolution import EvolutionStrategy, Member
+from ..run.history import make_optimizer, run_config, working_dtype
+from ..weights.frozen import frozen_tensors, kept_in_float32
+from .base import Backend, trained
+from .results import Prompts, Result
+
+
+logger = logging.get_logger(__name__)
+
+
+class Local(Backend):
+    """The model's weights in each process, with Transformers' `generate`."""
+
+    _warned_of_memory = False
+
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        tensors = [*model.parameters(), *model.buffers()]
+        self.processes.broadcast([tensor.data for tensor in tensors], self.args.device)
+        self.engine = self._make_engine(tokenizer)
+
+    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
+        return TransformersEngine(self.model, tokenizer, self.args)
+
+    def begin(self, decayed: set[str]) -> EvolutionStrategy:
+        config = run_config(self.args)
+        dtype = working_dtype(config)
+        frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
+        self.optimizer = make_optimizer(
+            trained(self.model), decayed, config, frozen=frozen, homes=self._homes(), float32=float32
+        )
+        self.population_batch = self._make_population_batch()
+        self._check_drift()
+        return self.optimizer
+
+    def _homes(self) -> None:
+        """Where an engine keeps the weights, if it is not in the model's parameters."""
+        return None
+
+    def _check_drift(self) -> None:
+        if self.optimizer.weights.drifts and self.processes.count > self.parts and self.population_batch is None:
+            raise ValueError(
+                "`master_weights='none'` leaves rounding errors of the members that a process evaluates in its "
+                f"weights, so those of {self.processes.count} processes would drift apart. Use 'device' or "
+                "'host', or perturbation='low_rank', which does not write members into the weights."
+            )
+
+    def _make_population_batch(self) -> PopulationBatch | None:
+        """What evaluates many members at once, or `None` if they are evaluated one at a time."""
+        if not self.answers.by_engine:
+            return None
+        if self.args.perturbation == "gaussian":
+            on_cpu = self.model.device.type == "cpu"
+            if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
+                return None
+        batch = PopulationBatch(self.model, self.optimizer.weights)
+        problem = batch.check()
+        if problem is not None:
+            logger.warning(
+                f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."
+            )
+            return None
+        self.engine.generation_config.disable_compile = True  # compiled code would not see the members
+        return batch
+
+    def check(self) -> None:
+        super().check()
+        if self.population_batch is not None:
+            self.population_batch.check_forwards()
+
+    # ---- evaluation ----
+
+    def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
+        size, batch_size = self._batch_sizes(prompts)
+        with self.processes.queue(len(members), self.group_size) as queue:
+            while taken := queue.take(size):
+                group = members[taken.start : taken.stop]
+                with self._installed([member for _, member in group]) as installed:
+                    results = self._complete([number for number, _ in group], prompts, installed, batch_size)
+                yield results, taken.stop
+
+    def answer(self, prompts: Prompts, number: int) -> list[Result]:
+        _, batch_size = self._batch_sizes(prompts)
+        return self._complete([number], prompts, None, batch_size)
+
+    @contextlib.contextmanager
+    def _installed(self, members: Sequence[Member]) -> Iterator[Any]:
+        """Inside, the model evaluates `members`: many in a population batch, or one written into the weights."""
+        if self.population_batch is None:
+            with self._timed_noise():
+                self.optimizer.perturb(*members)
+            yield None
+            return
+        with contextlib.ExitStack() as stack:
+            with self._timed_noise():
+                group = stack.enter_context(self.population_batch.install(members, self.optimizer.sigma))
+            yield group
+
+    def _complete(
+        self, numbers: Sequence[int], prompts: Prompts, installed: Any, batch_size: int | None
+    ) -> list[Result]:
+        """What the installed members, or the weights as they are, answer to this process's share of the prompts."""
+        start = time.perf_counter()
+        own = self.engine.own_prompts(len(prompts.rows))
+        completions, prompt_tokens, columns = self.answers.complete(self.engine, prompts, own, installed, batch_size)
+        if not own:  # fewer prompts than processes, which generate together nevertheless
+            return []
+        rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
+        rows = [{**row, **extra} for row, extra in zip(rows, columns, strict=False)]
+        seconds = (time.perf_counter() - start) / len(numbers)
+        results = []
+        for i, number in enumerate(numbers):
+            mine = completions[i * len(rows) : (i + 1) * len(rows)]
+            num_tokens = prompt_tokens + sum(completion.length for completion in mine)
+            results.append(Result(number, own, rows, mine, num_tokens, seconds, self.processes.rank))
+        return results
+
+    def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
+        """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
+        batch_size = self.args.generation_batch_size
+        if self.population_batch is None:
+            return 1, batch_size
+        if self.args.population_batch_size is not None:
+            return self.args.population_batch_size, batch_size
+        rows = len(prompts.ids) * prompts.number
+        tokens = max(map(len, prompts.ids)) + self.engine.max_new_tokens
+        members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
+        wanted = min(rows, batch_size or rows)
+        if fitting == 0:
+            raise ValueError(
+                f"There is no memory left to generate {tokens} tokens (the longest prompt and "
+                f"`max_completion_length={self.engine.max_new_tokens}`). Lower `max_completion_length`, drop the "
+                "longest prompts, or set `population_batch_size` to try nevertheless."
+            )
+        if fitting < wanted:
+            if not self._warned_of_memory:
+                logger.warning(
+                    f"Memory does not suffice for all sequences of a member at once: they are generated {fitting} at "
+                    "a time. Set `generation_batch_size` to choose another number. (Shown once.)"
+                )
+                self._warned_of_memory = True
+            batch_size = fitting
+        # No more than leaves something for the other processes
+        return min(members, -(-self.args.population_size // self.processes.count)), batch_size

@@ -1,0 +1,75 @@
+"""vLLM in the trainer's processes: its weights are the working weights, whole or a part in each of a group."""
+
+import re
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..config import ESConfig
+from ..engines import Adapters, VLLMEngine
+from ..run.processes import Processes
+from .answers import Answers
+from .base import trained
+from .local import Local
+from .results import Prompts
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..weights.store import Home
+
+
+logger = logging.get_logger(__name__)
+
+
+class VLLM(Local):
+    """Members are written into vLLM's weights, one at a time."""
+
+    moves_model = False  # vLLM has the weights on the device
+    engine: VLLMEngine
+
+    def __init__(self, args: ESConfig, processes: Processes, answers: Answers, source: str | None):
+        super().__init__(args, processes, answers, source)
+        self.group_size = args.vllm_tensor_parallel_size
+
+    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMEngine:
+        return VLLMEngine(self.model, tokenizer, self.args, self.source, self.processes)
+
+    def _homes(self) -> "dict[nn.Parameter, Home]":
+        return self.engine.homes()
+
+    def _make_population_batch(self) -> None:
+        return None
+
+
+class VLLMAdapters(VLLM):
+    """Members are LoRA adapters, with which vLLM generates at the same time."""
+
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().start(model, tokenizer)
+        self._freeze_what_adapters_cannot_carry()
+
+    def _freeze_what_adapters_cannot_carry(self) -> None:
+        parameters = dict(trained(self.model))
+        carried = self.engine.adaptable()
+        others = {name: parameter for name, parameter in parameters.items() if name not in carried}
+        if len(others) == len(parameters):
+            raise ValueError(
+                f"`vllm_lora=True`: adapters can carry none of the trained parameters ({', '.join(list(others)[:4])}, "
+                "...). Set vllm_lora=False."
+            )
+        for parameter in others.values():
+            parameter.requires_grad = False
+        if others:
+            logger.warning(
+                f"`vllm_lora=True`: {len(others)} parameters that adapters cannot carry stay as they are: "
+                f"{', '.join(dict.fromkeys(re.sub('[.][0-9]+[.]', '.*.', name) for name in others))}."
+            )
+
+    def _make_population_batch(self) -> Adapters:
+        return Adapters(self.optimizer.weights)
+
+    def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
+        return self.engine.most_members, self.args.generation_batch_size
