@@ -48,9 +48,10 @@ from .engines.vocabulary import check_special_tokens, require_pad_token
 from .evolution import EvolutionStrategy, Population
 from .evolution.fitness import deviation, fitness, mean
 from .loading import load_model, load_tokenizer, with_adapter
-from .report import CompletionsLog, MemberProgressCallback, plain
+from .report.completions import CompletionsLog, plain
 from .report.model_card import REWARD_PLOT, model_card
 from .report.plots import plot_rewards
+from .report.progress import MemberProgressCallback
 from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Rollout
@@ -413,7 +414,8 @@ class ESTrainer(Trainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is not None and self.state.best_model_checkpoint is None:
+        best = self.state.best_model_checkpoint
+        if resume_from_checkpoint is not None and (best is None or not os.path.isdir(best)):
             self._find_best_checkpoint(Path(resume_from_checkpoint))
         if self.state.global_step >= max_steps:  # a finished run that was started again: there is no epoch left
             return num_train_epochs, 0
@@ -510,7 +512,7 @@ class ESTrainer(Trainer):
         `load_best_model_at_end`, those are of the best checkpoint, and the history goes on from its update. With
         `save_only_model`, the best model begins a run of its own.
         """
-        self.backend.check()
+        self.backend.check(self.model)
         with self._at_work():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -575,7 +577,7 @@ class ESTrainer(Trainer):
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Evaluate a population on the prompts and tell the optimizer how it did. Returns minus the mean reward."""
-        self.backend.check()
+        self.backend.check(self.model)
         self._step_start = time.perf_counter()
         population = self.optimizer.ask()
         self._line = self._next_line(population)

@@ -81,12 +81,13 @@ class Backend(ABC):
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         """Make the evolution strategy over all parameters with `requires_grad`; `decayed` names those that decay."""
 
-    def check(self) -> None:
+    def check(self, model: nn.Module) -> None:
         """
         Raises:
-            `RuntimeError`: If perturbations would not reach the model, because it was changed since `begin`.
+            `RuntimeError`: If perturbations would not reach the model, because it is another than that of `begin`, or
+                was changed since.
         """
-        self.optimizer.weights.check(self.model)
+        self.optimizer.weights.check(model)
 
     def start_checksum(self) -> int | None:
         """The checksum of the weights, if this process can tell it."""

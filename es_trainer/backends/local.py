@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -74,8 +75,8 @@ class Local(Backend):
         self.engine.generation_config.disable_compile = True  # compiled code would not see the members
         return batch
 
-    def check(self) -> None:
-        super().check()
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
         if self.population_batch is not None:
             self.population_batch.check_forwards()
 

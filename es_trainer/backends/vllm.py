@@ -3,6 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -10,14 +11,12 @@ from ..config import ESConfig
 from ..engines import Adapters, VLLMEngine
 from ..run.processes import Processes
 from .answers import Answers
-from .base import trained
+from .base import Backend, trained
 from .local import Local
 from .results import Prompts
 
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..weights.store import Home
 
 
@@ -42,6 +41,9 @@ class VLLM(Local):
 
     def _make_population_batch(self) -> None:
         return None
+
+    def check(self, model: nn.Module) -> None:
+        Backend.check(self, model)  # the model's modules compute nothing
 
 
 class VLLMAdapters(VLLM):

@@ -1,7 +1,1 @@
-"""Progress inside a step, logs of completions."""
-
-from .completions import CompletionsLog, plain, print_completions
-from .progress import MemberProgressCallback
-
-
-__all__ = ["CompletionsLog", "MemberProgressCallback", "plain", "print_completions"]
+"""What a person looks at: plots, completions, the model card, progress inside a step."""

@@ -17,6 +17,8 @@ python es.py \
     --output_dir SmolLM2-brief
 """
 
+from dataclasses import field, make_dataclass
+
 from es_trainer.paths import check_local
 from es_trainer.scripts.arguments import Parser
 from es_trainer.scripts.data import ESScriptArguments, check_data, load_data, pick_split
@@ -89,7 +91,10 @@ def make_parser(prog: str | None = None) -> Parser:
 
     from es_trainer import ESConfig
 
-    return Parser((ESScriptArguments, ESConfig, ModelConfig, DatasetMixtureConfig), prog=prog, launched=True)
+    # Which ModelConfig has, too, in older versions of TRL
+    not_here = [("trust_remote_code", bool, field(default=False, init=False))]
+    model_config = make_dataclass("ModelConfig", not_here, bases=(ModelConfig,))
+    return Parser((ESScriptArguments, ESConfig, model_config, DatasetMixtureConfig), prog=prog, launched=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_report_and_table(arguments, model_folder, other_model, tmp_path, capsys
     report = json.loads(output.read_text())
 
     assert report["settings"]["num_samples"] == 3
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == version("torch")
     assert [model["model"] for model in report["models"]] == [model_folder, other_model]
     totals = []
     for model in report["models"]:
