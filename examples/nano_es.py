@@ -25,7 +25,7 @@ QUESTIONS = {
 
 
 def make_noise(seed: int, name: str, weights: torch.Tensor) -> torch.Tensor:
-    """Standard normals for a parameter: a pure function of the seed and the parameter's name, made again when needed."""
+    """Standard normals for a parameter: a pure function of the seed and its name, made again whenever needed."""
     return noise.fill(torch.empty(weights.numel()), name, seed).view_as(weights)
 
 
@@ -134,12 +134,8 @@ if __name__ == "__main__":
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        for question in QUESTIONS
-    ]
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     train(model, tokenizer, prompts, brevity, steps=3, population_size=16, sigma=0.01, learning_rate=0.02)
     for question, answer in zip(QUESTIONS, generate(model, tokenizer, prompts, 16), strict=True):
         print(f"{question} {answer}")
