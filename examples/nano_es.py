@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from es_trainer.evolution import noise
+from es_trainer.noise import noise
 from es_trainer.smollm2 import smollm2
 
 
