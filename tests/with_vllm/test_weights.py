@@ -188,7 +188,7 @@ def test_weights_of_more_models_are_found(tmp_path, name):
 
 
 def test_weights_that_lie_otherwise_are_refused(tmp_path):
-    config = GPT2Config(n_embd=64, n_head=2, n_layer=1, vocab_size=259, n_positions=64)
+    config = GPT2Config(n_embd=64, n_head=2, n_layer=1, vocab_size=259, n_positions=256)
     llm = start_llm(save(config, tmp_path / "model"))
     shapes = {
         name: list(parameter.shape) for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
