@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import TINY_RUN, letters, logs, make_model, make_tokenizer
 from datasets import Dataset, IterableDataset
-from es_trainer.callbacks.completions import print_completions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from es_trainer.report.completions import print_completions
 from es_trainer.rewards.scorer import Scorer
 
 
