@@ -12,9 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .config import ESConfig
 from .paths import check_local
+from .precision import is_quantized
 from .run.fingerprint import package_version
-from .weights.frozen import is_quantized
-from .weights.store import is_partitioned
+from .weights.layouts.zero3 import is_partitioned
 
 
 VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release

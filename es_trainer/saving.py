@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
-from .weights.store import is_partitioned
+from .weights.layouts.zero3 import is_partitioned
 
 
 logger = logging.get_logger(__name__)

@@ -697,7 +697,7 @@ class ESTrainer(Trainer):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr_scheduler.get_last_lr()[0]
             self.lr_scheduler.optimizer.step()  # moves nothing, without gradients, and is what the scheduler waits for
-        self._told = self.optimizer.told
+        self._update_record = self.optimizer.update_record
         self._update_start = time.perf_counter()
 
     def _after_update(self) -> None:
@@ -730,7 +730,7 @@ class ESTrainer(Trainer):
                 {
                     "step": self.optimizer.updates,
                     "global_step": self.state.global_step + 1,
-                    **asdict(self._told),
+                    **asdict(self._update_record),
                     "learning_rate": self.optimizer.param_groups[0]["lr"],
                     "in_place": self.backend.in_place,
                     "rewards": self._member_rewards,
@@ -886,7 +886,7 @@ class ESTrainer(Trainer):
         if self._evaluating_members:
             with self._at_work():  # refuses it, or takes the member out
                 pass
-        with self.optimizer.weights.as_given():
+        with self.optimizer.weights.in_checkpoint_dtype():
             self._whole = self.backend.collect()
             try:
                 super().save_model(output_dir, _internal_call)
@@ -935,7 +935,7 @@ class ESTrainer(Trainer):
         self._steps_of_checkpoint = state.max_steps
         if not self.backend.has_whole_weights:
             return  # the optimizer's state has the weights, or says where in the history they are
-        with self.optimizer.weights.as_given():
+        with self.optimizer.weights.in_checkpoint_dtype():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.optimizer.weights.adopt()
 
@@ -1011,7 +1011,7 @@ class ESTrainer(Trainer):
             # All of its state: a further call of train() goes on from the best update, and the history with it
             self.optimizer.load_parts(load_parts(checkpoint, self.processes.rank, self.backend.group_size))
             return
-        with self.optimizer.weights.as_given():
+        with self.optimizer.weights.in_checkpoint_dtype():
             super()._load_best_model()
             self.optimizer.weights.adopt()
         self.optimizer.begin()  # the model is all that was saved
@@ -1064,7 +1064,7 @@ class ESTrainer(Trainer):
             self.args,
             self.model,
             self.optimizer.weights.dtype
-            or self.optimizer.weights.shards[0].given,  # to ask the model would gather weights, here alone
+            or self.optimizer.weights.shards[0].checkpoint_dtype,  # to ask the model would gather weights, here alone
             self.state.log_history,
             name=model_name,
             repository=self.hub_model_id,

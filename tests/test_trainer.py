@@ -535,10 +535,10 @@ def adapter() -> LoraConfig:
 def test_with_peft_only_the_adapter_is_trained_and_saved(trainer, model_folder, tmp_path, bf16):
     run = trainer(peft_config=adapter(), bf16=bf16, learning_rate=0.1)
     assert all("lora_" in shard.name for shard in run.optimizer.weights.shards)
-    with run.optimizer.weights.as_given():
+    with run.optimizer.weights.in_checkpoint_dtype():
         before = weights(run.model)
     run.train()
-    with run.optimizer.weights.as_given():
+    with run.optimizer.weights.in_checkpoint_dtype():
         after = weights(run.model)
     for name in after:
         assert torch.equal(after[name], before[name]) == ("lora_" not in name), name

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from ..engines import PopulationBatch, TransformersEngine
 from ..evolution import EvolutionStrategy, Member
+from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
-from ..weights.frozen import frozen_tensors, kept_in_float32
 from .base import Backend, trained
 from .results import Prompts, Result
 
@@ -39,14 +39,19 @@ class Local(Backend):
         dtype = working_dtype(config)
         frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
         self.optimizer = make_optimizer(
-            trained(self.model), decayed, config, frozen=frozen, homes=self._homes(), float32=float32
+            trained(self.model),
+            decayed,
+            config,
+            frozen=frozen,
+            engine_weights=self._engine_weights(),
+            float32=float32,
         )
         self.population_batch = self._make_population_batch()
         self._check_drift()
         return self.optimizer
 
-    def _homes(self) -> None:
-        """Where an engine keeps the weights, if it is not in the model's parameters."""
+    def _engine_weights(self) -> None:
+        """The weights that an engine has, if they are not the model's parameters."""
         return None
 
     def _check_drift(self) -> None:

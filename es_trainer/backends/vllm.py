@@ -17,7 +17,7 @@ from .results import Prompts
 
 
 if TYPE_CHECKING:
-    from ..weights.store import Home
+    from ..weights.layouts import EngineWeights
 
 
 logger = logging.get_logger(__name__)
@@ -36,8 +36,8 @@ class VLLM(Local):
     def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMEngine:
         return VLLMEngine(self.model, tokenizer, self.args, self.source, self.processes)
 
-    def _homes(self) -> "dict[nn.Parameter, Home]":
-        return self.engine.homes()
+    def _engine_weights(self) -> "dict[nn.Parameter, EngineWeights]":
+        return self.engine.engine_weights()
 
     def _make_population_batch(self) -> None:
         return None

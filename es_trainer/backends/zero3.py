@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..engines import TransformersEngine
 from ..evolution import Member
-from ..weights.store import is_partitioned
+from ..weights.layouts.zero3 import is_partitioned
 from .local import Local
 from .results import Prompts, Result
 

@@ -24,7 +24,8 @@ from ..evolution import Member
 from ..rollout import Completion
 from ..run.history import run_config, working_dtype
 from ..run.processes import Processes
-from ..weights.store import Home, Weights
+from ..weights.layouts import EngineWeights
+from ..weights.store import Weights
 from .base import Engine
 from .live_weights import ANSWER, changed, without_effect
 from .vllm_sampling import common_seed, sampling_options
@@ -46,8 +47,8 @@ class VLLMEngine(Engine):
     """
     Generates with vLLM in this process, or in this and those of its tensor-parallel group together.
 
-    The engine's weights are the working weights: `homes` says where the parameters are, and who changes them has only
-    to change them there.
+    The engine's weights are the working weights: `engine_weights` says where the parameters are, and who changes them
+    has only to change them there.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -132,21 +133,24 @@ class VLLMEngine(Engine):
             **options,
         )
 
-    def homes(self) -> dict[nn.Parameter, Home]:
+    def engine_weights(self) -> dict[nn.Parameter, EngineWeights]:
         """Where the engine keeps the parameters of the model, and computes with those that are trained."""
         parameters = dict(self.model.named_parameters())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        (found,) = self.llm.collective_rpc("homes", args=(shapes,))
+        (found,) = self.llm.collective_rpc("engine_weights", args=(shapes,))
         check_values(found, parameters)
-        self._check_effect({name: home for name, home in found.items() if parameters[name].requires_grad})
+        self._check_effect({name: own for name, own in found.items() if parameters[name].requires_grad})
         # Of the groups of processes, which all have all of the weights, the first stands for the others in sums
-        return {parameters[name]: replace(home, copy=home.copy or self.group > 0) for name, home in found.items()}
+        return {
+            parameters[name]: replace(own, part=replace(own.part, replica=own.part.replica or self.group > 0))
+            for name, own in found.items()
+        }
 
-    def _check_effect(self, homes: dict[str, Home]) -> None:
+    def _check_effect(self, engine_weights: dict[str, EngineWeights]) -> None:
         with self.awake():
             problems = without_effect(
-                list(homes),
-                lambda name: changed(homes[name].weights),
+                list(engine_weights),
+                lambda name: changed(engine_weights[name].weights),
                 functools.partial(logprobs, self.llm),
                 self.tokenizer,
                 self.context,

@@ -24,7 +24,8 @@ from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Population
 from ..rollout import Completion
 from ..run.history import describe, extend_digest, first_digest, make_optimizer, run_config
-from ..weights.store import Home, Weights
+from ..weights.part import Part
+from ..weights.store import Weights
 from .base import Engine
 from .live_weights import ANSWER, without_effect
 from .vllm_sampling import common_seed, sampling_options
@@ -629,11 +630,10 @@ def _export(server: Server, name: str, like: torch.Tensor) -> torch.Tensor:
     whole = torch.empty(like.shape, dtype=getattr(torch, pieces[0][0]["dtype"]))
     for parts in zip(*pieces, strict=True):  # of each worker
         data = b"".join(base64.b64decode(part["data"]) for part in parts)
-        if parts[0]["copy"] or not data:
+        if parts[0]["replica"] or not data:
             continue
-        values = torch.frombuffer(bytearray(data), dtype=whole.dtype)
-        runs = parts[0]["runs"]
-        Home(values, parts[0]["start"], tuple(runs) if runs else None).put_into(whole, values)
+        part = Part(name, like.shape, parts[0]["offset"], parts[0]["length"], parts[0]["period"])
+        part.put_into(whole, torch.frombuffer(bytearray(data), dtype=whole.dtype))
     return whole
 
 
@@ -670,12 +670,12 @@ class ServedStrategy(EvolutionStrategy):
 
     def step(self, closure: None = None) -> None:
         """Have the servers move the weights by what was told, and forget it."""
-        line = {**asdict(self.told), "learning_rate": self.param_groups[0]["lr"], "in_place": True}
+        line = {**asdict(self.update_record), "learning_rate": self.param_groups[0]["lr"], "in_place": True}
         answers = self.servers.update(line)
         self.update_norm = math.hypot(*(answer["update_norm"] for answer in answers))
         self.distance = math.hypot(*(answer["distance"] for answer in answers))
         self.updates += 1
-        self.told = None
+        self.update_record = None
 
     def distance_from_start(self) -> float:
         """Euclidean distance between the weights and the initial ones, as the servers measured it."""

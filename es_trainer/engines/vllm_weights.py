@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..weights.store import Home
+from ..weights.layouts import EngineWeights
+from ..weights.part import Part
 
 
 # Stacked experts of Transformers, as the parameters that hold them in vLLM
@@ -23,9 +24,9 @@ class LoadError(RuntimeError):
     """The engine does not have the weights of the model in a form that can be perturbed."""
 
 
-def find_homes(
+def find_engine_weights(
     engine: nn.Module, parameters: Mapping[str, torch.Size], tp_rank: int = 0, tp_size: int = 1
-) -> dict[str, Home]:
+) -> dict[str, EngineWeights]:
     """
     Find every parameter of a Transformers model in vLLM's model.
 
@@ -40,7 +41,7 @@ def find_homes(
             Size of the group.
 
     Returns:
-        `dict[str, Home]`: Where each of them is.
+        `dict[str, EngineWeights]`: The weights of each.
 
     Raises:
         [`LoadError`]: If a parameter is missing or has another shape, or the engine has weights that belong to none;
@@ -48,19 +49,19 @@ def find_homes(
     """
     modules, held = _modules_and_parameters(engine)
     covered = dict.fromkeys(held, 0)
-    homes, problems = {}, []
+    all_found, problems = {}, []
     for name, shape in parameters.items():
         found = _find(name, engine, modules, held)
         if found is None:
             problems.append(f"{name} is missing")
             continue
         holder, tensor = found
-        home = _home(tensor, shape, modules[holder.rpartition(".")[0]], tp_rank, tp_size)
-        if home is None:
+        own = _weights_of(name, shape, tensor, modules[holder.rpartition(".")[0]], tp_rank, tp_size)
+        if own is None:
             problems.append(f"{name} has shape {list(shape)}, but {list(tensor.shape)} in {holder}")
             continue
-        homes[name] = home
-        covered[holder] += home.weights.numel()
+        all_found[name] = own
+        covered[holder] += own.part.numel
     # Padding of the vocabulary is no weight
     strange = [
         f"{name} has {tensor.numel() - covered[name]} weights that belong to no parameter of the model"
@@ -69,7 +70,7 @@ def find_homes(
     ]
     if problems or strange:
         raise load_error(problems + strange)
-    return homes
+    return all_found
 
 
 def carried_by_lora(engine: nn.Module, names: Iterable[str]) -> set[str]:
@@ -86,25 +87,27 @@ def carried_by_lora(engine: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name, found in holders.items() if found is not None and found[0] in wrapped}
 
 
-def check_values(homes: Mapping[str, Home], parameters: Mapping[str, torch.Tensor]) -> None:
+def check_values(engine_weights: Mapping[str, EngineWeights], parameters: Mapping[str, torch.Tensor]) -> None:
     """
     Compare the engine's weights with those of the model, bit for bit: fused weights may lie in another order.
 
     Args:
-        homes (`Mapping[str, Home]`):
-            What `find_homes` returned.
+        engine_weights (`Mapping[str, EngineWeights]`):
+            What `find_engine_weights` returned.
         parameters (`Mapping[str, torch.Tensor]`):
             The parameters in Transformers, whole, in any dtype.
 
     Raises:
         [`LoadError`]: If they differ; names the parameters.
     """
-    refuse_other_values([name for name, home in homes.items() if not has_values(home, home.part_of(parameters[name]))])
+    refuse_other_values(
+        [name for name, own in engine_weights.items() if not has_values(own, own.part.of(parameters[name]))]
+    )
 
 
-def has_values(home: Home, part: torch.Tensor) -> bool:
-    """Whether the engine's weights are those of a part of a parameter, rounded to their dtype."""
-    return torch.equal(part.to(home.weights), home.weights)
+def has_values(own: EngineWeights, values: torch.Tensor) -> bool:
+    """Whether the engine's weights are the flat values of their part, rounded to their dtype."""
+    return torch.equal(values.to(own.weights), own.weights)
 
 
 def refuse_other_values(names: Sequence[str]) -> None:
@@ -169,30 +172,37 @@ def _find_named(
     return holder, tensor.split(sizes)[parts.index(projection)]
 
 
-def _home(tensor: torch.Tensor, shape: torch.Size, module: nn.Module, tp_rank: int, tp_size: int) -> Home | None:
-    """How a tensor of the engine lies in a parameter of that shape, or `None` if it does not."""
+def _weights_of(
+    name: str, shape: torch.Size, tensor: torch.Tensor, module: nn.Module, tp_rank: int, tp_size: int
+) -> EngineWeights | None:
+    """The weights of a parameter of that shape in a tensor of the engine, or `None` if they do not lie there."""
     if not tensor.is_contiguous() or tensor.dim() != len(shape):
         return None
     vocabulary = getattr(module, "shard_indices", None)
-    if vocabulary is not None and tensor.shape[1:] == shape[1:]:
+    if vocabulary is not None and tensor.shape[1:] == shape[1:] and module.org_vocab_size == shape[0]:
         start, stop = vocabulary.org_vocab_start_index, vocabulary.org_vocab_end_index
-        if module.org_vocab_size == shape[0]:
-            return Home(tensor[: stop - start].view(-1), start * shape[1:].numel())
-    if tensor.shape == shape:
-        return Home(tensor.view(-1), copy=tp_rank > 0)
+        weights = tensor[: stop - start].view(-1)  # without the padding
+        return EngineWeights(Part.piece(name, shape, start * shape[1:].numel(), weights.numel()), weights)
+    part = _part_of(name, shape, tensor.shape, tp_rank, tp_size)
+    return None if part is None else EngineWeights(part, tensor.view(-1))
+
+
+def _part_of(name: str, shape: torch.Size, own: torch.Size, tp_rank: int, tp_size: int) -> Part | None:
+    """Which weights a worker has whose tensor has a shape of its `own`, or `None` if that is not known."""
+    if own == shape:
+        return Part.whole(name, shape, replica=tp_rank > 0)
     if tp_size == 1:
         return None
-    if tensor.shape[1:] == shape[1:] and tensor.shape[0] * tp_size % shape[0] == 0:
+    if own[1:] == shape[1:] and own[0] * tp_size % shape[0] == 0:
         # Rows; of few key and value heads, several ranks have the same
-        ranks = tensor.shape[0] * tp_size // shape[0]
-        return Home(tensor.view(-1), tp_rank // ranks * tensor.numel(), copy=tp_rank % ranks > 0)
-    if tensor.shape[:-1] == shape[:-1] and tensor.shape[-1] * tp_size == shape[-1]:
-        columns = tensor.shape[-1]
-        return Home(tensor.view(-1), runs=(tp_rank * columns, columns, shape[-1]))
-    if tensor.dim() == 3 and tensor.shape[0] == shape[0] and tensor.shape[1] * tp_size == shape[1]:
+        ranks = own[0] * tp_size // shape[0]
+        return Part.piece(name, shape, tp_rank // ranks * own.numel(), own.numel(), replica=tp_rank % ranks > 0)
+    if own[:-1] == shape[:-1] and own[-1] * tp_size == shape[-1]:
+        return Part(name, shape, tp_rank * own[-1], own[-1], shape[-1])
+    if len(own) == 3 and own[0] == shape[0] and own[1] * tp_size == shape[1]:
         # Rows of each expert's gate, then of its up projection
-        run = tensor.shape[1] // 2 * tensor.shape[2]
-        return Home(tensor.view(-1), runs=(tp_rank * run, run, run * tp_size))
+        run = own[1] // 2 * own[2]
+        return Part(name, shape, tp_rank * run, run, run * tp_size)
     return None
 
 

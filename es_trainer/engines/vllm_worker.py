@@ -8,7 +8,6 @@ import functools
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,10 +20,11 @@ from vllm.platforms import current_platform
 
 from ..evolution import EvolutionStrategy, Member
 from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
-from ..weights.store import Home
+from ..weights.layouts import EngineWeights
+from ..weights.part import Part
 from .live_weights import change
 from .vllm_base_model import everywhere, hand_out, load_in_first
-from .vllm_weights import carried_by_lora, find_homes, has_values, refuse_other_values
+from .vllm_weights import carried_by_lora, find_engine_weights, has_values, refuse_other_values
 
 
 def _prepare_cpu() -> None:
@@ -81,24 +81,25 @@ class WorkerExtension:
     """
     What a vLLM worker does for evolution strategies, as `worker_extension_cls`.
 
-    A trainer in the same process takes the homes of the parameters and does the rest by itself. One elsewhere calls
-    the other methods, which answer with a `dict` that can be JSON; if something is wrong, it has an `"error"`.
+    A trainer in the same process asks where the weights of the parameters are and does the rest by itself. One
+    elsewhere calls the other methods, which answer with a `dict` that can be JSON; if something is wrong, it has an
+    `"error"`.
     """
 
     _run: dict[str, Any] | None = None  # what `begin` was given
     # Parameters and buffers of the base model that the run does not train, in the worker that loaded it
     _untrained: Mapping[str, torch.Tensor] = MappingProxyType({})
-    _homes: Mapping[str, Home] = MappingProxyType({})
+    _engine_weights: Mapping[str, EngineWeights] = MappingProxyType({})
     _before: tuple[torch.Tensor, torch.Tensor] | None = None  # weights that were changed, and what they were
     _checked = False  # whether the engine's weights were those of the base model
     _strategy: EvolutionStrategy | None = None
     _digest = ""
 
-    def homes(self, parameters: dict[str, Sequence[int]]) -> dict[str, Home]:
-        """Where this worker keeps the parameters of a Transformers model, given by name with their shapes."""
+    def engine_weights(self, parameters: dict[str, Sequence[int]]) -> dict[str, EngineWeights]:
+        """What this worker has of the parameters of a Transformers model, given by name with their shapes."""
         shapes = {name: torch.Size(shape) for name, shape in parameters.items()}
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        return find_homes(self.get_model(), shapes, rank, size)
+        return find_engine_weights(self.get_model(), shapes, rank, size)
 
     def adaptable(self, names: Sequence[str]) -> set[str]:
         """Which of the parameters LoRA adapters can carry perturbations of."""
@@ -108,13 +109,13 @@ class WorkerExtension:
     def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
         """Check that every parameter of a Transformers model is here, whole and with the right shape."""
         self._settle()
-        self._homes = self.homes(parameters)
-        return {"found": len(self._homes)}
+        self._engine_weights = self.engine_weights(parameters)
+        return {"found": len(self._engine_weights)}
 
     @_reported
     def change(self, name: str) -> dict[str, Any]:
         """Make the weights of a parameter others, until `settle` is called."""
-        weights = self._homes[name].weights
+        weights = self._engine_weights[name].weights
         self._before = weights, change(weights)
         return {}
 
@@ -188,23 +189,23 @@ class WorkerExtension:
                 Which of the weights that this worker has of it.
 
         Returns:
-            `dict`: Their bytes as base64 `"data"`, the `"dtype"`, how many this worker has (`"size"`) and how they lie
-            in the whole: `"start"`, `"runs"` and `"copy"` of a [`Home`].
+            `dict`: Their bytes as base64 `"data"`, the `"dtype"`, how many this worker has (`"size"`) and which those
+            are: `"offset"`, `"length"`, `"period"` and `"replica"` of a [`Part`].
         """
         shards = {shard.name: shard for shard in self._running().weights.shards}
         if name in shards:
-            home, values = shards[name].home, shards[name].trained[low:high].to(shards[name].given)
-            size = home.weights.numel()
+            part, values = shards[name].part, shards[name].trained[low:high].to(shards[name].checkpoint_dtype)
         else:
-            whole = self._untrained[name].reshape(-1) if get_tp_group().is_first_rank else torch.empty(0)
-            home, values, size = Home(whole), whole[low:high], whole.numel()
+            whole = self._untrained[name] if get_tp_group().is_first_rank else torch.empty(0)
+            part, values = Part.whole(name, whole.shape), whole.reshape(-1)[low:high]
         return {
             "data": base64.b64encode(values.cpu().contiguous().view(torch.uint8).numpy().tobytes()).decode(),
             "dtype": str(values.dtype).removeprefix("torch."),
-            "size": size,
-            "start": home.start,
-            "runs": home.runs,
-            "copy": home.copy,
+            "size": part.numel,
+            "offset": part.offset,
+            "length": part.length,
+            "period": part.period,
+            "replica": part.replica,
         }
 
     def _settle(self) -> None:
@@ -228,31 +229,32 @@ class WorkerExtension:
             [(name, parameter) for name, (parameter, _) in trained.items()],
             set(header["decayed"]),
             header["config"],
-            homes=dict(trained.values()),
+            engine_weights=dict(trained.values()),
         )
         self._run, self._digest = {"header": header, "dtype": dtype}, first_digest(header)
 
-    def _take_weights(self, header: dict[str, Any], dtype: str) -> dict[str, tuple[nn.Parameter, Home]]:
+    def _take_weights(self, header: dict[str, Any], dtype: str) -> dict[str, tuple[nn.Parameter, EngineWeights]]:
         """
         Make the engine's weights those of the base model, which another run may have left otherwise.
 
         Returns:
-            `dict[str, tuple[nn.Parameter, Home]]`: this worker's parts of the parameters to train, and their homes.
+            `dict[str, tuple[nn.Parameter, EngineWeights]]`: this worker's parts of the parameters to train, as they
+            are given and as the engine has them.
         """
         group = get_tp_group()
         model, kinds = load_in_first(lambda: self._load(header, dtype), group)
-        homes = self.homes({name: kind.shape for name, kind in kinds.items()})
+        engine_weights = self.engine_weights({name: kind.shape for name, kind in kinds.items()})
         trained, different = {}, []
         for name, whole in hand_out(model, kinds, group):
-            home = homes[name]
-            part = home.part_of(whole)
-            if not self._checked and not has_values(home, part):
+            own = engine_weights[name]
+            values = own.part.of(whole)
+            if not self._checked and not has_values(own, values):
                 different.append(name)
                 continue
-            home.weights.copy_(part)
+            own.weights.copy_(values)
             if name in header["parameters"]:
-                own = part.clone() if part.numel() < whole.numel() else part
-                trained[name] = nn.Parameter(own, requires_grad=False), replace(home, shape=kinds[name].shape)
+                original = values if own.part.is_whole else values.clone()  # which keeps no more than that in memory
+                trained[name] = nn.Parameter(original, requires_grad=False), own
             elif model is not None:
                 self._untrained[name] = whole
         refuse_other_values(different)

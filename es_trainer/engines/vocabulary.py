@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..weights.store import whole_shape
+from ..weights.layouts.zero3 import whole_shape
 
 
 def require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

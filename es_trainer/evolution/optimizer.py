@@ -13,7 +13,9 @@ from torch import nn
 from ..choices import FitnessShaping, MasterWeights, Rule
 from ..noise import noise
 from ..noise.shapes import Gaussian, Sum
-from ..weights.store import Home, Shard, Weights
+from ..weights.layouts import EngineWeights
+from ..weights.shard import Shard
+from ..weights.store import Weights
 from .fitness import utilities
 from .population import Member, Population
 from .update_rules import UPDATE_RULES
@@ -23,8 +25,18 @@ DISTANCE_SAMPLE = 1 << 20  # least number of weights from which the distance fro
 
 
 @dataclass(frozen=True)
-class Told:
-    """What an update is made of: everything else follows from the weights before it."""
+class UpdateRecord:
+    """
+    What an update is made of: everything else follows from the weights before it.
+
+    Args:
+        seeds (`list[int]`):
+            Seeds of the members.
+        signs (`list[int]`):
+            Signs of their noise.
+        utilities (`list[float]`):
+            Their utilities.
+    """
 
     seeds: list[int]
     signs: list[int]
@@ -69,7 +81,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Decay towards the initial weights: Anchored Weight Decay with the l2 penalty (arXiv 2605.30148). Keeps a
             copy of the initial weights.
         master_weights (`str`, *optional*, defaults to `"device"`):
-            Where the float32 masters are; see [`parameters.Weights`].
+            Where the float32 masters are; see [`Weights`].
         dtype (`torch.dtype`, *optional*):
             Dtype of the weights that the model computes with. `None` keeps each parameter's.
         seed (`int`, *optional*, defaults to `42`):
@@ -77,9 +89,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         perturbation ([`Gaussian`] or [`LowRank`], *optional*, defaults to `Gaussian()`):
             Shape of the noise.
         frozen (`Iterable[torch.Tensor]`, *optional*):
-            The model's other parameters, and buffers; see [`parameters.Weights`].
-        homes (`dict[nn.Parameter, Home]`, *optional*):
-            Where an inference engine keeps the working weights; see [`parameters.Weights`].
+            The model's other parameters, and buffers; see [`Weights`].
+        engine_weights (`dict[nn.Parameter, EngineWeights]`, *optional*):
+            The weights that an inference engine has of the parameters; see [`Weights`].
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32 whatever `dtype` is.
     """
@@ -104,7 +116,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         seed: int = 42,
         perturbation: Gaussian | None = None,
         frozen: Iterable[torch.Tensor] = (),
-        homes: dict[nn.Parameter, Home] | None = None,
+        engine_weights: dict[nn.Parameter, EngineWeights] | None = None,
         float32: Collection[str] = (),
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -117,14 +129,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.anchor_decay = anchor_decay
         self.seed = seed
         self.update_norm = 0.0  # of the last step
-        self.told: Told | None = None
+        self.update_record: UpdateRecord | None = None  # of the next step
 
         named = [
             (name, parameter)
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        self.weights = self.weights_kind(named, dtype, master_weights, perturbation, frozen, homes, float32)
+        self.weights = self.weights_kind(named, dtype, master_weights, perturbation, frozen, engine_weights, float32)
         self._stride = _stride([shard.shape for shard in self.weights.shards])
         self.begin()
 
@@ -139,12 +151,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
         state = {key: torch.zeros_like(shard.trained, dtype=torch.float32) for key in self._rule.averages}
         state["start"] = self._sample(shard).clone()
         if self.anchor_decay > 0:
-            state["anchor"] = shard.trained.to(shard.given, copy=True)
+            state["anchor"] = shard.trained.to(shard.checkpoint_dtype, copy=True)
         return state
 
     def _sample(self, shard: Shard) -> torch.Tensor:
         """Every k-th weight, whatever part of the parameter the shard is."""
-        return shard.trained[-shard.start % self._stride :: self._stride]
+        return shard.trained[shard.part.sample(self._stride)]
 
     def _sample_every(self, stride: int) -> None:
         """Measure the distance from the start on another sample from now on."""
@@ -188,7 +200,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 f"Rewards were told for {len(rewards)} members, but the population has {len(population)}."
             )
         values = utilities(np.asarray(rewards, dtype=np.float64), self.fitness_shaping)
-        self.told = Told([m.seed for m in population], [m.sign for m in population], values.tolist())
+        self.update_record = UpdateRecord(
+            [member.seed for member in population], [member.sign for member in population], values.tolist()
+        )
         return values
 
     @torch.no_grad()
@@ -199,11 +213,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Raises:
             `RuntimeError`: If nothing was told since the last step.
         """
-        if self.told is None:
+        if self.update_record is None:
             raise RuntimeError(
                 "step() needs fitness: call ask(), evaluate the members and tell() their rewards first."
             )
-        seeds, coefficients = self._coefficients(self.told)
+        seeds, coefficients = self._coefficients(self.update_record)
         self.weights.take_back()
         self.restore()
         self.update_norm = 0.0
@@ -211,13 +225,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
             self.update_norm = math.sqrt(math.fsum(self._update(seeds, coefficients)))
             self.moves += 1
         self.updates += 1
-        self.told = None
+        self.update_record = None
 
-    def _coefficients(self, told: Told) -> tuple[list[int], list[float]]:
+    def _coefficients(self, record: UpdateRecord) -> tuple[list[int], list[float]]:
         """Seeds and factors of g; the two halves of an antithetic pair become one."""
         factors: dict[int, float] = {}
-        for seed, sign, utility in zip(told.seeds, told.signs, told.utilities, strict=True):
-            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(told.seeds)
+        for seed, sign, utility in zip(record.seeds, record.signs, record.utilities, strict=True):
+            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(record.seeds)
         factors = {seed: factor for seed, factor in factors.items() if factor != 0.0}
         return list(factors), list(factors.values())
 
@@ -228,10 +242,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
-                for start, stop, g in self.weights.sums(shard, seeds, coefficients):
+                for start, stop, g in self.weights.weighted_sums(shard, seeds, coefficients):
                     update = functools.partial(self._update_piece, shard, g, group, start)
                     pieces = noise.for_pieces(update, stop - start, shard.working.device)
-                    if not shard.is_copy:
+                    if not shard.part.replica:
                         squares += pieces
         return squares
 
@@ -244,7 +258,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         averages = [state[key][piece].to(device) for key in self._rule.averages]
 
         delta = noise.scratch(weights.numel(), device)
-        g.add(None, delta, shard.start + low)
+        g.add(None, delta, low)
         self._rule.ascend(delta, averages, self.moves + 1)
         if group["weight_decay"] > 0:
             delta.sub_(weights, alpha=group["weight_decay"])
@@ -272,9 +286,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         squares = []
         for shard in self.weights.shards:
             start = self.state[shard.parameter]["start"].float()
-            if start.numel() and not shard.is_copy:
+            if start.numel() and not shard.part.replica:
                 square = float(torch.linalg.vector_norm(self._sample(shard).float() - start)) ** 2
-                squares.append(square * shard.working.numel() / start.numel())
+                squares.append(square * shard.part.numel / start.numel())
         return math.sqrt(math.fsum(squares))
 
     # ---- state ----
@@ -287,8 +301,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Where in the whole parameter's tensors these begin."""
         offsets = {}
         for shard in self.weights.shards:
-            offsets[shard.name] = dict.fromkeys(["weights", *self.state[shard.parameter]], shard.start)
-            offsets[shard.name]["start"] = -(-shard.start // self._stride)
+            start = shard.part.offset if shard.part.is_contiguous else 0
+            offsets[shard.name] = dict.fromkeys(["weights", *self.state[shard.parameter]], start)
+            offsets[shard.name]["start"] = -(-start // self._stride)
         return offsets
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,8 +323,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _runs(self) -> dict[str, tuple[int, int, int]]:
         """How parts lie that are not in one piece: only a process with the same parts can load them."""
-        homes = {shard.name: shard.home for shard in self.weights.shards if shard.home is not None}
-        return {name: home.runs for name, home in homes.items() if home.runs is not None}
+        parts = [shard.part for shard in self.weights.shards]
+        return {part.name: (part.offset, part.length, part.period) for part in parts if not part.is_contiguous}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a state made by [`~EvolutionStrategy.state_dict`] into this optimizer and the model."""

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl.data_utils import apply_chat_template, is_conversational
 
 from ..deepspeed_config import unpartitioned
-from ..weights.store import is_partitioned
+from ..weights.layouts.zero3 import is_partitioned
 
 
 if TYPE_CHECKING:

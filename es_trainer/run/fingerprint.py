@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import ESConfig
-from ..weights.store import whole_shape
+from ..weights.layouts.zero3 import whole_shape
 from .history import run_config
 
 

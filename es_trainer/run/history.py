@@ -14,11 +14,11 @@ from transformers.utils import logging
 from ..adapters import add_adapter, from_json
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Member
-from ..evolution.optimizer import Told
+from ..evolution.optimizer import UpdateRecord
 from ..noise import noise
 from ..noise.shapes import Gaussian, LowRank
-from ..weights.frozen import kept_in_float32
-from ..weights.store import Home
+from ..precision import kept_in_float32
+from ..weights.layouts import EngineWeights
 from .history_file import HISTORY_NAME, History
 
 
@@ -185,7 +185,7 @@ def make_optimizer(
     decayed: set[str],
     config: dict[str, Any],
     frozen: Iterable[torch.Tensor] = (),
-    homes: dict[torch.nn.Parameter, Home] | None = None,
+    engine_weights: dict[torch.nn.Parameter, EngineWeights] | None = None,
     float32: Collection[str] = (),
     kind: type[T] = EvolutionStrategy,
 ) -> T:
@@ -201,8 +201,8 @@ def make_optimizer(
             What `run_config` returned.
         frozen (`Iterable[torch.Tensor]`, *optional*):
             The model's other parameters, and buffers.
-        homes (`dict[nn.Parameter, Home]`, *optional*):
-            Where an inference engine keeps the parameters.
+        engine_weights (`dict[nn.Parameter, EngineWeights]`, *optional*):
+            The weights that an inference engine has of the parameters.
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32; what `kept_in_float32` returned.
         kind (`type`, *optional*, defaults to `EvolutionStrategy`):
@@ -228,7 +228,7 @@ def make_optimizer(
         seed=config["seed"],
         perturbation=Gaussian() if config["perturbation"] == "gaussian" else LowRank(config["perturbation_rank"]),
         frozen=frozen,
-        homes=homes,
+        engine_weights=engine_weights,
         float32=float32,
     )
 
@@ -288,7 +288,7 @@ def replay(
         )
     for line in lines[:steps]:
         replay_step(optimizer, line)
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         # The model keeps what the parameters hold here
         given = [parameter.data for _, parameter in trained]
     for (_, parameter), data in zip(trained, given, strict=True):
@@ -306,7 +306,7 @@ def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
 
 def tell_again(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     """Tell the optimizer what a line of the history says, and do to the weights what evaluating the members did."""
-    optimizer.told = Told(line["seeds"], line["signs"], line["utilities"])
+    optimizer.update_record = UpdateRecord(line["seeds"], line["signs"], line["utilities"])
     if optimizer.weights.drifts and line["in_place"]:
         # Every evaluation left its rounding error in the weights
         for seed, sign in zip(line["seeds"], line["signs"], strict=True):

@@ -1,81 +1,81 @@
-"""What a model computes with beside the weights that are trained: frozen parameters, buffers, quantized modules."""
+"""Tensors that are computed with but not trained: frozen parameters, and buffers."""
 
-import copy
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
-from accelerate.utils import is_peft_model
-from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
-from transformers.initialization import no_init_weights
 
-from ..deepspeed_config import unpartitioned
-from .store import WORKING_DTYPES, is_partitioned
+from .layouts import Layout, layout_of
 
 
-WRAPPERS = (".base_layer", ".original_module")  # what PEFT puts between a module and what it wraps
+WORKING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights are computed with
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module itself holds packed, scaled or otherwise encoded weights."""
-    parameters = module.parameters(recurse=False)
-    buffers = (buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point())
-    return any(t.dtype not in WORKING_DTYPES or is_traceable_wrapper_subclass(t.data) for t in (*parameters, *buffers))
-
-
-def frozen_tensors(model: nn.Module, dtype: torch.dtype | None) -> list[torch.Tensor]:
+class FrozenTensors:
     """
-    The parameters that are not trained, and the buffers that follow the working dtype.
-
-    Quantized modules compute with what they hold, so all of it stays as it is: weights, scales and biases. Other
-    tensors are computed with in the dtype that they would have if the model was loaded in the working dtype.
+    Tensors in the working dtype that never change. Where that rounds them, the originals are in host memory.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model.
+        tensors (`Iterable[torch.Tensor]`):
+            Parameters and buffers. Quantized ones stay as they are.
         dtype (`torch.dtype`, *optional*):
             The working dtype. `None` keeps each tensor's.
     """
-    encoded = {tensor for module in model.modules() if is_quantized(module) for tensor in _own(module)}
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    if dtype is not None:
-        base = model.get_base_model() if is_peft_model(model) else model
-        kept = kept_in_float32(model, dtype)
-        frozen = {name: p for name, p in frozen.items() if is_partitioned(p) or name not in kept}
-        frozen |= _buffers(base, dtype)
-    return [tensor for tensor in frozen.values() if tensor not in encoded or is_partitioned(tensor)]
 
+    def __init__(self, tensors: Iterable[torch.Tensor], dtype: torch.dtype | None):
+        layouts = [layout_of(tensor) for tensor in tensors]
+        self._dtype = dtype
+        self._rounded = [
+            (layout, self._round(layout))
+            for layout in layouts
+            if dtype is not None and layout.parameter.dtype in WORKING_DTYPES and layout.parameter.dtype != dtype
+        ]
+        self._partitioned = [layout for layout in layouts if not layout.in_parameter]
 
-def kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> set[str]:
-    """Names of the parameters that the model's class keeps in float32 if it is loaded in the working dtype."""
-    if dtype is None:
-        return set()
-    base = model.get_base_model() if is_peft_model(model) else model
-    return {name for name, _ in model.named_parameters() if _stays_float32(base, name, dtype)}
+    def _round(self, layout: Layout) -> torch.Tensor:
+        """Cast a tensor to the working dtype. Returns the original."""
+        original = (layout.parameter.data if layout.in_parameter else layout.working()).cpu()
+        layout.cast(self._dtype)
+        return original
 
+    def hand_out(self) -> None:
+        """Let the model have the originals. Partitioned tensors stay as they are."""
+        for layout, original in self._rounded:
+            if layout.in_parameter:
+                layout.parameter.data = original.to(layout.parameter.device)
 
-def _own(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    def take_back(self) -> None:
+        """Let the model compute in the working dtype again, with the values that its tensors have now."""
+        self._rounded = [
+            (layout, self._round(layout) if layout.in_parameter else original) for layout, original in self._rounded
+        ]
 
+    @contextlib.contextmanager
+    def in_checkpoint_dtype(self) -> Iterator[None]:
+        """Inside, the model has the originals. Partitioned tensors are empty, but of their dtype."""
+        held = [(layout.parameter, layout.parameter.data) for layout, _ in self._rounded]
+        for layout, original in self._rounded:
+            data = layout.parameter.data
+            layout.parameter.data = original if layout.in_parameter else data.to(original.dtype)
+        try:
+            yield
+        finally:
+            for tensor, data in held:
+                tensor.data = data
 
-def _stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
-    """Whether the model's class keeps a tensor in float32, whatever the dtype it is loaded in."""
-    plan = model._get_dtype_plan(dtype)
-    return bool(plan) and build_glob_alternation(list(plan))[0].search(name) is not None
+    def hold(self) -> None:
+        """Let partitioned tensors have all of their values. All processes call it together."""
+        for layout in self._partitioned:
+            layout.hold(layout.gather(layout.working()))
 
+    def release(self) -> None:
+        """Let partitioned tensors be empty again."""
+        for layout in self._partitioned:
+            layout.release()
 
-def _buffers(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Those that `from_pretrained(dtype=dtype)` makes in that dtype: `inv_freq` of rotary embeddings stays float32."""
-    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() and b.dtype != dtype}
-    if not buffers:
-        return {}
-    with unpartitioned(), torch.device("meta"), no_init_weights():
-        loaded = dict(type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).named_buffers())
-
-    def follows(name: str) -> bool:
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        return name in loaded and loaded[name].dtype == dtype and not _stays_float32(model, name, dtype)
-
-    return {name: buffer for name, buffer in buffers.items() if follows(name)}
+    def collect(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The partitioned tensors, each with its original, whole. All processes go through them together."""
+        originals = {layout: original for layout, original in self._rounded}
+        for layout in self._partitioned:
+            whole = layout.gather(originals.get(layout, layout.working()))
+            yield layout.parameter, whole.view(layout.shape)

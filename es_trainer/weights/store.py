@@ -1,118 +1,28 @@
-"""The weights that are trained: flat shards of them, their float32 masters, and how a member gets in and out."""
+"""The weights that are trained, into which one member at a time is written."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from ..choices import MasterWeights
 from ..noise import noise
-from ..noise.shapes import Computed, Factors, Gaussian, Scattered, Sum
+from ..noise.shapes import Factors, Gaussian, PrecomputedSum, StridedSum, Sum
+from .checksum import checksum_of_part
+from .frozen import WORKING_DTYPES, FrozenTensors
+from .in_place import InPlace
+from .layouts import EngineWeights, Whole, layout_of
+from .layouts.layout import same_memory
+from .masters import make_master
 from .member import Member
+from .part import Part
 from .pinned import PinnedMemory
+from .rounding import write_rounded
+from .shard import Shard
 
 
 MOST_FACTORS = 1 << 26  # numbers of low-rank terms, 256 MiB, that are drawn at once
-
-WORKING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights are computed with
-
-
-@dataclass(frozen=True)
-class Home:
-    """
-    Where an inference engine keeps a parameter, or this process's part of it.
-
-    Args:
-        weights (`torch.Tensor`):
-            Flat view of the engine's weights.
-        start (`int`, *optional*, defaults to `0`):
-            Flat index of the first of them in the whole parameter.
-        runs (`tuple[int, int, int]`, *optional*):
-            `(offset, length, period)` of a part that is not in one piece: it has `length` weights from `offset` on of
-            every `period` of the parameter, like some columns of a matrix.
-        copy (`bool`, *optional*, defaults to `False`):
-            Whether another process has the same part and stands for it in sums.
-        shape (`torch.Size`, *optional*):
-            Shape of the whole parameter, if the one that is given has no more than this part of it, flat.
-    """
-
-    weights: torch.Tensor
-    start: int = 0
-    runs: tuple[int, int, int] | None = None
-    copy: bool = False
-    shape: torch.Size | None = None
-
-    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """What lies here of a whole parameter, or of anything of its shape; flat, a view where it is in one piece."""
-        return self._of(whole).reshape(-1)
-
-    def put_into(self, whole: torch.Tensor, part: torch.Tensor) -> None:
-        """Write something that lies like these weights into the contiguous whole."""
-        place = self._of(whole)
-        place.copy_(part.view(place.shape))
-
-    def _of(self, whole: torch.Tensor) -> torch.Tensor:
-        if self.runs is None:
-            return whole.reshape(-1)[self.start : self.start + self.weights.numel()]
-        offset, length, period = self.runs
-        return whole.reshape(-1, period)[:, offset : offset + length]
-
-
-@dataclass
-class Shard:
-    """
-    This process's part of one parameter.
-
-    Args:
-        name (`str`):
-            Name of the parameter; keys its noise.
-        parameter (`nn.Parameter`):
-            The parameter that the model computes with.
-        shape (`torch.Size`):
-            Shape of the whole parameter.
-        given (`torch.dtype`):
-            The dtype that the parameter had when it was given, and that it is saved in.
-        working (`torch.Tensor`):
-            Flat view of the weights that the model computes with.
-        master (`torch.Tensor` or `None`):
-            Flat weights that perturbed ones are written from, or `None` where the working weights are all there is.
-        dtype (`torch.dtype`):
-            The working dtype: of `working`, unless that was handed out.
-        start (`int`, *optional*, defaults to `0`):
-            Flat index of the first element in the whole parameter.
-        home ([`Home`], *optional*):
-            Where an inference engine keeps the working weights.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    shape: torch.Size
-    given: torch.dtype
-    working: torch.Tensor
-    master: torch.Tensor | None
-    dtype: torch.dtype
-    start: int = 0
-    home: Home | None = None
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether another process has the same part and stands for it in sums."""
-        return self.home is not None and self.home.copy
-
-    @property
-    def is_part(self) -> bool:
-        """Whether other processes have other parts of the parameter."""
-        return is_partitioned(self.parameter) or self.working.numel() < self.shape.numel()
-
-    @property
-    def trained(self) -> torch.Tensor:
-        """The unperturbed weights in the best precision there is."""
-        return self.working if self.master is None else self.master
 
 
 class Weights:
@@ -136,9 +46,9 @@ class Weights:
             The model's other parameters, and buffers. They are computed with in the working dtype, too, and never
             change; if that rounds them, the originals wait in host memory for the model to be saved. Quantized ones
             stay as they are.
-        homes (`dict[nn.Parameter, Home]`, *optional*):
-            Where an inference engine keeps the working weights of the parameters. They are written and read there, and
-            a parameter that lies there whole becomes a view of it.
+        engine_weights (`dict[nn.Parameter, EngineWeights]`, *optional*):
+            The weights that an inference engine has of the parameters. They become the working weights, which are
+            written and read where they are; a parameter that the engine has whole becomes a view of them.
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32 whatever `dtype` is, as the model's class wants.
 
@@ -156,10 +66,10 @@ class Weights:
         master_weights: MasterWeights = "device",
         perturbation: Gaussian | None = None,
         frozen: Iterable[torch.Tensor] = (),
-        homes: dict[nn.Parameter, Home] | None = None,
+        engine_weights: dict[nn.Parameter, EngineWeights] | None = None,
         float32: Collection[str] = (),
     ):
-        parameters, frozen, homes = list(parameters), list(frozen), homes or {}
+        parameters, engine_weights = list(parameters), engine_weights or {}
         for name, parameter in parameters:
             if parameter.dtype not in WORKING_DTYPES:
                 raise ValueError(
@@ -168,23 +78,32 @@ class Weights:
                 )
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
-        self._pinned = PinnedMemory()
-        self.shards = []
-        for name, parameter in parameters:
-            working, home = torch.float32 if name in float32 else dtype, homes.get(parameter)
-            self.shards.append(_shard(name, parameter, working, master_weights, home, self._pinned))
-        self.partitioned = any(shard.is_part for shard in self.shards)
-        self._frozen = [
-            (parameter, _round(parameter, dtype))
-            for parameter in frozen
-            if dtype is not None and parameter.dtype in WORKING_DTYPES and parameter.dtype != dtype
-        ]
-        self._frozen_parts = [parameter for parameter in frozen if is_partitioned(parameter)]
         self.dtype = dtype
         self.handed_out = False  # whether the model's parameters hold the weights as they were given
+        self._master_weights = master_weights
+        self._pinned = PinnedMemory()
+        self.shards = [
+            self._make_shard(name, parameter, torch.float32 if name in float32 else dtype, engine_weights)
+            for name, parameter in parameters
+        ]
+        self.partitioned = not all(shard.layout.in_parameter for shard in self.shards)
+        self._frozen = FrozenTensors(frozen, dtype)
         self._inside: tuple[Member, float] | None = None  # what the working weights hold
-        # Without masters: from which weight to which it is in them, all shards counted through
-        self._written = (0, 0)
+        self._in_place = InPlace()
+
+    def _make_shard(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        dtype: torch.dtype | None,
+        engine_weights: dict[nn.Parameter, EngineWeights],
+    ) -> Shard:
+        layout = layout_of(parameter, engine_weights.get(parameter))
+        part, original = layout.part(name), layout.original()
+        layout.cast(dtype or original.dtype)
+        working = layout.working()
+        master = make_master(original, working, self._master_weights, self._pinned)
+        return Shard(part, layout, original.dtype, working, master, working.dtype)
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the working weights those of `member`, whatever member they held before."""
@@ -194,9 +113,10 @@ class Weights:
         # Set before the first weight changes: if this is interrupted, there is something to restore
         self._inside = (member, sigma)
         if self.drifts:
-            self._add_in_place(member.seed, sigma * member.sign)
+            self._in_place.add(self.shards, lambda shard: self._perturbation(shard, member.seed, sigma * member.sign))
         else:
-            self._write(member.seed, sigma * member.sign)
+            for shard in self.shards:
+                self._write(shard, shard.working, member.seed, sigma * member.sign)
 
     def restore(self) -> None:
         """Make the working weights the unperturbed ones: bit-identical with a master, up to rounding without."""
@@ -204,45 +124,12 @@ class Weights:
             return
         member, sigma = self._inside
         if self.drifts:
-            self._take_out(member.seed, -sigma * member.sign)
+            self._in_place.undo(
+                self.shards, lambda shard: self._perturbation(shard, member.seed, -sigma * member.sign)
+            )
         else:
             self.refresh()
         self._inside = None
-
-    def _add_in_place(self, seed: int, coefficient: float) -> None:
-        self._written = (0, 0)
-        for stop in self._in_place(seed, coefficient, 0, self._count()):
-            self._written = (0, stop)
-
-    def _take_out(self, seed: int, coefficient: float) -> None:
-        """Undo as much as was written, if that was interrupted, and no more."""
-        start, stop = self._written
-        for done in self._in_place(seed, coefficient, start, stop):
-            self._written = (done, stop)
-
-    def _in_place(self, seed: int, coefficient: float, start: int, stop: int) -> Iterator[int]:
-        """Add noise to the weights from `start` to `stop`, all shards counted through; yields how far it has come."""
-        offset = 0
-        for shard in self.shards:
-            terms = None
-            size = shard.working.numel()
-            for low in range(0, size, noise.CUDA_PIECE):
-                high = min(low + noise.CUDA_PIECE, size)
-                if offset + low < start or offset + high > stop:
-                    continue
-                terms = terms or self.terms(shard, [seed], [coefficient])
-                piece = shard.working[low:high]
-                before = piece.clone()
-                try:
-                    terms.add(piece, piece, shard.start + low)
-                except BaseException:
-                    piece.copy_(before)
-                    raise
-                yield offset + high
-            offset += size
-
-    def _count(self) -> int:
-        return sum(shard.working.numel() for shard in self.shards)
 
     def refresh(self) -> None:
         """Round the masters to the working weights."""
@@ -250,32 +137,22 @@ class Weights:
             if shard.master is not None:
                 shard.working.copy_(shard.master)
 
-    def _write(self, seed: int, coefficient: float) -> None:
-        for shard in self.shards:
-            self._write_shard(shard, shard.working, seed, coefficient)
-
-    def _write_shard(self, shard: Shard, target: torch.Tensor, seed: int, coefficient: float) -> None:
-        """Write one perturbation of a shard into a flat tensor on the device of the working weights.
-
-        In 16 bits, nearly all of a perturbation that is smaller than the weights' last bit would be lost if it was
-        rounded to nearest: it is rounded up or down at random, so that the mean is right. Without a master, the same
-        rounding has to take a perturbation back, which to nearest does up to the last bit.
-        """
-        terms = self.terms(shard, [seed], [coefficient])
+    def _write(self, shard: Shard, target: torch.Tensor, seed: int, coefficient: float) -> None:
+        """Write one perturbation of a shard into a flat tensor on the device of the working weights."""
+        # Without a master, the same rounding has to take a perturbation back, which to nearest does up to the last bit
         rounding = None if self.drifts else noise.rounding_key(seed, shard.name)
-        if shard.trained.device == target.device:
-            terms.add(shard.trained, target, shard.start, rounding)
-        else:
-            _add_from_host(shard, target, terms, rounding)
+        write_rounded(shard, target, self._perturbation(shard, seed, coefficient), rounding)
 
-    def terms(self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]) -> Sum:
-        """The sum of the seeds' perturbations of a shard, whose flat indices count from `shard.start` on."""
-        terms = self.perturbation.combine(shard.name, shard.shape, seeds, coefficients, shard.working.device)
-        if shard.home is not None and shard.home.runs is not None:
-            return Scattered(terms, *shard.home.runs)
-        return terms
+    def _perturbation(self, shard: Shard, seed: int, coefficient: float) -> Sum:
+        return self.weighted_sum(shard, [seed], [coefficient])
 
-    def sums(
+    def weighted_sum(self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]) -> Sum:
+        """The sum of the seeds' perturbations of a shard, whose indices count from the start of the shard on."""
+        part = shard.part
+        whole = self.perturbation.combine(shard.name, shard.shape, seeds, coefficients, shard.working.device)
+        return whole if part.is_whole else StridedSum(whole, part.offset, part.length, part.period)
+
+    def weighted_sums(
         self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]
     ) -> Iterator[tuple[int, int, Sum]]:
         """
@@ -285,20 +162,20 @@ class Weights:
         Yields:
             `tuple[int, int, Sum]`: from which index to which in the shard it is good for, and the sum.
         """
-        size = shard.working.numel()
+        size = shard.part.numel
         at_once = len(seeds)
         if self.perturbation.factored(shard.shape):
             at_once = max(1, MOST_FACTORS // self.perturbation.numbers(shard.shape))
         if len(seeds) <= at_once:
-            yield 0, size, self.terms(shard, seeds, coefficients)
+            yield 0, size, self.weighted_sum(shard, seeds, coefficients)
             return
         for low in range(0, size, noise.CUDA_PIECE):
             high = min(low + noise.CUDA_PIECE, size)
             values = torch.zeros(high - low, dtype=torch.float32, device=shard.working.device)
             for first in range(0, len(seeds), at_once):
                 some = slice(first, first + at_once)
-                self.terms(shard, seeds[some], coefficients[some]).add(values, values, shard.start + low)
-            yield low, high, Computed(values, shard.start + low)
+                self.weighted_sum(shard, seeds[some], coefficients[some]).add(values, values, low)
+            yield low, high, PrecomputedSum(values, low)
 
     def of_members(self, shard: Shard, members: Sequence[Member], sigma: float) -> Factors | torch.Tensor:
         """
@@ -319,7 +196,7 @@ class Weights:
         dtype = _dtype_of_values(shard)
         values = torch.empty(len(members), working.numel(), dtype=dtype, device=working.device)
         for row, seed, coefficient in zip(values, seeds, coefficients, strict=True):
-            self._write_shard(shard, row, seed, coefficient)
+            self._write(shard, row, seed, coefficient)
         return values.view(len(members), *shard.shape)
 
     def member_bytes(self) -> int:
@@ -337,22 +214,22 @@ class Weights:
                 Whether members will be written into the weights, for which those are needed in the best precision
                 there is. Weights that low-rank members share are needed in the working dtype only.
         """
-        if not any(is_partitioned(part.parameter) for part in self.shards):
+        if not self.partitioned:
             yield
             return
         parts, drifts = self.shards, self.drifts
         try:
-            for parameter in self._frozen_parts:
-                parameter.data = gather(local_part(parameter)[0], parameter).view(parameter.ds_shape)
+            self._frozen.hold()
             self.shards = [_gathered(part, masters or not self.perturbation.factored(part.shape)) for part in parts]
             self.drifts = False
             yield
         finally:
             self.shards, self.drifts, self._inside = parts, drifts, None
-            for parameter in [*self._frozen_parts, *(part.parameter for part in parts)]:
-                parameter.data = parameter.data.new_empty(0)
+            self._frozen.release()
+            for part in parts:
+                part.layout.release()
 
-    def collect(self, keep: bool) -> dict[nn.Parameter, torch.Tensor]:
+    def collect(self, keep: bool) -> dict[torch.Tensor, torch.Tensor]:
         """
         The partitioned parameters whole, in the dtype in which they were given, in host memory.
 
@@ -360,22 +237,19 @@ class Weights:
             keep (`bool`):
                 Whether this process gets them. It has to help to gather them anyhow.
         """
-        originals = {parameter: original for parameter, original in self._frozen}
         collected = {}
-        for part in self.shards:
-            whole = _whole(part, part.trained.to(part.given))
+        for shard in self.shards:
+            whole = shard.layout.gather(shard.trained.to(shard.checkpoint_dtype))
             if keep:
-                collected[part.parameter] = whole.view(part.shape).cpu()
-        for parameter in self._frozen_parts:
-            local, _ = local_part(parameter)
-            whole = gather(originals.get(parameter, local), parameter)
+                collected[shard.parameter] = whole.view(shard.shape).cpu()
+        for tensor, whole in self._frozen.collect():
             if keep:
-                collected[parameter] = whole.view(parameter.ds_shape).cpu()
+                collected[tensor] = whole.cpu()
         return collected
 
     def checksums(self) -> list[int]:
         """A number for each parameter, which is another one if a bit of the trained weights is."""
-        return [checksum(shard.trained, shard.start) for shard in self.shards]
+        return [checksum_of_part(shard.part, shard.trained) for shard in self.shards]
 
     def not_finite(self) -> str | None:
         """The name of a parameter that has NaN or infinity among its weights here, or `None`."""
@@ -393,15 +267,15 @@ class Weights:
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for shard in self.shards:
-            whole = shard.is_part or shard.parameter.shape == shard.shape
-            if parameters.get(shard.name) is not shard.parameter or not whole:
+            resized = shard.layout.in_parameter and shard.parameter.shape != shard.shape
+            if parameters.get(shard.name) is not shard.parameter or resized:
                 raise RuntimeError(
                     f"The model {'has another' if shard.name in parameters else 'has no'} parameter `{shard.name}` "
                     "than when the trainer was made, so training would not reach it. Change the model "
                     "(resize_token_embeddings, adapters, torch.compile, another model) first, and make the trainer of "
                     "it then."
                 )
-            if not self.handed_out and not _is_working(shard):
+            if not self.handed_out and not shard.layout.computes_with(shard.working):
                 raise RuntimeError(
                     f"The parameter `{shard.name}` was moved, cast or replaced while the trainer works with it, so "
                     "perturbations would not reach the model. Leave out what does so (model.to(...), model.half(), "
@@ -438,17 +312,15 @@ class Weights:
             return
         self.restore()
         for shard in self.shards:
-            if shard.is_part or shard.given == shard.working.dtype:
+            if not shard.layout.in_parameter or shard.checkpoint_dtype == shard.working.dtype:
                 continue
             dtype = shard.working.dtype
-            given = shard.trained.to(shard.working.device, shard.given)
-            shard.parameter.data = given.view(shard.shape)
-            follows = shard.master is not None or torch.promote_types(dtype, shard.given) == shard.given
-            if shard.home is None and follows:
-                shard.working = given
-        for parameter, original in self._frozen:
-            if not is_partitioned(parameter):
-                parameter.data = original.to(parameter.device)
+            original = shard.trained.to(shard.working.device, shard.checkpoint_dtype)
+            shard.parameter.data = original.view(shard.shape)
+            exact = torch.promote_types(dtype, shard.checkpoint_dtype) == shard.checkpoint_dtype
+            if not shard.layout.in_place and (shard.master is not None or exact):
+                shard.working = original
+        self._frozen.hand_out()
         self.handed_out = True
 
     @torch.no_grad()
@@ -464,29 +336,25 @@ class Weights:
             return []
         changed = []
         for shard in self.shards:
-            if shard.is_part:
+            if not shard.layout.in_parameter:
                 continue
             data = shard.parameter.data.reshape(-1).to(shard.trained.device)
-            if not _same_memory(data, shard.trained) and not torch.equal(
-                data.to(shard.given), shard.trained.to(shard.given)
-            ):
+            dtype = shard.checkpoint_dtype
+            if not same_memory(data, shard.trained) and not torch.equal(data.to(dtype), shard.trained.to(dtype)):
                 shard.trained.copy_(data)
                 changed.append(shard.name)
-            if shard.home is None and shard.working.dtype != shard.dtype:
+            if not shard.layout.in_place and shard.working.dtype != shard.dtype:
                 separate = shard.master is not None
                 shard.working = shard.trained.to(shard.working.device, shard.dtype, copy=separate)
             elif shard.master is not None:
                 shard.working.copy_(shard.master)
             shard.parameter.data = shard.working.view(shard.shape)
-        self._frozen = [
-            (parameter, original if is_partitioned(parameter) else _round(parameter, self.dtype))
-            for parameter, original in self._frozen
-        ]
+        self._frozen.take_back()
         self.handed_out = False
         return changed
 
     @contextlib.contextmanager
-    def as_given(self) -> Iterator[None]:
+    def in_checkpoint_dtype(self) -> Iterator[None]:
         """
         Inside, the model's parameters hold the trained weights in the dtype in which they were given. Partitioned ones
         hold nothing, but are of that dtype.
@@ -496,68 +364,25 @@ class Weights:
             return
         self.restore()
         held = [(shard.parameter, shard.parameter.data) for shard in self.shards]
-        held += [(parameter, parameter.data) for parameter, _ in self._frozen]
         for shard in self.shards:
-            if shard.is_part:
-                shard.parameter.data = shard.parameter.data.to(shard.given)
-            elif shard.given != shard.working.dtype:
+            if not shard.layout.in_parameter:
+                shard.parameter.data = shard.parameter.data.to(shard.checkpoint_dtype)
+            elif shard.checkpoint_dtype != shard.working.dtype:
                 # The master itself if it has that dtype: no copy
-                shard.parameter.data = shard.trained.to(shard.given).view(shard.shape)
-        for parameter, original in self._frozen:
-            parameter.data = parameter.data.to(original.dtype) if is_partitioned(parameter) else original
+                shard.parameter.data = shard.trained.to(shard.checkpoint_dtype).view(shard.shape)
         try:
-            yield
+            with self._frozen.in_checkpoint_dtype():
+                yield
         finally:
             for parameter, data in held:
                 parameter.data = data
 
     def adopt(self) -> None:
-        """Take what has been loaded into the model's parameters, inside `as_given`, as the trained weights."""
+        """Inside `in_checkpoint_dtype`: take what is in the model's parameters as the trained weights."""
         for shard in self.shards:
             loaded = shard.parameter.data.reshape(-1)
             shard.trained.copy_(loaded)
             shard.working.copy_(loaded)
-
-
-# Odd, and without a pattern: the 64 bits of the golden ratio, and a multiplier of SplitMix64
-MULTIPLIER_0, MULTIPLIER_1 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def checksum(values: torch.Tensor, start: int = 0) -> int:
-    """
-    A 64-bit number that another one takes the place of if a bit or the order of the values is another.
-
-    It is the sum, modulo 2**64, of the values' bits times odd multipliers that are hashes of their indices. So the
-    checksums of a tensor's slices add up to its own, and neither the size of pieces nor the device count.
-
-    Args:
-        values (`torch.Tensor`):
-            Flat tensor.
-        start (`int`, *optional*, defaults to `0`):
-            Flat index of the first of them.
-    """
-
-    def piece(low: int, high: int) -> int:
-        index = torch.arange(start + low, start + high, dtype=torch.int64, device=values.device)
-        index.mul_(MULTIPLIER_0)
-        index.bitwise_xor_(index >> 32).mul_(MULTIPLIER_1).bitwise_or_(1)
-        return index.mul_(values[low:high].view(BITS[values.itemsize])).sum().item()
-
-    return sum(noise.for_pieces(piece, values.numel(), values.device)) % (1 << 64)
-
-
-def _is_working(shard: Shard) -> bool:
-    """Whether the parameter's data are the working weights."""
-    if is_partitioned(shard.parameter):
-        return _same_memory(local_part(shard.parameter)[0], shard.working)
-    if shard.is_part:
-        return True  # the engine computes with them, and the parameter has nothing
-    return _same_memory(shard.parameter.data, shard.working)
-
-
-def _same_memory(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return (mine.data_ptr(), mine.dtype, mine.device) == (theirs.data_ptr(), theirs.dtype, theirs.device)
 
 
 def _dtype_of_values(shard: Shard) -> torch.dtype:
@@ -566,119 +391,11 @@ def _dtype_of_values(shard: Shard) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if len(shard.shape) < 2 else dtype
 
 
-def _add_from_host(shard: Shard, target: torch.Tensor, terms: Sum, rounding: int | None) -> None:
-    def piece(low: int, high: int) -> None:
-        source = shard.master[low:high].to(target.device, non_blocking=True)
-        terms.add(source, target[low:high], shard.start + low, rounding)
-
-    noise.for_pieces(piece, target.numel(), target.device)
-
-
-# ---- parameters of which each process has a part ----
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed ZeRO-3 has partitioned the parameter."""
-    return hasattr(parameter, "ds_tensor")
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The parameter's shape, whether it is partitioned or not."""
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
-
-
-def local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
-    """Flat view of this process's part of a parameter, and where in the whole it begins."""
-    if not is_partitioned(parameter):
-        return parameter.data.view(-1), 0
-    # Parts are of equal size: what is behind the end of the parameter is padding
-    part = parameter.ds_tensor.data
-    start = min(dist.get_rank() * part.numel(), parameter.ds_numel)
-    return part[: parameter.ds_numel - start], start
-
-
-def gather(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """All of something that lies in the processes like a partitioned parameter, flat, on the device of the model."""
-    size = parameter.ds_tensor.numel()
-    local = F.pad(local.to(parameter.device), (0, size - local.numel()))
-    whole = local.new_empty(size * dist.get_world_size())
-    # Its name before torch 2.13, which warns of it
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(whole, local)
-    return whole[: parameter.ds_numel]
-
-
-def _whole(part: Shard, values: torch.Tensor) -> torch.Tensor:
-    """All of something that lies in the processes like a parameter of which this one has a part."""
-    if is_partitioned(part.parameter):
-        return gather(values, part.parameter)
-    if not part.is_part:
-        return values
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, None if part.is_copy else (part.home.start, part.home.runs, values.cpu()))
-    whole = values.new_empty(part.shape.numel(), device="cpu")
-    for start, runs, piece in filter(None, parts):
-        Home(piece, start, runs).put_into(whole, piece)
-    return whole
-
-
-def _gathered(part: Shard, master: bool) -> Shard:
-    if master:
-        whole = gather(part.trained, part.parameter)
-        working = whole.to(part.working.dtype, copy=True)
-    else:
-        whole = None
-        working = gather(part.working, part.parameter)
-    part.parameter.data = working.view(part.shape)
-    return Shard(part.name, part.parameter, part.shape, part.given, working, whole, part.dtype)
-
-
-# ---- dtypes and masters ----
-
-
-def _cast(parameter: torch.Tensor, dtype: torch.dtype) -> None:
-    parameter.data = parameter.data.to(dtype).contiguous()
-    if is_partitioned(parameter):
-        parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
-
-
-def _round(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Make the parameter's data one of `dtype` and return the original."""
-    original = local_part(parameter)[0].cpu() if is_partitioned(parameter) else parameter.data.cpu()
-    _cast(parameter, dtype)
-    return original
-
-
-def _shard(
-    name: str,
-    parameter: nn.Parameter,
-    dtype: torch.dtype | None,
-    master_weights: MasterWeights,
-    home: Home | None,
-    pinned: PinnedMemory,
-) -> Shard:
-    shape = whole_shape(parameter)
-    if home is not None:
-        if home.shape is None:
-            given = home.part_of(parameter.data)
-        else:
-            shape, given = home.shape, parameter.data
-        start, working = home.start, home.weights
-        parameter.data = working.view(shape) if working.numel() == shape.numel() else working.new_empty(0)
-    else:
-        parameter.data = parameter.data.contiguous()
-        given, start = local_part(parameter)
-        _cast(parameter, dtype or given.dtype)
-        working, _ = local_part(parameter)
-    if master_weights == "none":
-        master = None
-    elif master_weights == "host":
-        if working.device.type == "cuda":
-            master = pinned.empty(given.shape)
-        else:
-            master = torch.empty(given.shape, dtype=torch.float32, device="cpu")
-        master.copy_(given)
-    else:
-        # Nothing is copied if the model computes in another dtype than float32
-        master = given.to(working.device, torch.float32, copy=given.data_ptr() == working.data_ptr())
-    return Shard(name, parameter, shape, given.dtype, working, master, working.dtype, start, home)
+def _gathered(shard: Shard, master: bool) -> Shard:
+    """All of a parameter of which this process has a part, in the parameter itself."""
+    layout = shard.layout
+    whole = layout.gather(shard.trained) if master else None
+    working = layout.gather(shard.working) if whole is None else whole.to(shard.working.dtype, copy=True)
+    layout.hold(working)
+    part = Part.whole(shard.name, shard.shape)
+    return Shard(part, Whole(layout.parameter), shard.checkpoint_dtype, working, whole, shard.dtype)

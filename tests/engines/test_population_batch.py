@@ -260,7 +260,7 @@ def test_members_start_from_the_updated_weights():
     optimizer.tell(optimizer.ask(), list(range(30)))
     optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         pass
     assert distance(logits_of(model, tokens(3)), before) > 0.05
     with batch.install(MEMBERS, SIGMA):

@@ -7,10 +7,10 @@ from torch import nn
 
 from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.evolution import optimizer as optimizer_module
-from es_trainer.evolution.optimizer import Told
+from es_trainer.evolution.optimizer import UpdateRecord
 from es_trainer.noise import noise
 from es_trainer.noise.shapes import Gaussian, LowRank
-from es_trainer.weights.store import _add_from_host
+from es_trainer.weights.rounding import write_from_host
 
 
 SHAPES = {"linear.weight": (40, 70), "norm.weight": (33,), "embedding.weight": (300, 130)}
@@ -106,7 +106,7 @@ def test_weights_written_from_host_memory_are_the_same(monkeypatch, perturbation
     optimizer.restore()
     for shard in optimizer.weights.shards:
         terms = perturbation.combine(shard.name, shard.shape, [5], [-0.3], shard.working.device)
-        _add_from_host(shard, shard.working, terms, None)
+        write_from_host(shard.master, shard.working, terms, None)
     assert_same(snapshot(parameters), directly)
 
 
@@ -222,7 +222,7 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_master():
     without, drifting = make(copy.deepcopy(parameters), lr=3e-4, master_weights="none")
     for _ in range(100):
         for strategy in (optimizer, drifting):
-            strategy.told = Told(seeds=[1], signs=[1], utilities=[1.0])  # always the same direction
+            strategy.update_record = UpdateRecord(seeds=[1], signs=[1], utilities=[1.0])  # always the same direction
             strategy.step()
     assert not torch.equal(with_master["norm.weight"].data, parameters["norm.weight"].data)
     assert torch.equal(without["norm.weight"].data, parameters["norm.weight"].data)
@@ -268,7 +268,7 @@ def test_steps_of_equal_fitness_change_no_later_step(rule):
                 state = copy.deepcopy(optimizer.state_dict())
                 parameters, optimizer = make(rule=rule, lr=0.1)
                 optimizer.load_state_dict(state)
-            optimizer.told = Told(seeds=[step, 100], signs=[1, -1], utilities=[1.0, 0.5])
+            optimizer.update_record = UpdateRecord(seeds=[step, 100], signs=[1, -1], utilities=[1.0, 0.5])
             optimizer.step()
         runs.append(snapshot(parameters))
     assert_same(runs[1], runs[0])
@@ -334,19 +334,19 @@ def test_given_dtype_is_what_is_saved_and_loaded():
     run_steps(optimizer, 1)
     working = snapshot(parameters)
     assert working["norm.weight"].dtype == torch.bfloat16
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         saved = snapshot(parameters)
     assert saved["norm.weight"].dtype == torch.float32
     assert torch.equal(saved["norm.weight"].bfloat16(), working["norm.weight"])
     assert_same(snapshot(parameters), working)
 
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         parameters["norm.weight"].data.fill_(1.2345678)
         optimizer.weights.adopt()
     assert parameters["norm.weight"].data.dtype == torch.bfloat16
     optimizer.perturb(Member(1))
     optimizer.restore()
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         assert torch.equal(parameters["norm.weight"].data, torch.full((33,), 1.2345678))
 
 
@@ -354,7 +354,7 @@ def test_frozen_parameters_keep_their_precision():
     frozen = nn.Parameter(torch.full((5,), 1.2345678), requires_grad=False)
     _, optimizer = make(dtype=torch.bfloat16, frozen=[frozen])
     assert frozen.dtype == torch.bfloat16
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         assert torch.equal(frozen.data, torch.full((5,), 1.2345678))
     assert frozen.dtype == torch.bfloat16
 

@@ -13,7 +13,8 @@ from torch import nn
 from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.noise import cpu, noise
 from es_trainer.noise.shapes import Factors, Gaussian, LowRank
-from es_trainer.weights.store import Home
+from es_trainer.weights.layouts import EngineWeights
+from es_trainer.weights.part import Part
 
 
 @contextlib.contextmanager
@@ -26,13 +27,14 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def run(perturbation: Gaussian, master_weights: str, scattered: bool) -> dict[str, torch.Tensor]:
+def run(perturbation: Gaussian, master_weights: str, strided: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def parameter(*shape: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
 
     parameters = {"matrix": parameter(40, 30), "vector": parameter(50)}
+    part = Part("matrix", torch.Size((40, 30)), offset=10, length=10, period=30)
     room = torch.empty(400, dtype=torch.bfloat16, device="cpu")
     optimizer = EvolutionStrategy(
         list(parameters.items()),
@@ -42,13 +44,13 @@ def run(perturbation: Gaussian, master_weights: str, scattered: bool) -> dict[st
         dtype=torch.bfloat16,
         perturbation=perturbation,
         master_weights=master_weights,
-        homes={parameters["matrix"]: Home(room, runs=(10, 10, 30))} if scattered else None,
+        engine_weights={parameters["matrix"]: EngineWeights(part, room)} if strided else None,
     )
     found = {}
     optimizer.perturb(Member(3))
     for shard in optimizer.weights.shards:
         found[f"{shard.name} perturbed"] = shard.working.clone()
-        if not scattered:
+        if not strided:
             values = optimizer.weights.of_members(shard, [Member(1), Member(2, -1)], 0.1)
             tensors = [values.left, values.right] if isinstance(values, Factors) else [values]
             found |= {f"{shard.name} of members {i}": tensor for i, tensor in enumerate(tensors)}
@@ -61,15 +63,15 @@ def run(perturbation: Gaussian, master_weights: str, scattered: bool) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("master_weights", ["device", "host"])
 @pytest.mark.parametrize("perturbation", [Gaussian(), LowRank(2)], ids=["gaussian", "low_rank"])
-def test_default_dtype_and_device_change_nothing(monkeypatch, perturbation, master_weights, scattered):
-    expected = run(perturbation, master_weights, scattered)
+def test_default_dtype_and_device_change_nothing(monkeypatch, perturbation, master_weights, strided):
+    expected = run(perturbation, master_weights, strided)
     for setting in (default_dtype(torch.float64), default_dtype(torch.bfloat16), torch.device("meta")):
         monkeypatch.delattr(noise._scratch, "buffer", raising=False)
         with setting:
-            found = run(perturbation, master_weights, scattered)
+            found = run(perturbation, master_weights, strided)
         assert_same(found, expected)
         assert all(found[name].dtype == expected[name].dtype for name in expected)
 

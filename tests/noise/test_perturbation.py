@@ -8,8 +8,10 @@ from torch import nn
 from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.noise import noise
 from es_trainer.noise.shapes import Gaussian, LowRank
-from es_trainer.weights import store as parameters_module
-from es_trainer.weights.store import Home, Weights
+from es_trainer.weights import store
+from es_trainer.weights.layouts import EngineWeights
+from es_trainer.weights.part import Part
+from es_trainer.weights.store import Weights
 
 
 CPU = torch.device("cpu")
@@ -339,9 +341,9 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch, shapes, pop
     assert norms[0] == norms[1] == norms[2]
 
 
-@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shape", [(50, 70), (3, 30, 20)])
-def test_factors_of_many_members_are_drawn_by_and_by(monkeypatch, shape, scattered):
+def test_factors_of_many_members_are_drawn_by_and_by(monkeypatch, shape, strided):
     members, rank, most = 200, 2, 3000
     drawn = []
 
@@ -354,12 +356,13 @@ def test_factors_of_many_members_are_drawn_by_and_by(monkeypatch, shape, scatter
     monkeypatch.setattr(noise, "CUDA_PIECE", 1024)
     results = []
     for limit in (1 << 26, most, 1):
-        monkeypatch.setattr(parameters_module, "MOST_FACTORS", limit)
+        monkeypatch.setattr(store, "MOST_FACTORS", limit)
         parameters = make_parameters(shapes={"weight": shape, "norm.weight": (33,)})
         period = shape[-1]
         room = torch.empty(math.prod(shape) // period * 10)
-        home = {parameters["weight"]: Home(room, runs=(5, 10, period))} if scattered else None
-        _, optimizer = make(rank, parameters, population_size=members, lr=1.0, rule="adam", homes=home)
+        own = EngineWeights(Part("weight", torch.Size(shape), 5, 10, period), room)
+        own = {parameters["weight"]: own} if strided else None
+        _, optimizer = make(rank, parameters, population_size=members, lr=1.0, rule="adam", engine_weights=own)
         drawn.clear()
         optimizer.tell(optimizer.ask(), np.random.default_rng(0).normal(size=members))
         optimizer.step()

@@ -10,7 +10,10 @@ from torch import nn
 from es_trainer.evolution import Member
 from es_trainer.noise import cpu, noise
 from es_trainer.noise.shapes import Gaussian, LowRank
-from es_trainer.weights.store import Home, Weights, _add_from_host
+from es_trainer.weights.layouts import EngineWeights
+from es_trainer.weights.part import Part
+from es_trainer.weights.rounding import write_from_host
+from es_trainer.weights.store import Weights
 
 
 SIZE, SIGMA = 1 << 20, 1e-3
@@ -130,11 +133,11 @@ def test_any_slice_part_and_piece_gives_the_same_bits(monkeypatch, dtype, noises
             part = torch.empty(high - low, dtype=dtype)
             terms.add(source[low:high], part, low, key)
             assert torch.equal(part, whole[low:high])
-        home = Home(torch.empty(500 * 70, dtype=dtype), runs=(30, 70, 300))
+        own = EngineWeights(Part("weight", torch.Size(shape), 30, 70, 300), torch.empty(500 * 70, dtype=dtype))
         parameter = nn.Parameter(source.view(shape).clone())
-        weights = Weights([("weight", parameter)], dtype, perturbation=noises, homes={parameter: home})
+        weights = Weights([("weight", parameter)], dtype, perturbation=noises, engine_weights={parameter: own})
         weights.perturb(Member(3), SIGMA)
-        assert torch.equal(home.weights, home.part_of(whole.view(shape)))
+        assert torch.equal(own.weights, own.part.of(whole.view(shape)))
 
 
 @HALVES
@@ -144,7 +147,8 @@ def test_weights_written_from_host_memory_have_the_same_bits(dtype):
     weights.perturb(Member(5), SIGMA)
     (shard,) = weights.shards
     target = torch.empty_like(shard.working)
-    _add_from_host(shard, target, weights.terms(shard, [5], [SIGMA]), noise.rounding_key(5, "norm.weight"))
+    terms = weights.weighted_sum(shard, [5], [SIGMA])
+    write_from_host(shard.master, target, terms, noise.rounding_key(5, "norm.weight"))
     assert torch.equal(target, parameter.data)
 
 

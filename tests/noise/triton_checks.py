@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from es_trainer.noise import cuda, noise
-from es_trainer.noise.shapes import Products
+from es_trainer.noise.shapes import LowRankSum
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -164,7 +164,7 @@ def test_product_is_that_of_the_cpu(shape):
     size = left.shape[0] * left.shape[1] * right.shape[2]
     for source in (None, weights(size)):
         expected = torch.empty(size)
-        Products(left, right).add(source, expected)
+        LowRankSum(left, right).add(source, expected)
         found = add_product(source, torch.full((size,), torch.nan), 0, left, right)
         # The interpreter's multiply-adds are not fused
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if INTERPRETED else 0)

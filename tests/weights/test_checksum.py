@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from es_trainer.noise import noise
-from es_trainer.weights.store import Weights, checksum
+from es_trainer.weights.checksum import checksum
+from es_trainer.weights.store import Weights
 
 
 def weights(size: int = 1000, dtype: torch.dtype = torch.float32) -> torch.Tensor:

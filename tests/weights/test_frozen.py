@@ -19,7 +19,7 @@ from transformers import (
 
 from es_trainer import replay
 from es_trainer.evolution import EvolutionStrategy
-from es_trainer.weights.frozen import frozen_tensors, kept_in_float32
+from es_trainer.precision import frozen_tensors, kept_in_float32
 
 
 SMALL = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -78,7 +78,7 @@ def test_buffers_are_those_of_a_model_loaded_in_that_dtype(tmp_path, kind, dtype
     ids = torch.arange(3, 15).view(2, 6)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, loaded(ids).logits, rtol=0, atol=2e-2)
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         assert all(torch.equal(buffer, given[name]) for name, buffer in model.named_buffers())
         assert dtypes(model) == {name: buffer.dtype for name, buffer in given.items()}
     assert dtypes(model) == dtypes(loaded)

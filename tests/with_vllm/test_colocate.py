@@ -71,11 +71,11 @@ def test_bfloat16_weights_are_the_masters_rounded(start, tmp_path):
 
 def test_the_engine_has_the_only_working_weights(start):
     trainer = start()
-    (homes,) = trainer.engine.llm.collective_rpc(
-        "homes", args=({name: parameter.shape for name, parameter in trainer.model.named_parameters()},)
+    (engine_weights,) = trainer.engine.llm.collective_rpc(
+        "engine_weights", args=({name: parameter.shape for name, parameter in trainer.model.named_parameters()},)
     )
     for name, parameter in trainer.model.named_parameters():
-        assert parameter.data_ptr() == homes[name].weights.data_ptr()
+        assert parameter.data_ptr() == engine_weights[name].weights.data_ptr()
 
 
 def test_a_population_leaves_the_weights_bit_identical(start):
@@ -218,7 +218,7 @@ def test_weights_of_another_model_are_found_out(tmp_path, start):
     trainer = start()
     trainer.model.model.norm.weight.data = trainer.model.model.norm.weight.data + 1
     with pytest.raises(LoadError, match="model.norm.weight has other values"):
-        trainer.engine.homes()
+        trainer.engine.engine_weights()
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_weights_that_are_not_computed_with(start, broken, when):
     )
     problem = f"a change of model.layers.0.self_attn.{{}}_proj.weight has no effect on {broken}"
     with pytest.raises(LoadError, match="; ".join(problem.format(part) for part in "qkv") + "[.]"):
-        trainer.engine.homes()
+        trainer.engine.engine_weights()
     assert_same(weights(trainer.model), before)
 
 

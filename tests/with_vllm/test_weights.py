@@ -114,11 +114,11 @@ def test_weights_are_those_of_a_plain_model(tmp_path, name, dtype):
     args = ESConfig(str(tmp_path), use_cpu=True, bf16=dtype == "bfloat16", es_optimizer="adam", weight_decay=0.1)
     optimizer = make_optimizer(named, {named[0][0]}, run_config(args))
     header = json.loads(json.dumps(describe(optimizer, args)))
-    (homes,) = llm.collective_rpc("homes", args=(shapes,))
+    (engine_weights,) = llm.collective_rpc("engine_weights", args=(shapes,))
 
     def check():
         for name, parameter in named:
-            assert torch.equal(homes[name].weights, parameter.data.reshape(-1)), name
+            assert torch.equal(engine_weights[name].weights, parameter.data.reshape(-1)), name
 
     assert call(llm, "load_check", shapes) == {"found": len(shapes)}
     assert effects_missing(llm, list(shapes)) == []
@@ -138,7 +138,7 @@ def test_weights_are_those_of_a_plain_model(tmp_path, name, dtype):
         assert answer["update_norm"] == optimizer.update_norm > 0
         assert answer["checksum"] == optimizer.weights.checksums() != first["checksum"]
     assert answer["updates"] == 2 and call(llm, "checksum")["digest"] == answer["digest"] != first["digest"]
-    with optimizer.weights.as_given():
+    with optimizer.weights.in_checkpoint_dtype():
         for name, parameter in named:
             exported = call(llm, "export", name, 0, parameter.numel())
             data = bytearray(base64.b64decode(exported["data"]))
@@ -179,12 +179,14 @@ def test_weights_of_more_models_are_found(tmp_path, name):
     folder = save(OTHERS[name], tmp_path / "model")
     parameters = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
     llm = start_llm(folder)  # after that: some models are Transformers' own in vLLM, which changes their classes
-    (homes,) = llm.collective_rpc("homes", args=({name: list(p.shape) for name, p in parameters.items()},))
-    check_values(homes, parameters)
+    (engine_weights,) = llm.collective_rpc(
+        "engine_weights", args=({name: list(p.shape) for name, p in parameters.items()},)
+    )
+    check_values(engine_weights, parameters)
     call(llm, "load_check", {name: list(p.shape) for name, p in parameters.items()})
     assert effects_missing(llm, list(parameters)) == []
-    for name, home in homes.items():
-        assert torch.equal(home.part_of(parameters[name].data), home.weights), name
+    for name, own in engine_weights.items():
+        assert torch.equal(own.part.of(parameters[name].data), own.weights), name
 
 
 def test_weights_that_lie_otherwise_are_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 from .gaussian import Gaussian
 from .low_rank import LowRank
-from .sums import Computed, Factors, Noises, Products, Scattered, Sum
+from .sums import Factors, GaussianSum, LowRankSum, PrecomputedSum, StridedSum, Sum
 
 
-__all__ = ["Computed", "Factors", "Gaussian", "LowRank", "Noises", "Products", "Scattered", "Sum"]
+__all__ = ["Factors", "Gaussian", "GaussianSum", "LowRank", "LowRankSum", "PrecomputedSum", "StridedSum", "Sum"]

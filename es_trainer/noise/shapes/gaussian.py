@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .sums import Factors, Noises, Products
+from .sums import Factors, GaussianSum, LowRankSum
 
 
 class Gaussian:
@@ -18,9 +18,9 @@ class Gaussian:
         seeds: Sequence[int],
         coefficients: Sequence[float],
         device: torch.device,
-    ) -> Noises | Products:
+    ) -> GaussianSum | LowRankSum:
         """The sum `sum_k coefficients[k] * perturbation(seeds[k])` of the parameter `name` of that shape."""
-        return Noises(name, seeds, coefficients)
+        return GaussianSum(name, seeds, coefficients)
 
     def factors(
         self,

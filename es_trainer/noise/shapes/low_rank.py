@@ -7,7 +7,7 @@ import torch
 
 from .. import noise
 from .gaussian import Gaussian
-from .sums import Factors, Noises, Products
+from .sums import Factors, GaussianSum, LowRankSum
 
 
 class LowRank(Gaussian):
@@ -28,10 +28,10 @@ class LowRank(Gaussian):
 
     def combine(self, name, shape, seeds, coefficients, device):
         if not self.factored(shape):
-            return Noises(name, seeds, coefficients)
+            return GaussianSum(name, seeds, coefficients)
         left, right = self._draw(name, shape, seeds, coefficients, device)
         left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
-        return Products(left.contiguous(), right.contiguous())
+        return LowRankSum(left.contiguous(), right.contiguous())
 
     def factors(self, name, shape, seeds, coefficients, device, dtype):
         if not self.factored(shape):

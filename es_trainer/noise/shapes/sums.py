@@ -9,7 +9,7 @@ import torch
 from .. import noise
 
 
-class Noises:
+class GaussianSum:
     """Sum of full noises of one parameter: `sum_k coefficients[k] * noise(seeds[k])`."""
 
     def __init__(self, name: str, seeds: Sequence[int], coefficients: Sequence[float]):
@@ -24,7 +24,7 @@ class Noises:
         noise.add(source, target, self.name, self.seeds, self.coefficients, start, rounding)
 
 
-class Products:
+class LowRankSum:
     """
     Sum of low-rank terms of one parameter, as one matrix product: `left @ right`.
 
@@ -61,19 +61,23 @@ class Products:
         noise.on_cpu(kernel, source, target, start, rounding)
 
 
-class Scattered:
+class StridedSum:
     """
-    A sum for a part of a parameter that is not in one piece: `length` weights from `offset` on of every `period`.
+    A sum for a strided slice of a parameter: `length` weights from `offset` on of every `period`.
 
     Args:
-        terms ([`Noises`] or [`Products`]):
+        whole ([`GaussianSum`] or [`LowRankSum`]):
             The sum for the whole parameter.
-        offset, length, period (`int`):
-            What of it is wanted.
+        offset (`int`):
+            Index of the first weight of the slice within a period.
+        length (`int`):
+            Number of the weights of the slice in each period.
+        period (`int`):
+            Number of weights of the parameter from the start of a run to the start of the next.
     """
 
-    def __init__(self, terms: Noises | Products, offset: int, length: int, period: int):
-        self.terms = terms
+    def __init__(self, whole: GaussianSum | LowRankSum, offset: int, length: int, period: int):
+        self.whole = whole
         self.offset = offset
         self.length = length
         self.period = period
@@ -81,8 +85,14 @@ class Scattered:
     def add(
         self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0, rounding: int | None = None
     ) -> None:
-        """Write `target = source + sum`, where the flat `target` begins at index `start` of the part; see
+        """Write `target = source + sum`, where the flat `target` begins at index `start` of the slice; see
         [`noise.add`]."""
+        if target.numel() == 0:
+            return
+        run, first = divmod(start, self.length)
+        if first + target.numel() <= self.length:
+            self.whole.add(source, target, run * self.period + self.offset + first, rounding)
+            return
         longest = noise.piece_size(target.device)
 
         def piece(low: int, high: int) -> None:
@@ -102,7 +112,7 @@ class Scattered:
             run, first = divmod(start + done, self.length)
             stop = min(done + self.length - first, target.numel())
             values = None if source is None else source[done:stop]
-            self.terms.add(values, target[done:stop], run * self.period + self.offset + first, rounding)
+            self.whole.add(values, target[done:stop], run * self.period + self.offset + first, rounding)
             done = stop
 
     def _add_periods(
@@ -120,11 +130,11 @@ class Scattered:
             periods = torch.zeros(runs, self.period, dtype=torch.float32, device=target.device)
             periods[:, self.offset : self.offset + self.length] = values.view(runs, self.length)
             sums = torch.empty_like(periods, dtype=target.dtype)
-            self.terms.add(periods.view(-1), sums.view(-1), run * self.period, rounding)
+            self.whole.add(periods.view(-1), sums.view(-1), run * self.period, rounding)
             target[low:high].copy_(sums[:, self.offset : self.offset + self.length].reshape(-1)[inside])
 
 
-class Computed:
+class PrecomputedSum:
     """
     A sum that has been computed.
 
@@ -144,7 +154,7 @@ class Computed:
         target.copy_(self.values[start - self.first :][: target.numel()])
 
 
-Sum = Noises | Products | Scattered | Computed
+Sum = GaussianSum | LowRankSum | StridedSum | PrecomputedSum
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from torch import nn
 
 from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.noise import noise
-from es_trainer.noise.shapes import Gaussian, LowRank, Scattered
-from es_trainer.weights.store import Home
+from es_trainer.noise.shapes import Gaussian, LowRank, StridedSum
+from es_trainer.weights.layouts import EngineWeights
+from es_trainer.weights.part import Part
 
 
 SHAPES = {"whole": (6, 10), "rows": (8, 5), "columns": (7, 12), "experts": (3, 8, 4), "vector": (9,)}
@@ -20,35 +21,33 @@ def make_parameters() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def homes_of(rank: int, dtype: torch.dtype) -> dict[str, Home]:
-    """Where one of two processes keeps its half, or all of what both have."""
-
-    def room(size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype)
-
-    return {
-        "whole": Home(room(60), copy=rank > 0),
-        "rows": Home(room(20), start=20 * rank),
-        "columns": Home(room(42), runs=(6 * rank, 6, 12)),
+def engine_weights_of(rank: int, dtype: torch.dtype) -> dict[str, EngineWeights]:
+    """What the engine of one of two processes has: its half, or all of what both have."""
+    shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
+    parts = [
+        Part.whole("whole", shapes["whole"], replica=rank > 0),
+        Part.piece("rows", shapes["rows"], 20 * rank, 20),
+        Part("columns", shapes["columns"], 6 * rank, 6, 12),
         # Rows 2 to 4 and 6 to 8, or the others, of each expert's gate and up projection
-        "experts": Home(room(48), runs=(8 * rank, 8, 16)),
-        "vector": Home(room(9), copy=rank > 0),
-    }
+        Part("experts", shapes["experts"], 8 * rank, 8, 16),
+        Part.whole("vector", shapes["vector"], replica=rank > 0),
+    ]
+    return {part.name: EngineWeights(part, torch.empty(part.numel, dtype=dtype)) for part in parts}
 
 
 def make(perturbation, rank=None, dtype=torch.float32, **options):
     parameters = make_parameters()
-    homes = None if rank is None else homes_of(rank, dtype)
+    own = None if rank is None else engine_weights_of(rank, dtype)
     optimizer = EvolutionStrategy(
         list(parameters.items()),
         lr=0.3,
         population_size=4,
         dtype=dtype,
         perturbation=perturbation,
-        homes=homes and {parameters[name]: home for name, home in homes.items()},
+        engine_weights=own and {parameters[name]: weights for name, weights in own.items()},
         **options,
     )
-    if homes is not None:
+    if own is not None:
         optimizer.weights.refresh()  # the engine has loaded them
     return parameters, optimizer
 
@@ -69,7 +68,7 @@ def test_parts_are_those_of_the_whole(perturbation, rank, dtype, rule):
 
     def check():
         for shard in optimizer.weights.shards:
-            assert torch.equal(shard.home.weights, shard.home.part_of(plain[shard.name].data)), shard.name
+            assert torch.equal(shard.working, shard.part.of(plain[shard.name].data)), shard.name
 
     check()
     for each in (reference, optimizer):
@@ -114,15 +113,15 @@ def test_columns_of_a_wide_matrix_take_few_launches(monkeypatch, period):
     terms, rows = Counted(), (1 << 20) // period
     source = torch.arange(rows * period / 4)
     target = torch.empty_like(source)
-    Scattered(terms, period // 4, period // 4, period).add(source, target)
+    StridedSum(terms, period // 4, period // 4, period).add(source, target)
     assert torch.equal(target, source + 1)
     assert terms.calls <= (1 << 20) // piece + 4
 
 
 def test_a_parameter_that_is_there_whole_is_a_view():
     parameters, optimizer = make(Gaussian(), 0)
-    home = {shard.name: shard.home for shard in optimizer.weights.shards}["whole"]
-    assert parameters["whole"].data_ptr() == home.weights.data_ptr()
+    working = {shard.name: shard.working for shard in optimizer.weights.shards}["whole"]
+    assert parameters["whole"].data_ptr() == working.data_ptr()
     assert parameters["rows"].numel() == 0 and optimizer.weights.partitioned
 
 
@@ -130,8 +129,8 @@ def test_parts_put_together():
     whole = torch.arange(84.0).view(7, 12)
     found = torch.zeros(7, 12)
     for rank in (0, 1):
-        home = homes_of(rank, torch.float32)["columns"]
-        home.put_into(found, home.part_of(whole))
+        part = engine_weights_of(rank, torch.float32)["columns"].part
+        part.put_into(found, part.of(whole))
     assert torch.equal(found, whole)
 
 
@@ -160,18 +159,19 @@ def test_state_of_parts_goes_back_to_the_same_parts():
         ((1, 200_000), (100_000, 100_000, 200_000)),
     ],
 )
-def test_scattered_noise_of_any_size(perturbation, shape, runs):
+def test_strided_noise_of_any_size(perturbation, shape, runs):
     size = shape[0] * shape[1]
     source = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    home = Home(torch.empty(size // runs[2] * runs[1]), runs=runs)
+    slice_ = Part("name", torch.Size(shape), *runs)
     whole = torch.empty(size)
     perturbation.combine("name", shape, [1, 2], [0.5, -2.0], whole.device).add(source, whole)
     parameter = nn.Parameter(source.view(shape))
-    optimizer = EvolutionStrategy([("name", parameter)], perturbation=perturbation, homes={parameter: home})
+    own = EngineWeights(slice_, torch.empty(slice_.numel))
+    optimizer = EvolutionStrategy([("name", parameter)], perturbation=perturbation, engine_weights={parameter: own})
     (shard,) = optimizer.weights.shards
-    terms = optimizer.weights.terms(shard, [1, 2], [0.5, -2.0])
-    part = home.part_of(source).clone()
-    expected = home.part_of(whole)
+    terms = optimizer.weights.weighted_sum(shard, [1, 2], [0.5, -2.0])
+    part = slice_.of(source).clone()
+    expected = slice_.of(whole)
     target = torch.empty_like(part)
     terms.add(part, target)
     assert torch.equal(target, expected)

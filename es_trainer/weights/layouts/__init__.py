@@ -1,0 +1,26 @@
+"""How the weights of a parameter lie in the processes of a run, a file for each way."""
+
+import torch
+
+from .engine import Engine, EngineWeights
+from .layout import Layout
+from .whole import Whole
+from .zero3 import Zero3, is_partitioned
+
+
+__all__ = ["Engine", "EngineWeights", "Layout", "Whole", "Zero3", "layout_of"]
+
+
+def layout_of(tensor: torch.Tensor, engine_weights: EngineWeights | None = None) -> Layout:
+    """
+    The layout of a parameter or buffer of a model.
+
+    Args:
+        tensor (`torch.Tensor`):
+            The parameter or buffer.
+        engine_weights ([`EngineWeights`], *optional*):
+            Where an inference engine keeps it.
+    """
+    if engine_weights is not None:
+        return Engine(tensor, engine_weights)
+    return Zero3(tensor) if is_partitioned(tensor) else Whole(tensor)
