@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 
 from es_trainer import ESConfig, checks
 from es_trainer.cli import main
+from es_trainer.engines.vllm_client import ServerError
+from es_trainer.engines.vllm_dispatch import JobQueue
 from es_trainer.engines.vllm_sampling import common_seed, sampling_options
-from es_trainer.engines.vllm_server import Jobs, ServerError, VLLMServers
+from es_trainer.engines.vllm_servers import VLLMServers
 from es_trainer.engines.vllm_weights import LoadError
 from es_trainer.evolution import Population
 from es_trainer.run.history import extend_digest, first_digest
@@ -201,7 +203,7 @@ def servers(config, monkeypatch):
             transport = httpx.MockTransport(calls)
             patched.setattr(httpx, "Client", lambda **keywords: client(**keywords, transport=transport))
             engine = VLLMServers(make_model(), make_tokenizer(), config(**SERVER, **options))
-        engine.go_to([], None)
+        engine.replicas.replay([], None)
         return engine
 
     return make
@@ -220,35 +222,35 @@ def test_a_completion_of_a_server_is_truncated_if_the_server_says_so(servers):
 
 def test_answers_say_which_server_they_are_of(servers):
     engine = servers(Calls({"token_ids": [70], "finish_reason": "length"}), count=2)
-    answers = list(engine.evaluate(Population.sample(6, 42, 0, False), 0.1, [[5]], seed=0, num_generations=1))
-    assert sorted(answer.member for answer in answers) == list(range(6))
-    assert {answer.server for answer in answers} <= {"http://server-0", "http://server-1"}
+    evaluated = list(engine.evaluate(Population.sample(6, 42, 0, False), 0.1, [[5]], seed=0, num_generations=1))
+    assert sorted(made.member for made in evaluated) == list(range(6))
+    assert {made.server for made in evaluated} <= {"http://server-0", "http://server-1"}
 
 
 def test_a_job_that_was_given_back_is_done_by_another():
-    jobs = Jobs(2)
-    assert (jobs.take(), jobs.take()) == (0, 1)
+    jobs = JobQueue(2)
+    assert (jobs.get(), jobs.get()) == (0, 1)
     found = []
 
     def work():
-        while (job := jobs.take()) is not None:
+        while (job := jobs.get()) is not None:
             found.append(job)
-            jobs.done()
+            jobs.task_done()
 
     other = threading.Thread(target=work)
     other.start()
-    jobs.done()
+    jobs.task_done()
     other.join(0.1)
     assert other.is_alive() and not found  # job 0 may come back
-    jobs.back(0)
+    jobs.put_back(0)
     other.join(5)
-    assert found == [0] and not other.is_alive() and not jobs.open
+    assert found == [0] and not other.is_alive() and not jobs.unfinished
 
 
 def test_stopped_jobs():
-    jobs = Jobs(3)
-    jobs.stop()
-    assert jobs.take() is None and not jobs.open
+    jobs = JobQueue(3)
+    jobs.shutdown()
+    assert jobs.get() is None and not jobs.unfinished
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org"])
@@ -278,16 +280,16 @@ def test_command_of_a_server():
 
 # ---- servers that are not there: what they are told, and what becomes of their answers ----
 
-LINE = {"seeds": [1], "signs": [1], "utilities": [1.0], "learning_rate": 0.1, "in_place": True}
+RECORD = {"seeds": [1], "signs": [1], "utilities": [1.0], "learning_rate": 0.1, "in_place": True}
 
 
 class FakeServer:
-    """What `es-trainer vllm-serve` answers: a run is the lines that were sent, and its checksum their number."""
+    """A stand-in for `es-trainer vllm-serve`: a run is the update records sent to it, its checksum their number."""
 
     def __init__(self):
         self.requests: list[tuple[str, dict]] = []
-        self.header, self.lines = None, []
-        self.changed: str | None = None  # a parameter
+        self.header, self.updates = None, []
+        self.overwritten: str | None = None  # a parameter
         self.copied: set[str] = set()  # parameters that it does not compute with
         self.on: dict[str, Callable[[], None]] = {}  # called before a method is answered
         self.replies: dict[str, httpx.Response] = {}  # other answers, by path
@@ -300,7 +302,7 @@ class FakeServer:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"max_model_len": 256}]})
         if request.url.path == "/v1/completions":
-            logprobs = [{"a": -2.0 if self.changed in {None, *self.copied} else -1.0}] * content["max_tokens"]
+            logprobs = [{"a": -2.0 if self.overwritten in {None, *self.copied} else -1.0}] * content["max_tokens"]
             choices = [
                 {
                     "index": i,
@@ -318,15 +320,15 @@ class FakeServer:
     def call(self, method: str, *args) -> dict:
         self.on.get(method, lambda: None)()
         if method in ("begin", "restart") and (method == "restart" or self.header != args[0]):
-            self.header, self.lines = args[0], []
-        if method in ("change", "settle"):
-            self.changed = next(iter(args), None)
+            self.header, self.updates = args[0], []
+        if method in ("overwrite", "undo_overwrite"):
+            self.overwritten = next(iter(args), None)
         if method == "update":
-            self.lines.append(args[0])
+            self.updates.append(args[0])
         digest = first_digest(self.header) if self.header else ""
-        for line in self.lines:
-            digest = extend_digest(digest, line)
-        position = {"updates": len(self.lines), "digest": digest, "checksum": [len(self.lines)]}
+        for record in self.updates:
+            digest = extend_digest(digest, record)
+        position = {"updates": len(self.updates), "digest": digest, "checksum": [len(self.updates)]}
         return position | {"update_norm": 1.0, "distance": 2.0}
 
     def sent(self, method: str) -> int:
@@ -343,7 +345,7 @@ def served(monkeypatch, config, tokenizer):
         client = functools.partial(
             httpx.Client, transport=httpx.MockTransport(lambda request: by_host[request.url.host](request))
         )
-        monkeypatch.setattr("es_trainer.engines.vllm_server.httpx.Client", client)
+        monkeypatch.setattr("es_trainer.engines.vllm_client.httpx.Client", client)
         with torch.device("meta"):
             model = make_model()
         engine = VLLMServers(model, tokenizer, config(use_vllm=True, vllm_mode="server", vllm_server_base_url=urls))
@@ -362,9 +364,9 @@ def test_weights_that_a_server_does_not_compute_with(served):
         "decoding; http://server0:1: a change of model.norm.weight has no effect .*. Perturbing what is there would",
     ):
         served(fake)
-    assert fake.changed is None
+    assert fake.overwritten is None
     # One of the names that differ in numbers stands for all
-    assert fake.sent("change") == fake.sent("settle") == 11
+    assert fake.sent("overwrite") == fake.sent("undo_overwrite") == 11
 
 
 def test_every_set_of_weights_has_a_salt_of_its_own(served):
@@ -392,46 +394,46 @@ def test_a_server_that_catches_up_during_an_update_is_sent_it_once(served):
     """Its thread sends an update that was added while it caught up; the step must not send it again."""
     first, second = FakeServer(), FakeServer()
     engine = served(first, second)
-    server = engine.servers[1]
+    server = engine.replicas.servers[1]
     added, caught_up = threading.Event(), threading.Event()
 
     def catch_up():
         with server.lock:
             added.set()
-            while not engine._catch_up(server):
+            while not engine.replicas.catch_up(server):
                 pass
             caught_up.wait(5)  # the thread of the step waits for the lock meanwhile
-            engine._catch_up(server)
+            engine.replicas.catch_up(server)
 
     thread = threading.Thread(target=catch_up)
-    add = engine._add
+    append = engine.replicas._append
 
-    def add_and_let_it_see(line):
+    def append_and_let_it_see(record):
         thread.start()
         added.wait(5)
-        add(line)
+        append(record)
         caught_up.set()
 
-    engine._add = add_and_let_it_see
-    (answer,) = engine.update(LINE)
+    engine.replicas._append = append_and_let_it_see
+    (result,) = engine.replicas.update(RECORD)
     thread.join(5)
-    assert (first.sent("update"), second.sent("update")) == (1, 1) and answer["update_norm"] == 1.0
-    assert [server.updates for server in engine.servers] == [1, 1]
+    assert (first.sent("update"), second.sent("update")) == (1, 1) and result["update_norm"] == 1.0
+    assert [server.updates for server in engine.replicas.servers] == [1, 1]
 
 
 def test_a_server_that_has_done_an_older_update_is_not_compared(served):
     """While one server does update 1, the step goes on to update 2: the checksums are of other weights."""
     first, second = FakeServer(), FakeServer()
     engine = served(first, second)
-    engine.update(LINE)
-    server = engine.servers[1]
+    engine.replicas.update(RECORD)
+    server = engine.replicas.servers[1]
     server.updates = 0
-    second.lines = []
-    second.on["update"] = lambda: engine.update(LINE) if first.sent("update") == 1 else None
+    second.updates = []
+    second.on["update"] = lambda: engine.replicas.update(RECORD) if first.sent("update") == 1 else None
     with server.lock:
-        engine._catch_up(server)
-        assert server.updates == 1 and engine.servers[0].updates == 2
-        engine._catch_up(server)
+        engine.replicas.catch_up(server)
+        assert server.updates == 1 and engine.replicas.servers[0].updates == 2
+        engine.replicas.catch_up(server)
     assert server.updates == 2 and second.sent("update") == 3
 
 
@@ -440,10 +442,12 @@ def test_updates_of_others_are_found_out(served, twice):
     """A proxy that sends a request again, or a second trainer."""
     fake = FakeServer()
     engine = served(fake)
-    fake.on["update"] = lambda: fake.lines.append(LINE) if twice else setattr(fake, "header", {"of": "another run"})
+    fake.on["update"] = lambda: (
+        fake.updates.append(RECORD) if twice else setattr(fake, "header", {"of": "another run"})
+    )
     with pytest.raises(ServerError, match="http://server0:1 has done other updates than this run"):
-        engine.update(LINE)
-    assert engine.servers[0].updates == 0
+        engine.replicas.update(RECORD)
+    assert engine.replicas.servers[0].updates == 0
 
 
 @pytest.mark.parametrize(
@@ -471,4 +475,4 @@ def test_a_server_that_is_up_but_not_well(served):
     fake = FakeServer()
     engine = served(fake)
     fake.replies["/health"] = httpx.Response(503)
-    assert not engine.servers[0].is_up() and engine.servers[0].problem == "/health answers 503"
+    assert not engine.replicas.servers[0].is_up() and engine.replicas.servers[0].last_error == "/health answers 503"

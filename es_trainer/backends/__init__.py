@@ -46,9 +46,9 @@ def _kind(args: ESConfig) -> type[Backend]:
 
         return Servers
     if args.use_vllm:
-        from .vllm import VLLM, VLLMAdapters
+        from .vllm import VLLM, VLLMLoRA
 
-        return VLLMAdapters if args.vllm_lora else VLLM
+        return VLLMLoRA if args.vllm_lora else VLLM
     if args.deepspeed_plugin is not None:
         from .zero3 import Gathered, Lockstep
 

@@ -92,6 +92,6 @@ class RolloutFuncAnswers(Answers):
         return [[] for _ in rows]
 
     def complete(self, engine, prompts, own, members, batch_size):
-        engine.forget()
+        engine.reset_prefix_cache()
         asked = [prompts.rows[i]["prompt"] for i in own]
         return call_rollout_func(self.rollout_func, asked, self.trainer, prompts.number)

@@ -93,8 +93,8 @@ class Backend(ABC):
         """The checksum of the weights, if this process can tell it."""
         return start_checksum(self.optimizer)
 
-    def resume(self, lines: list[dict[str, Any]]) -> None:  # noqa: B027 (most have nothing to note)
-        """Take note of the history that a checkpoint goes on from, before the optimizer's state is loaded."""
+    def resume(self, update_records: list[dict[str, Any]]) -> None:  # noqa: B027 (most backends need nothing of it)
+        """Take note of the history up to a checkpoint, before the optimizer's state is loaded."""
 
     def collect(self) -> dict[torch.Tensor, torch.Tensor] | None:
         """All weights, by the tensors of the model, if this process does not have them; all processes help."""
@@ -104,7 +104,7 @@ class Backend(ABC):
 
     def ready(self, for_members: bool) -> contextlib.AbstractContextManager[None]:
         """Inside, members can be evaluated, or the unperturbed weights if not `for_members`."""
-        return self.engine.awake()
+        return self.engine.woken_up()
 
     @abstractmethod
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:

@@ -118,7 +118,7 @@ class Local(Backend):
     ) -> list[Result]:
         """What the installed members, or the weights as they are, answer to this process's share of the prompts."""
         start = time.perf_counter()
-        own = self.engine.own_prompts(len(prompts.rows))
+        own = self.engine.prompt_shard(len(prompts.rows))
         completions, prompt_tokens, columns = self.answers.complete(self.engine, prompts, own, installed, batch_size)
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []

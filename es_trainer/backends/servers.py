@@ -1,4 +1,4 @@
-"""vLLM servers hold, perturb and update the weights; here there are none."""
+"""vLLM servers, which hold, perturb and update the weights. The trainer's process has none."""
 
 import contextlib
 import time
@@ -38,21 +38,21 @@ class Servers(Backend):
     def start_checksum(self) -> None:
         return None
 
-    def resume(self, lines: list[dict[str, Any]]) -> None:
-        self.engine.lines = lines
+    def resume(self, update_records: list[dict[str, Any]]) -> None:
+        self.engine.replicas.update_records = update_records
 
     def collect(self) -> dict[torch.Tensor, torch.Tensor]:
         return self.engine.collect()
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
         population = Population(tuple(member for _, member in members))
-        answers = self.engine.evaluate(population, self.optimizer.sigma, prompts.ids, prompts.seed, prompts.number)
+        evaluated = self.engine.evaluate(population, self.optimizer.sigma, prompts.ids, prompts.seed, prompts.number)
         noise = []
-        with contextlib.closing(answers):
-            for done, answer in enumerate(answers, 1):
-                noise.append((answer.server, answer.noise_seconds))
-                number, _ = members[answer.member]
-                yield [self._result(number, prompts, answer.completions, answer.seconds, answer.server)], done
+        with contextlib.closing(evaluated):
+            for done, made in enumerate(evaluated, 1):
+                noise.append((made.server, made.noise_seconds))
+                number, _ = members[made.member]
+                yield [self._result(number, prompts, made.completions, made.seconds, made.server)], done
         self.noise_seconds += side_by_side(noise)
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:

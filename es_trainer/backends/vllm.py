@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import ESConfig
-from ..engines import Adapters, VLLMEngine
+from ..engines import LoRAAdapters, VLLMEngine
 from ..run.processes import Processes
 from .answers import Answers
 from .base import Backend, trained
@@ -46,16 +46,16 @@ class VLLM(Local):
         Backend.check(self, model)  # the model's modules compute nothing
 
 
-class VLLMAdapters(VLLM):
-    """Members are LoRA adapters, with which vLLM generates at the same time."""
+class VLLMLoRA(VLLM):
+    """Members are LoRA adapters. vLLM generates with many of them at the same time."""
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().start(model, tokenizer)
-        self._freeze_what_adapters_cannot_carry()
+        self._freeze_parameters_without_lora()
 
-    def _freeze_what_adapters_cannot_carry(self) -> None:
+    def _freeze_parameters_without_lora(self) -> None:
         parameters = dict(trained(self.model))
-        carried = self.engine.adaptable()
+        carried = self.engine.lora_target_parameters()
         others = {name: parameter for name, parameter in parameters.items() if name not in carried}
         if len(others) == len(parameters):
             raise ValueError(
@@ -70,8 +70,8 @@ class VLLMAdapters(VLLM):
                 f"{', '.join(dict.fromkeys(re.sub('[.][0-9]+[.]', '.*.', name) for name in others))}."
             )
 
-    def _make_population_batch(self) -> Adapters:
-        return Adapters(self.optimizer.weights)
+    def _make_population_batch(self) -> LoRAAdapters:
+        return LoRAAdapters(self.optimizer.weights)
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
-        return self.engine.most_members, self.args.generation_batch_size
+        return self.engine.max_loras, self.args.generation_batch_size

@@ -1,17 +1,17 @@
-"""Completions of members for prompts."""
+"""Engines, which generate completions for prompts: Transformers, vLLM in this process, vLLM servers."""
 
 from ..rollout import Completion
 from .base import Engine
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
-from .vllm_engine import Adapters, VLLMEngine
-from .vllm_server import VLLMServers
+from .vllm_engine import LoRAAdapters, VLLMEngine
+from .vllm_servers import VLLMServers
 
 
 __all__ = [
-    "Adapters",
     "Completion",
     "Engine",
+    "LoRAAdapters",
     "PopulationBatch",
     "Rows",
     "TransformersEngine",

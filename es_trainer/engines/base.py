@@ -130,16 +130,16 @@ class Engine:
             f"`max_completion_length`{f', or drop them: {drop}' if room > 0 else ''}."
         )
 
-    def forget(self) -> None:
-        """Drop what was computed with weights that have changed since."""
+    def reset_prefix_cache(self) -> None:
+        """Drop keys and values that were computed with earlier weights."""
 
-    def awake(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the engine has all the memory that it generates with."""
+    def woken_up(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the engine has all memory that it needs to generate."""
         return contextlib.nullcontext()
 
-    def own_prompts(self, count: int) -> range:
-        """Which of so many prompts this process completes."""
-        return range(count)
+    def prompt_shard(self, num_prompts: int) -> range:
+        """Numbers of the prompts that this process completes."""
+        return range(num_prompts)
 
     def _completion(self, ids: list[int], truncated: bool) -> Completion:
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated)

@@ -102,10 +102,10 @@ class TransformersEngine(Engine):
     def max_new_tokens(self) -> int:
         return self.generation_config.max_new_tokens
 
-    def own_prompts(self, count: int) -> range:
-        """Which of so many prompts this process completes."""
+    def prompt_shard(self, num_prompts: int) -> range:
+        """Numbers of the prompts that this process completes."""
         rank, processes = self.lockstep or (0, 1)
-        return range(rank, count, processes)
+        return range(rank, num_prompts, processes)
 
     def generate(
         self,
@@ -145,7 +145,7 @@ class TransformersEngine(Engine):
         rows = [
             Row(member, prompt, number)
             for member in range(members.group if members else 1)
-            for prompt in self.own_prompts(len(prompt_ids))
+            for prompt in self.prompt_shard(len(prompt_ids))
             for number in range(num_generations)
         ]
         wanted = len(rows)

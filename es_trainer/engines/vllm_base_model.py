@@ -1,4 +1,4 @@
-"""The base model of a run in the workers of a vLLM server: one of them loads it, and each keeps its part of it."""
+"""The base model of a run in the workers of a vLLM server: the first loads it, and each keeps its part of it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ParameterInfo:
     """
-    What all workers know of a parameter.
+    Shape and dtype of a parameter, which all workers know.
 
     Args:
         shape (`torch.Size`):
@@ -30,18 +30,18 @@ class Kind:
     dtype: torch.dtype
 
 
-def everywhere(condition: bool, group: "GroupCoordinator") -> bool:
-    """Whether something is so in all workers of a group."""
-    answers: list[bool] = [False] * group.world_size
-    dist.all_gather_object(answers, condition, group=group.cpu_group)
-    return all(answers)
+def all_workers(condition: bool, group: "GroupCoordinator") -> bool:
+    """Whether a condition holds in all workers of a group."""
+    conditions: list[bool] = [False] * group.world_size
+    dist.all_gather_object(conditions, condition, group=group.cpu_group)
+    return all(conditions)
 
 
-def load_in_first(
+def load_on_first_rank(
     load: Callable[[], PreTrainedModel], group: "GroupCoordinator"
-) -> tuple[PreTrainedModel | None, dict[str, Kind]]:
+) -> tuple[PreTrainedModel | None, dict[str, ParameterInfo]]:
     """
-    Load a model in the first worker of a group only: a host has no room for a copy in each of them.
+    Load a model in the first worker of a group only: a host may have no room for a copy in each worker.
 
     Args:
         load (`Callable[[], PreTrainedModel]`):
@@ -50,18 +50,18 @@ def load_in_first(
             vLLM's tensor-parallel group.
 
     Returns:
-        `tuple[PreTrainedModel | None, dict[str, Kind]]`: the model, or `None` in the other workers, and what is known
-        of its parameters.
+        `tuple[PreTrainedModel | None, dict[str, ParameterInfo]]`: the model, or `None` in the other workers,
+        and shape and dtype of its parameters.
 
     Raises:
         `RuntimeError`: In the other workers, if `load` raises something in the first.
     """
     model = None
-    known: list[dict[str, Kind] | None] = [None]
+    known: list[dict[str, ParameterInfo] | None] = [None]
     try:
         if group.is_first_rank:
             model = load()
-            known = [{name: Kind(p.shape, p.dtype) for name, p in model.named_parameters()}]
+            known = [{name: ParameterInfo(p.shape, p.dtype) for name, p in model.named_parameters()}]
     finally:
         dist.broadcast_object_list(known, src=group.first_rank, group=group.cpu_group)
     if known[0] is None:
@@ -69,26 +69,26 @@ def load_in_first(
     return model, known[0]
 
 
-def hand_out(
-    model: PreTrainedModel | None, kinds: Mapping[str, Kind], group: "GroupCoordinator"
+def broadcast_parameters(
+    model: PreTrainedModel | None, infos: Mapping[str, ParameterInfo], group: "GroupCoordinator"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    Give every worker each parameter in turn, after which the model has it no more.
+    Send every worker each parameter in turn. The model does not keep a parameter that was sent.
 
     Args:
         model ([`~transformers.PreTrainedModel`], *optional*):
             The model, in the first worker.
-        kinds (`Mapping[str, Kind]`):
-            What `load_in_first` returned.
+        infos (`Mapping[str, ParameterInfo]`):
+            What `load_on_first_rank` returned.
         group (`GroupCoordinator`):
             vLLM's tensor-parallel group.
 
     Yields:
         `tuple[str, torch.Tensor]`: name and weights of the whole parameter.
     """
-    for name, kind in kinds.items():
+    for name, info in infos.items():
         if model is None:
-            whole = torch.empty(kind.shape, dtype=kind.dtype)
+            whole = torch.empty(info.shape, dtype=info.dtype)
         else:
             parameter: nn.Parameter = model.get_parameter(name)
             whole = parameter.data.contiguous()

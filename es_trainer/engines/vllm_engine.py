@@ -27,7 +27,7 @@ from ..run.processes import Processes
 from ..weights.layouts import EngineWeights
 from ..weights.store import Weights
 from .base import Engine
-from .live_weights import ANSWER, changed, without_effect
+from .live_weights import PROBE_SAMPLING, find_unused_weights, overwritten
 from .vllm_sampling import common_seed, sampling_options
 from .vllm_weights import check_values, load_error
 
@@ -78,8 +78,8 @@ class VLLMEngine(Engine):
         self.group = processes.rank // args.vllm_tensor_parallel_size
         self.sampling = sampling_options(args, self.eos_token_ids)
         self.max_new_tokens = self.sampling["max_tokens"]
-        self._asleep = False
-        self._salts = itertools.count()  # of vLLM's prefix cache
+        self._sleeping = False
+        self._cache_salts = itertools.count()  # a salt of vLLM's prefix cache for each call
         if not LOADABLE.issuperset(args.model_init_kwargs or {}):
             source = None
         with _shared_folder(processes) as (folder, writes):
@@ -93,7 +93,7 @@ class VLLMEngine(Engine):
             processes.barrier()
         processes.before_leaving(functools.partial(_shut_down, weakref.ref(self.llm)))
         if args.vllm_enable_sleep_mode:
-            self._free_cache()
+            self._sleep()
         self.context = self.llm.llm_engine.model_config.max_model_len
 
     def _start(self, source: str, tokenizer: str, args: ESConfig, processes: Processes) -> "LLM":
@@ -111,9 +111,9 @@ class VLLMEngine(Engine):
             options["distributed_executor_backend"] = "external_launcher"
         if args.vllm_lora:
             groups = processes.count // args.vllm_tensor_parallel_size
-            self.most_members = args.population_batch_size or -(-args.population_size // groups)
+            self.max_loras = args.population_batch_size or -(-args.population_size // groups)
             options["enable_lora"] = True
-            options["max_loras"] = options["max_cpu_loras"] = self.most_members
+            options["max_loras"] = options["max_cpu_loras"] = self.max_loras
             options["max_lora_rank"] = next(r for r in get_args(MaxLoRARanks) if r >= args.perturbation_rank)
         model_options = args.model_init_kwargs or {}
         return LLM(
@@ -139,18 +139,18 @@ class VLLMEngine(Engine):
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         (found,) = self.llm.collective_rpc("engine_weights", args=(shapes,))
         check_values(found, parameters)
-        self._check_effect({name: own for name, own in found.items() if parameters[name].requires_grad})
+        self._check_weights_are_used({name: own for name, own in found.items() if parameters[name].requires_grad})
         # Of the groups of processes, which all have all of the weights, the first stands for the others in sums
         return {
             parameters[name]: replace(own, part=replace(own.part, replica=own.part.replica or self.group > 0))
             for name, own in found.items()
         }
 
-    def _check_effect(self, engine_weights: dict[str, EngineWeights]) -> None:
-        with self.awake():
-            problems = without_effect(
+    def _check_weights_are_used(self, engine_weights: dict[str, EngineWeights]) -> None:
+        with self.woken_up():
+            problems = find_unused_weights(
                 list(engine_weights),
-                lambda name: changed(engine_weights[name].weights),
+                lambda name: overwritten(engine_weights[name].weights),
                 functools.partial(logprobs, self.llm),
                 self.tokenizer,
                 self.context,
@@ -158,17 +158,18 @@ class VLLMEngine(Engine):
         if problems:
             raise load_error(problems)
 
-    def adaptable(self) -> set[str]:
-        """Names of the parameters that LoRA adapters can carry perturbations of."""
-        (names,) = self.llm.collective_rpc("adaptable", args=([name for name, _ in self.model.named_parameters()],))
-        return names
+    def lora_target_parameters(self) -> set[str]:
+        """Names of the parameters that LoRA adapters can perturb."""
+        names = [name for name, _ in self.model.named_parameters()]
+        (targets,) = self.llm.collective_rpc("lora_target_parameters", args=(names,))
+        return targets
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """
-        Empty the prefix cache, for what uses `llm` directly.
+        Empty the prefix cache, for code that uses `llm` directly.
 
         Raises:
-            `RuntimeError`: If vLLM does not, because requests are under way.
+            `RuntimeError`: If vLLM does not empty it, because requests are under way.
         """
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
@@ -178,21 +179,22 @@ class VLLMEngine(Engine):
             )
 
     @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        if not self._asleep:
+    def woken_up(self) -> Iterator[None]:
+        if not self._sleeping:
             yield
             return
         self.llm.wake_up(tags=["kv_cache"])
-        self._asleep = False
+        self._sleeping = False
         try:
             yield
         finally:
-            self._free_cache()
+            self._sleep()
 
-    def _free_cache(self) -> None:
+    def _sleep(self) -> None:
+        """Give back the memory of the KV cache. The weights stay awake, as they are updated meanwhile."""
         self.llm.sleep(level=1)
-        self.llm.wake_up(tags=["weights"])  # which are updated meanwhile
-        self._asleep = True
+        self.llm.wake_up(tags=["weights"])
+        self._sleeping = True
 
     def generate(
         self,
@@ -227,8 +229,8 @@ class VLLMEngine(Engine):
         adapters = [adapter for adapter in members for _ in rows] if members else None
         count = len(members) if members else 1
         # The weights may have changed since the last call, whose keys and values have another salt
-        salt = str(next(self._salts))
-        with self.awake():
+        salt = str(next(self._cache_salts))
+        with self.woken_up():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": prompt_ids[prompt], "cache_salt": salt} for prompt, _ in rows] * count,
                 params * count,
@@ -243,14 +245,14 @@ def logprobs(llm: "LLM", prompt: list[int], tokens: int, salt: str) -> list[floa
     """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
     from vllm import SamplingParams
 
-    params = SamplingParams(**ANSWER, max_tokens=tokens, detokenize=False)
+    params = SamplingParams(**PROBE_SAMPLING, max_tokens=tokens, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": prompt, "cache_salt": salt}], params, use_tqdm=False)
     return [best.logprob for token in output.outputs[0].logprobs for best in token.values()]
 
 
-class Adapters:
+class LoRAAdapters:
     """
-    Members as LoRA adapters, with which vLLM generates at the same time.
+    Members as LoRA adapters. vLLM generates with many adapters at the same time.
 
     Args:
         weights ([`Weights`]):

@@ -1,4 +1,4 @@
-"""What vLLM's workers do beside generating: they hold the weights that are trained, perturb and update them.
+"""vLLM's workers hold the trained weights, and perturb, update and export them.
 
 vLLM imports this module in each worker before it loads the model, and mixes the class into its own.
 """
@@ -22,8 +22,8 @@ from ..evolution import EvolutionStrategy, Member
 from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
 from ..weights.layouts import EngineWeights
 from ..weights.part import Part
-from .live_weights import change
-from .vllm_base_model import everywhere, hand_out, load_in_first
+from .live_weights import overwrite
+from .vllm_base_model import all_workers, broadcast_parameters, load_on_first_rank
 from .vllm_weights import carried_by_lora, find_engine_weights, has_values, refuse_other_values
 
 
@@ -81,16 +81,16 @@ class WorkerExtension:
     """
     What a vLLM worker does for evolution strategies, as `worker_extension_cls`.
 
-    A trainer in the same process asks where the weights of the parameters are and does the rest by itself. One
-    elsewhere calls the other methods, which answer with a `dict` that can be JSON; if something is wrong, it has an
-    `"error"`.
+    A trainer in the same process asks where the weights of the parameters are and does the rest by itself. A
+    trainer in another process calls the other methods, which return a `dict` that can be JSON; after an error, it has
+    an `"error"`.
     """
 
     _run: dict[str, Any] | None = None  # what `begin` was given
     # Parameters and buffers of the base model that the run does not train, in the worker that loaded it
     _untrained: Mapping[str, torch.Tensor] = MappingProxyType({})
     _engine_weights: Mapping[str, EngineWeights] = MappingProxyType({})
-    _before: tuple[torch.Tensor, torch.Tensor] | None = None  # weights that were changed, and what they were
+    _overwritten: tuple[torch.Tensor, torch.Tensor] | None = None  # weights, and their values before
     _checked = False  # whether the engine's weights were those of the base model
     _strategy: EvolutionStrategy | None = None
     _digest = ""
@@ -101,28 +101,28 @@ class WorkerExtension:
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         return find_engine_weights(self.get_model(), shapes, rank, size)
 
-    def adaptable(self, names: Sequence[str]) -> set[str]:
-        """Which of the parameters LoRA adapters can carry perturbations of."""
+    def lora_target_parameters(self, names: Sequence[str]) -> set[str]:
+        """The parameters that LoRA adapters can perturb."""
         return carried_by_lora(self.get_model(), names)
 
     @_reported
     def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
         """Check that every parameter of a Transformers model is here, whole and with the right shape."""
-        self._settle()
+        self._undo_overwrite()
         self._engine_weights = self.engine_weights(parameters)
         return {"found": len(self._engine_weights)}
 
     @_reported
-    def change(self, name: str) -> dict[str, Any]:
-        """Make the weights of a parameter others, until `settle` is called."""
+    def overwrite(self, name: str) -> dict[str, Any]:
+        """Give a parameter other weights, until `undo_overwrite` is called."""
         weights = self._engine_weights[name].weights
-        self._before = weights, change(weights)
+        self._overwritten = weights, overwrite(weights)
         return {}
 
     @_reported
-    def settle(self) -> dict[str, Any]:
-        """Make the weights that were changed what they were."""
-        self._settle()
+    def undo_overwrite(self) -> dict[str, Any]:
+        """Give the parameter that was overwritten its own weights again."""
+        self._undo_overwrite()
         return {}
 
     @_reported
@@ -140,7 +140,7 @@ class WorkerExtension:
             `dict`: The `"updates"` done in this run, the `"digest"` of its history so far, and the `"checksum"`s of
             the trained weights.
         """
-        if not everywhere(self._run == {"header": header, "dtype": dtype}, get_tp_group()):
+        if not all_workers(self._run == {"header": header, "dtype": dtype}, get_tp_group()):
             self._restart(header, dtype)
         return self._position()
 
@@ -163,11 +163,11 @@ class WorkerExtension:
         return {}
 
     @_reported
-    def update(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Do the update of a line of the history. Returns what `begin` does, and how far the weights moved."""
+    def update(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Do the update of an update record. Returns what `begin` does, and how far the weights moved."""
         strategy = self._running()
-        replay_step(strategy, line)
-        self._digest = extend_digest(self._digest, line)
+        replay_step(strategy, record)
+        self._digest = extend_digest(self._digest, record)
         moved = {"update_norm": strategy.update_norm, "distance": strategy.distance_from_start()}
         return self._position() | moved
 
@@ -208,11 +208,11 @@ class WorkerExtension:
             "replica": part.replica,
         }
 
-    def _settle(self) -> None:
-        if self._before is not None:
-            weights, before = self._before
+    def _undo_overwrite(self) -> None:
+        if self._overwritten is not None:
+            weights, before = self._overwritten
             weights.copy_(before)
-            self._before = None
+            self._overwritten = None
 
     def _restart(self, header: dict[str, Any], dtype: str) -> None:
         self._run = self._strategy = None
@@ -242,10 +242,10 @@ class WorkerExtension:
             are given and as the engine has them.
         """
         group = get_tp_group()
-        model, kinds = load_in_first(lambda: self._load(header, dtype), group)
-        engine_weights = self.engine_weights({name: kind.shape for name, kind in kinds.items()})
+        model, infos = load_on_first_rank(lambda: self._load(header, dtype), group)
+        engine_weights = self.engine_weights({name: info.shape for name, info in infos.items()})
         trained, different = {}, []
-        for name, whole in hand_out(model, kinds, group):
+        for name, whole in broadcast_parameters(model, infos, group):
             own = engine_weights[name]
             values = own.part.of(whole)
             if not self._checked and not has_values(own, values):

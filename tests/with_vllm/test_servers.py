@@ -18,7 +18,7 @@ from test_distributed import free_port
 from watched import Watched
 
 from es_trainer import replay
-from es_trainer.engines.vllm_server import ServerError
+from es_trainer.engines.vllm_client import ServerError
 from es_trainer.engines.vllm_weights import LoadError
 
 
@@ -91,7 +91,7 @@ def start(trainer):
         )
         made.delay = 0.0  # seconds that completions take longer
         made.answered = {url: [] for url in urls}  # the steps in which each server completed prompts
-        for server in made.engine.servers:
+        for server in made.engine.replicas.servers:
             count(server, made)
         return made
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_is_replayed(servers, start, plain, tmp_path):
     resumed = start(*servers, **options, output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert_alike(resumed, theirs, tmp_path / "saved")
-    assert len(resumed.engine.lines) == 3
+    assert len(resumed.engine.replicas.update_records) == 3
 
 
 def test_servers_that_do_not_get_where_the_checkpoint_was(servers, start, tmp_path):
@@ -226,7 +226,7 @@ def test_a_server_that_is_killed_and_started_anew(servers, start, plain, tmp_pat
     steps = mine.answered[second.url]
     assert {1, 6} <= set(steps) and 3 not in steps
     assert_alike(mine, theirs, tmp_path / "saved")
-    positions = [server.call("checksum")[0] for server in mine.engine.servers]
+    positions = [server.call("checksum")[0] for server in mine.engine.replicas.servers]
     assert positions[0] == positions[1] and positions[0]["updates"] == 6
 
 
@@ -246,7 +246,7 @@ def test_a_server_that_hangs(servers, start, plain, tmp_path):
     finally:
         second.signal(signal.SIGCONT)
     assert not {3, 4} & set(mine.answered[second.url])
-    assert "no answer within vllm_server_timeout=10.0 s" in mine.engine.servers[1].problem
+    assert "no answer within vllm_server_timeout=10.0 s" in mine.engine.replicas.servers[1].last_error
     assert_alike(mine, theirs, tmp_path / "saved")
 
 
@@ -255,7 +255,7 @@ def test_updates_that_the_trainer_knows_nothing_of(servers, start):
 
     def reward(completions, trainer_state, **kwargs):
         if trainer_state.global_step == 1 and not spoiled:
-            spoiled.append(mine.engine.servers[1].call("update", line))
+            spoiled.append(mine.engine.replicas.servers[1].call("update", line))
         return letters(completions)
 
     spoiled = []
@@ -265,7 +265,7 @@ def test_updates_that_the_trainer_knows_nothing_of(servers, start):
     # A new run begins with the base model's weights everywhere
     mine = start(*servers, max_steps=1)
     mine.train()
-    assert len(mine.engine.lines) == 1
+    assert len(mine.engine.replicas.update_records) == 1
 
 
 def test_the_step_fails_when_no_server_is_left(servers, start):
@@ -316,18 +316,18 @@ def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
             start(server)
         monkeypatch.setenv("VLLM_API_KEY", "secret")
         mine, theirs = start(server), plain()
-        workers = mine.engine.servers[0].call("bytes")
+        workers = mine.engine.replicas.servers[0].call("bytes")
         whole = sum(parameter.nbytes for parameter in theirs.model.parameters())
         assert [worker["loaded"] for worker in workers] == [whole, 0]
         assert all(worker["kept"] == worker["trained"] < 0.6 * whole for worker in workers)
         mine.train()
         assert_alike(mine, theirs, tmp_path / "saved")
         # Small models are measured whole, larger ones on other weights in every part
-        assert len(mine.engine.servers[0].call("checksum")) == 2
-        mine.engine.servers[0].call("compute_with_a_copy", "model.layers.0.mlp.down_proj")
+        assert len(mine.engine.replicas.servers[0].call("checksum")) == 2
+        mine.engine.replicas.servers[0].call("compute_with_a_copy", "model.layers.0.mlp.down_proj")
         with pytest.raises(LoadError, match=f"{server.url}: a change of model.layers.0.mlp.down_proj.weight has no"):
             start(server)
-        checksums = [worker["checksum"] for worker in mine.engine.servers[0].call("checksum")]
+        checksums = [worker["checksum"] for worker in mine.engine.replicas.servers[0].call("checksum")]
         assert checksums == mine.optimizer.state_dict()["checksum"]
     finally:
         server.kill()

@@ -35,7 +35,7 @@ from transformers import (
 from vllm import LLM
 
 from es_trainer import ESConfig
-from es_trainer.engines.live_weights import without_effect
+from es_trainer.engines.live_weights import find_unused_weights
 from es_trainer.engines.vllm_engine import logprobs
 from es_trainer.engines.vllm_weights import check_values
 from es_trainer.evolution import Member
@@ -93,12 +93,12 @@ def call(llm: LLM, method: str, *args) -> dict:
 
 def effects_missing(llm: LLM, names: list[str]) -> list[str]:
     @contextlib.contextmanager
-    def changed(name):
-        call(llm, "change", name)
+    def overwritten(name):
+        call(llm, "overwrite", name)
         yield
-        call(llm, "settle")
+        call(llm, "undo_overwrite")
 
-    return without_effect(names, changed, functools.partial(logprobs, llm), make_tokenizer(), context=256)
+    return find_unused_weights(names, overwritten, functools.partial(logprobs, llm), make_tokenizer(), context=256)
 
 
 @pytest.mark.parametrize(

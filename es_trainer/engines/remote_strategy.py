@@ -1,0 +1,67 @@
+"""An evolution strategy whose weights are on vLLM servers."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ..evolution import EvolutionStrategy
+from ..weights.store import Weights
+from .vllm_replicas import Replicas
+
+
+class RemoteWeights(Weights):
+    """Weights that are on servers: the parameters here are on the meta device, without values."""
+
+    def check(self, model: nn.Module) -> None:
+        """Servers check their own weights."""
+
+    def not_finite(self) -> None:
+        """Whether servers' weights are finite is not known here."""
+
+    def hand_out(self) -> None:
+        """There are no values to give to the model's parameters."""
+
+    def at_work(self) -> contextlib.AbstractContextManager[list[str]]:
+        """Servers evaluate the unperturbed weights by themselves."""
+        return contextlib.nullcontext([])
+
+
+class RemoteStrategy(EvolutionStrategy):
+    """
+    An [`EvolutionStrategy`] whose weights are on servers.
+
+    `ask` and `tell` work as always. `step` has every server do the update.
+    """
+
+    weights_kind = RemoteWeights
+    replicas: Replicas
+    distance = 0.0
+
+    def restore(self) -> None:
+        """Servers restore by themselves, before they generate with the unperturbed weights."""
+
+    def step(self, closure: None = None) -> None:
+        """Have the servers move the weights by what was told, and forget it."""
+        record = {**asdict(self.update_record), "learning_rate": self.param_groups[0]["lr"], "in_place": True}
+        results = self.replicas.update(record)
+        self.update_norm = math.hypot(*(result["update_norm"] for result in results))
+        self.distance = math.hypot(*(result["distance"] for result in results))
+        self.updates += 1
+        self.update_record = None
+
+    def distance_from_start(self) -> float:
+        """Euclidean distance between the weights and the initial ones, as the servers measured it."""
+        return self.distance
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates and the checksums of the weights; the history has the rest."""
+        return {"updates": self.updates, "checksum": self.replicas.checksum}
+
+    def load_parts(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Go on from a state of the history in `replicas.update_records`, which may have further updates."""
+        self.updates = parts[0]["updates"]
+        self.replicas.replay(self.replicas.update_records[: self.updates], parts[0]["checksum"])
