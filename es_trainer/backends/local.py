@@ -66,7 +66,7 @@ class Local(Backend):
         """What evaluates many members at once, or `None` if they are evaluated one at a time."""
         if not self.answers.by_engine:
             return None
-        if self.args.perturbation == "gaussian":
+        if not self.optimizer.weights.perturbation.has_factors:
             on_cpu = self.model.device.type == "cpu"
             if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
                 return None

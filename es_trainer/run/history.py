@@ -16,7 +16,7 @@ from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Member
 from ..evolution.optimizer import UpdateRecord
 from ..noise import noise
-from ..noise.shapes import Gaussian, LowRank
+from ..noise.shapes import SHAPES
 from ..precision import kept_in_float32
 from ..weights.layouts import EngineWeights
 from .history_file import HISTORY_NAME, History
@@ -226,7 +226,7 @@ def make_optimizer(
         master_weights=config["master_weights"],
         dtype=working_dtype(config),
         seed=config["seed"],
-        perturbation=Gaussian() if config["perturbation"] == "gaussian" else LowRank(config["perturbation_rank"]),
+        perturbation=SHAPES[config["perturbation"]](config["perturbation_rank"]),
         frozen=frozen,
         engine_weights=engine_weights,
         float32=float32,

@@ -11,6 +11,8 @@ from .sums import Factors, GaussianSum, LowRankSum
 class Gaussian:
     """Full-rank noise: every weight gets its own standard normal, as in arXiv 2509.24372."""
 
+    has_factors = False  # whether members of a population batch share the weights, and have only factors of their own
+
     def combine(
         self,
         name: str,

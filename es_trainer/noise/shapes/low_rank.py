@@ -23,6 +23,8 @@ class LowRank(Gaussian):
             Rank of each member's perturbation.
     """
 
+    has_factors = True
+
     def __init__(self, rank: int = 1):
         self.rank = rank
 
