@@ -15,11 +15,66 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from . import adapters
+from .checks import check_model
+from .config import ESConfig
+from .engines.vocabulary import check_special_tokens, require_pad_token
+from .saving import make_savable
+from .text_only import freeze_other_modalities
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
+
+
+def load(
+    model: "str | PreTrainedModel | PeftModel",
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: ESConfig,
+    quantization_config: "BitsAndBytesConfig | None",
+    peft_config: "PeftConfig | None",
+    with_weights: bool,
+) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
+    """
+    The model and the tokenizer of a run, loaded if they are given by name, and made ready for training.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model, or its name or folder.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, it is loaded by the model's name.
+        args ([`ESConfig`]):
+            The config.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model that is loaded.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to add.
+        with_weights (`bool`):
+            Whether this process needs the weights of a model that is loaded.
+
+    Raises:
+        `TypeError` or `ValueError`: If it cannot be trained.
+    """
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if isinstance(model, str):
+        model = load_model(model, options, quantization_config, with_weights)
+        check_model(model, tokenizer)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model, options)
+    require_pad_token(tokenizer)
+    check_special_tokens(model, tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if peft_config is not None:
+        model = with_adapter(model, peft_config, args.seed)
+    make_savable(model)
+    freeze_other_modalities(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "All parameters of the model are frozen (requires_grad=False), so there is nothing to train. Set "
+            "requires_grad=True on those to train."
+        )
+    return model, tokenizer
 
 
 def load_model(

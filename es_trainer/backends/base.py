@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..config import ESConfig
 from ..engines import Engine
@@ -17,6 +18,9 @@ from ..run.history import start_checksum
 from ..run.processes import Processes
 from .answers import Answers
 from .results import Prompts, Result
+
+
+logger = logging.get_logger(__name__)
 
 
 class Backend(ABC):
@@ -49,7 +53,8 @@ class Backend(ABC):
         self.answers = answers
         self.source = source
         self.population_batch: Any = None  # what evaluates many members at once, if they are not written into weights
-        self.noise_seconds = 0.0  # since it was set to zero
+        self.noise_seconds = 0.0  # of the population that is evaluated
+        self._evaluating_members = False
 
     @property
     def parts(self) -> int:
@@ -100,6 +105,49 @@ class Backend(ABC):
         """All weights, by the tensors of the model, if this process does not have them; all processes help."""
         return None if self.has_whole_weights else self.optimizer.weights.collect(keep=self.args.should_save)
 
+    # ---- the unperturbed weights ----
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, the model computes with the unperturbed weights in the working dtype."""
+        self.take_member_out()
+        with self.optimizer.weights.at_work() as changed:
+            if changed:
+                logger.warning(
+                    f"{len(changed)} parameters ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}) were changed "
+                    "outside of training, and their new values are trained from now on. `replay` needs the model as "
+                    "it is now."
+                )
+            yield
+
+    def take_member_out(self) -> None:
+        """
+        Make the weights the unperturbed ones, where a callback asks for them while members are evaluated.
+
+        Raises:
+            `RuntimeError`: If other processes could not follow.
+        """
+        if not self._evaluating_members:
+            return
+        if self.processes.count > 1 or self.partitioned:
+            raise RuntimeError(
+                "The model cannot be evaluated or saved while several processes evaluate the members of a "
+                "population, each at its own pace. Do it in `on_step_end` instead of `on_substep_end`."
+            )
+        self.optimizer.restore()
+
+    @contextlib.contextmanager
+    def evaluating_members(self) -> Iterator[None]:
+        """Inside, the weights may be those of a member; afterwards, they are the unperturbed ones."""
+        self.noise_seconds = 0.0
+        self._evaluating_members = True
+        try:
+            yield
+        finally:
+            self._evaluating_members = False
+            with self._timed_noise():
+                self.optimizer.restore()
+
     # ---- evaluation ----
 
     def ready(self, for_members: bool) -> contextlib.AbstractContextManager[None]:
@@ -134,11 +182,6 @@ class Backend(ABC):
                 lambda: self.engine.generate(prompt_ids, seed=0) if self.processes.rank < self.group_size else []
             )
         return [completion.text for completion in replies[0]]
-
-    def restore(self) -> None:
-        """Make the weights the unperturbed ones."""
-        with self._timed_noise():
-            self.optimizer.restore()
 
     @contextlib.contextmanager
     def _timed_noise(self) -> Iterator[None]:

@@ -1,5 +1,8 @@
+"""Completions that are logged: in the terminal, in Parquet files, on trackers and on the Hub."""
+
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,8 @@ from transformers.integrations import TensorBoardCallback
 
 from ..config import ESConfig
 from ..rewards.scorer import distinct
+from ..rollout import Rollout
+from ..run.processes import Processes
 
 
 if TYPE_CHECKING:
@@ -129,6 +134,74 @@ class CompletionsLog:
         for callback in callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.tb_writer.add_text("completions", _markdown(frame.columns, frame.values.tolist()), step)
+
+
+class BestCompletions:
+    """
+    Logs what the best member of a step answered, wherever it was evaluated.
+
+    Args:
+        args ([`ESConfig`]):
+            Says whether and where.
+        processes ([`Processes`]):
+            Those of the run.
+        reward_names (`list[str]`):
+            Names of the reward functions.
+    """
+
+    def __init__(self, args: ESConfig, processes: Processes, reward_names: list[str]):
+        self.enabled = args.log_completions
+        self.processes = processes
+        self.reward_names = reward_names
+        self._log = CompletionsLog(args) if args.log_completions and processes.rank == 0 else None
+        self._rollouts: dict[int, Rollout] = {}  # of the members that this process evaluated in the last step
+        self._best, self._utility = 0, 0.0
+
+    def begin_step(self) -> None:
+        """Forget the members of the step before."""
+        self._rollouts = {}
+
+    def keep(self, member: int, rollout: Rollout) -> None:
+        """Keep what a member answered, in case it is the best one."""
+        if self.enabled:
+            self._rollouts[member] = rollout
+
+    def choose(self, utilities: np.ndarray) -> None:
+        """Say how much each member weighs in the update."""
+        self._best = int(np.argmax(utilities))
+        self._utility = float(utilities[self._best])
+
+    def _rollout(self) -> Rollout | None:
+        """No more of the best member than is logged, and nothing that can't be sent."""
+        rollout = self._rollouts.get(self._best)
+        if rollout is None:
+            return None
+        extra = {name: plain(values) for name, values in rollout.scores.extra.items()}
+        prompts = [{"prompt": row["prompt"]} for row in rollout.rows]
+        return replace(rollout, rows=prompts, scores=replace(rollout.scores, extra=extra))
+
+    def write(self, step: int, callbacks: list[TrainerCallback]) -> None:
+        """Log the best member of the last step, on all processes; nothing if the step was repeated without members."""
+        if not self.enabled:
+            return
+        replies = self.processes.exchange(self._rollout)
+        rollouts = [rollout for rollout in replies if rollout is not None]
+        if self._log is None or not rollouts:
+            return
+        # Where processes share out the prompts of a member, their functions may have logged different columns
+        extra: dict[str, list[Any]] = {name: [] for rollout in rollouts for name in rollout.scores.extra}
+        for rollout in rollouts:
+            for name, values in extra.items():
+                values += rollout.scores.extra.get(name, [None] * len(rollout.rows))
+        rewards = np.concatenate([rollout.scores.by_function for rollout in rollouts])
+        self._log.write(
+            step,
+            [row["prompt"] for rollout in rollouts for row in rollout.rows],
+            [message for rollout in rollouts for message in rollout.messages],
+            [*zip(self.reward_names, rewards.T.tolist(), strict=True), *extra.items()],
+            self._utility,
+            callbacks,
+        )
 
 
 def print_completions(title: str, table: dict[str, list[Any]], limit: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import zlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -65,6 +66,11 @@ def of_run(args: ESConfig, reward_names: list[str], datasets: dict[str, Any]) ->
 def of_data(datasets: dict[str, Any]) -> dict[str, Any]:
     """What is in the datasets; of a stream, only that it is one."""
     return {f"the content of `{name}`": _content(dataset) for name, dataset in datasets.items()}
+
+
+def of_prompts(rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The prompts of a step: streams cannot be compared at the start."""
+    return {f"the checksum of the prompts of step {step}": zlib.crc32(repr([row["prompt"] for row in rows]).encode())}
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:

@@ -187,6 +187,11 @@ class Processes:
                 "script, arguments, data and environment."
             )
 
+    def agree_if_several(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """Compare facts that take time to find, which one process alone has no use for; see `agree`."""
+        if self.count > 1:
+            self.agree(facts())
+
     def broadcast(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         """Overwrite the tensors with those of process 0, by way of a device that can send them."""
         if self.count > 1:

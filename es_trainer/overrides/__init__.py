@@ -1,0 +1,1 @@
+"""Methods of the Transformers Trainer that work otherwise in ESTrainer, a file for each subject."""
