@@ -351,7 +351,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.recorder.begin_step()
         self.completions.begin_step()
         population = self.optimizer.ask()
-        done = self.history.next_repeated(self._conditions(population), self.optimizer.updates)
+        done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
             reward = self._evaluate_and_tell(population, inputs)
         else:  # before the run was interrupted

@@ -322,8 +322,8 @@ def test_seconds_of_servers_that_work_side_by_side(trainer, monkeypatch):
     run.engine.__class__ = Engine
     run.backend.__class__ = Servers
     run.training_step(run.model, [{"prompt": "Say one"}, {"prompt": "Say two"}])
-    assert run._step_metrics["generation_seconds"] == 20.0
-    assert run._step_metrics["noise_seconds"] == pytest.approx(2.0, abs=0.5)  # with that for `restore`
+    assert run.recorder._metrics["generation_seconds"] == 20.0
+    assert run.recorder._metrics["noise_seconds"] == pytest.approx(2.0, abs=0.5)  # with that for `restore`
 
 
 def test_logs_are_means_since_the_last_log(trainer):

@@ -95,19 +95,20 @@ class RunHistory(History):
                 self._keep()
                 self.write(header, lines[:updates])
 
-    def next_repeated(self, expected: dict[str, Any], updates: int) -> dict[str, Any] | None:
+    def next_repeated(self, conditions: Callable[[], dict[str, Any]], updates: int) -> dict[str, Any] | None:
         """
         The next update if it was done before the run was interrupted.
 
         Args:
-            expected (`dict[str, Any]`):
-                What its line has to say, or the settings are others now, and it is done anew.
+            conditions (`Callable`):
+                Makes what its line has to say, or the settings are others now, and it is done anew.
             updates (`int`):
                 Updates done so far.
         """
         if not self._to_repeat:
             return None
         line = self._to_repeat.pop(0)
+        expected = conditions()
         if {key: line[key] for key in expected} == expected:
             return line
         logger.warning(
