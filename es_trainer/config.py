@@ -1,74 +1,40 @@
-import difflib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import GenerationConfig, SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
 
 from . import deepspeed_config
 from .choices import FitnessShaping, MasterWeights, PerturbationName, Rule
-from .fields import REFUSED, GRPOFields, asks_for_something, default, listing, was_set, without_effect
+from .fields import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    REFUSED,
+    GRPOFields,
+    Needs,
+    about,
+    asks_for_something,
+    at_least_1_or_none,
+    default,
+    known_of,
+    listing,
+    one_of,
+    require,
+    was_set,
+    without_effect,
+)
 from .values import converted, plain, with_schemas
 
 
 logger = logging.get_logger(__name__)
 
-# `generation_kwargs` that would fight with how the trainer generates, and what to write instead
-REFUSED_GENERATION_KWARGS = {
-    "do_sample": "`temperature` says it (0.0 is greedy)",
-    "num_return_sequences": "set `num_generations`",
-    "max_length": "set `max_completion_length`",
-    "typical_p": "use `top_p`, `top_k` or `min_p`",
-    "epsilon_cutoff": "use `top_p`, `top_k` or `min_p`",
-    "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
-    "top_h": "use `top_p`, `top_k` or `min_p`",
-}
-
-# The same for vLLM, and what it takes
-REFUSED_SAMPLING_PARAMS = {
-    "n": "set `num_generations`",
-    "max_tokens": "set `max_completion_length`",
-    "seed": "completions get seeds that are common to all members",
-    "eos_token_id": "give further tokens that end a completion as `stop_token_ids`",
-    "pad_token_id": "vLLM needs no padding",
-    "bos_token_id": "prompts begin as the tokenizer has them begin",
-    "suppress_tokens": "give `logit_bias`, `bad_words` or `allowed_token_ids`",
-}
-VLLM_MOST_RANK = 512
-SAMPLING_PARAMS = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("stop", "stop_strings", "stop_token_ids", "ignore_eos", "min_tokens"),
-    *("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
-)
-
-# What holds of parameters that generation_kwargs may override
-SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda t: t >= 0, "use 0.0 for greedy decoding or a positive number for sampling."),
-    "top_p": (lambda p: 0 < p <= 1, "it must be in (0, 1]."),
-    "top_k": (lambda k: k >= 0, "it must not be negative; 0 keeps all tokens."),
-    "min_p": (lambda p: p is None or 0 <= p <= 1, "it must be in [0, 1]."),
-    "repetition_penalty": (lambda p: p > 0, "it must be positive; 1.0 is no penalty."),
-}
-
-# Fields that GRPOConfig also has, but whose values there say nothing about evolution strategies: how gradients are
-# followed, and sizes that count something else
-NOT_FROM_GRPO = {
-    "learning_rate": "a learning rate of GRPO says nothing about one of ES",
-    "weight_decay": "its strength is that of the learning rate",
-    "adam_beta1": "Adam is `es_optimizer='adam'`",
-    "adam_beta2": "Adam is `es_optimizer='adam'`",
-    "adam_epsilon": "Adam is `es_optimizer='adam'`",
-    "num_generations": "every member answers each prompt once; `population_size` is how many answers there are",
-    "num_generations_eval": "evaluations answer each prompt once",
-}
 # Together they say how many prompts GRPO takes in a step
 GRPO_BATCH = {
     "per_device_train_batch_size",
@@ -82,58 +48,23 @@ DEFAULT_SAVE_STEPS = 50
 GRPO_FILLED_IN = {"activation_checkpointing": (True, False), "pad_to_multiple_of": (None,), "bf16": (True,)}
 LEAST_LEARNING_RATE = 1e-5  # a lower one is GRPO's
 
-# Fields that have an effect only beside others: when, and how that is written
-NEEDS: dict[str, tuple[Callable[["ESConfig"], bool], str]] = {
-    "perturbation_rank": (lambda c: c.perturbation == "low_rank", "perturbation='low_rank'"),
-    "adam_beta1": (lambda c: c.es_optimizer != "sgd", "es_optimizer='adam' or 'momentum'"),
-    "adam_beta2": (lambda c: c.es_optimizer == "adam", "es_optimizer='adam'"),
-    "adam_epsilon": (lambda c: c.es_optimizer == "adam", "es_optimizer='adam'"),
-    "warmup_steps": (
-        lambda c: c.lr_scheduler_type != "constant",
-        "a schedule that warms up, such as lr_scheduler_type='constant_with_warmup' or 'linear'",
-    ),
-    "eval_steps": (lambda c: c.eval_strategy == "steps", "eval_strategy='steps'"),
-    "eval_delay": (lambda c: c.eval_strategy != "no", "eval_strategy='steps' or 'epoch'"),
-    "save_steps": (lambda c: c.save_strategy == "steps", "save_strategy='steps'"),
-    "logging_steps": (lambda c: c.logging_strategy == "steps", "logging_strategy='steps'"),
-    "train_sampling_strategy": (
-        lambda c: c.shuffle_dataset or c.train_sampling_strategy == "sequential",
-        "shuffle_dataset=True",
-    ),
-    "length_column_name": (
-        lambda c: c.train_sampling_strategy == "group_by_length",
-        "train_sampling_strategy='group_by_length'",
-    ),
-    "ds3_gather_for_generation": (lambda c: c.deepspeed_plugin is not None, "DeepSpeed ZeRO-3"),
-    "top_p": (lambda c: c.samples, "temperature > 0"),
-    "top_k": (lambda c: c.samples, "temperature > 0"),
-    "min_p": (lambda c: c.samples, "temperature > 0"),
-    "num_completions_to_print": (lambda c: c.log_completions, "log_completions=True"),
-    "log_unique_prompts": (lambda c: c.log_completions, "log_completions=True"),
-    "generation_batch_size": (lambda c: not c.on_servers, "vllm_mode='colocate', or no vLLM"),
-    "vllm_mode": (lambda c: c.use_vllm, "use_vllm=True"),
-    "vllm_structured_outputs_regex": (lambda c: c.use_vllm, "use_vllm=True"),
-    "vllm_server_base_url": (lambda c: c.on_servers, "use_vllm=True and vllm_mode='server'"),
-    "vllm_server_timeout": (lambda c: c.on_servers, "use_vllm=True and vllm_mode='server'"),
-    "vllm_server_host": (
-        lambda c: c.on_servers and c.vllm_server_base_url is None,
-        "use_vllm=True and vllm_mode='server', without vllm_server_base_url",
-    ),
-    "vllm_server_port": (
-        lambda c: c.on_servers and c.vllm_server_base_url is None,
-        "use_vllm=True and vllm_mode='server', without vllm_server_base_url",
-    ),
-    **{
-        name: (lambda c: c.use_vllm and not c.on_servers, "use_vllm=True and vllm_mode='colocate'")
-        for name in (
-            *("vllm_model_impl", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
-            *("vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
-        )
-    },
-}
+# Beside which other settings fields have an effect
+LOW_RANK: Needs = (lambda c: c.perturbation == "low_rank"), "perturbation='low_rank'"
+SAMPLED: Needs = (lambda c: c.samples), "temperature > 0"
+LOGGED: Needs = (lambda c: c.log_completions), "log_completions=True"
+LOGGING_BY_STEPS: Needs = (lambda c: c.logging_strategy == "steps"), "logging_strategy='steps'"
+SAVING_BY_STEPS: Needs = (lambda c: c.save_strategy == "steps"), "save_strategy='steps'"
+ZERO3: Needs = (lambda c: c.deepspeed_plugin is not None), "DeepSpeed ZeRO-3"
+VLLM: Needs = (lambda c: c.use_vllm), "use_vllm=True"
+COLOCATED: Needs = (lambda c: c.use_vllm and not c.on_servers), "use_vllm=True and vllm_mode='colocate'"
+SERVERS: Needs = (lambda c: c.on_servers), "use_vllm=True and vllm_mode='server'"
+NO_SERVERS: Needs = (lambda c: not c.on_servers), "vllm_mode='colocate', or no vLLM"
+ONE_SERVER: Needs = (
+    lambda c: c.on_servers and c.vllm_server_base_url is None,
+    "use_vllm=True and vllm_mode='server', without vllm_server_base_url",
+)
 
-
-ALREADY_SAID: list[tuple[str, Any]] = []  # settings of `NEEDS` that were in a warning
+ALREADY_SAID: list[tuple[str, Any]] = []  # settings without what they need that were in a warning
 
 
 class Derived(int):
@@ -375,234 +306,368 @@ class ESConfig(GRPOFields, TrainingArguments):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["generation_kwargs", "chat_template_kwargs"]
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate; the paper's alpha."})
+    learning_rate: float = field(
+        default=5e-4,
+        metadata=about(
+            "The initial learning rate; the paper's alpha.",
+            "run",
+            valid=NOT_NEGATIVE,
+            not_from_grpo="a learning rate of GRPO says nothing about one of ES",
+        ),
+    )
     bf16: bool | None = field(
         default=None,
-        metadata={
-            "help": "Use bfloat16 working weights. If not set, it is `True` if the device has bfloat16 and `fp16` is "
-            "not set."
-        },
+        metadata=about(
+            "Use bfloat16 working weights. If not set, it is `True` if the device has bfloat16 and `fp16` is not set.",
+            "run",
+        ),
     )
     lr_scheduler_type: SchedulerType | str = field(
-        default="constant", metadata={"help": "The learning rate scheduler type to use; the paper's is constant."}
+        default="constant",
+        metadata=about("The learning rate scheduler type to use; the paper's is constant.", "processes"),
     )
     per_device_train_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Prompts of a step, if `num_prompts_per_step` is not set. If `None`, 8."},
+        metadata=about("Prompts of a step, if `num_prompts_per_step` is not set. If `None`, 8.", "nobody"),
     )
     per_device_eval_batch_size: int = field(
         default=64,
-        metadata={
-            "help": "Prompts of an evaluation that are answered together. Fewer sequences are generated at once if "
-            "memory does not suffice."
-        },
+        metadata=about(
+            "Prompts of an evaluation that are answered together. Fewer sequences are generated at once if "
+            "memory does not suffice.",
+            "processes",
+        ),
     )
     save_steps: float | None = field(
         default=None,
-        metadata={
-            "help": "Save a checkpoint every X updates steps. Should be an integer or a float in range `[0,1)`. If "
+        metadata=about(
+            "Save a checkpoint every X updates steps. Should be an integer or a float in range `[0,1)`. If "
             "smaller than 1, will be interpreted as ratio of total training steps. If `None`, it is 50, or with "
-            "`load_best_model_at_end` the next multiple of `eval_steps`."
-        },
+            "`load_best_model_at_end` the next multiple of `eval_steps`.",
+            "processes",
+            needs=SAVING_BY_STEPS,
+        ),
     )
     logging_steps: float = field(
         default=1,
-        metadata={
-            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
-            "will be interpreted as ratio of total training steps."
-        },
+        metadata=about(
+            "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps.",
+            "processes",
+            needs=LOGGING_BY_STEPS,
+        ),
     )
     remove_unused_columns: bool | None = field(
         default=False,
-        metadata={
-            "help": "Whether to only keep the column 'prompt' in the dataset. If you use a reward function that "
-            "requires any other column, keep this `False`."
-        },
+        metadata=about(
+            "Whether to only keep the column 'prompt' in the dataset. If you use a reward function that "
+            "requires any other column, keep this `False`.",
+            "nobody",
+        ),
     )
     use_cache: bool = field(
-        default=True, metadata={"help": "Whether the saved model's config enables the key-value cache."}
+        default=True, metadata=about("Whether the saved model's config enables the key-value cache.", "nobody")
     )
 
     # Parameters that control the evolution strategy
-    population_size: int = field(default=30, metadata={"help": "Members (perturbed models) evaluated per step."})
-    sigma: float = field(default=1e-3, metadata={"help": "Standard deviation of the noise added to every weight."})
+    population_size: int = field(
+        default=30,
+        metadata=about(
+            "Members (perturbed models) evaluated per step.",
+            "run",
+            valid=((lambda size: size >= 2), "members are compared, so at least 2 are needed."),
+        ),
+    )
+    sigma: float = field(
+        default=1e-3,
+        metadata=about(
+            "Standard deviation of the noise added to every weight.",
+            "run",
+            valid=((lambda sigma: sigma > 0), "the noise needs a positive standard deviation; the paper uses 1e-3."),
+        ),
+    )
     antithetic: bool = field(
-        default=False, metadata={"help": "Evaluate each noise with both signs. Needs an even `population_size`."}
+        default=False, metadata=about("Evaluate each noise with both signs. Needs an even `population_size`.", "run")
     )
     perturbation: str = field(
-        default="gaussian", metadata={"help": "Shape of the noise: 'gaussian' (the paper's) or 'low_rank' (faster)."}
+        default="gaussian",
+        metadata=about(
+            "Shape of the noise: 'gaussian' (the paper's) or 'low_rank' (faster).",
+            "run",
+            valid=one_of(get_args(PerturbationName)),
+        ),
     )
-    perturbation_rank: int = field(default=1, metadata={"help": "Rank of a member's low-rank noise."})
+    perturbation_rank: int = field(
+        default=1, metadata=about("Rank of a member's low-rank noise.", "run", valid=AT_LEAST_1, needs=LOW_RANK)
+    )
     population_batch_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Members evaluated together. If `None`, as many as fit into memory (gaussian noise on CPU: 1)."
-        },
+        metadata=about(
+            "Members evaluated together. If `None`, as many as fit into memory (gaussian noise on CPU: 1).",
+            "nobody",
+            valid=at_least_1_or_none("as many as fit into memory"),
+        ),
     )
     fitness_shaping: str = field(
         default="z_score",
-        metadata={
-            "help": "Rewards to utilities: 'z_score', 'centered_rank', 'prompt_z_score', 'prompt_centered' or 'none'."
-        },
+        metadata=about(
+            "Rewards to utilities: 'z_score', 'centered_rank', 'prompt_z_score', 'prompt_centered' or 'none'.",
+            "run",
+            valid=one_of(get_args(FitnessShaping)),
+        ),
     )
     master_weights: str = field(
         default="device",
-        metadata={
-            "help": "Where the float32 master weights are: 'device', 'host' or 'none' (in-place noise; drifts)."
-        },
+        metadata=about(
+            "Where the float32 master weights are: 'device', 'host' or 'none' (in-place noise; drifts).",
+            "run",
+            valid=one_of(get_args(MasterWeights)),
+        ),
     )
     es_optimizer: str = field(
-        default="sgd", metadata={"help": "Update rule: 'sgd' (the paper's), 'momentum' or 'adam'."}
+        default="sgd",
+        metadata=about("Update rule: 'sgd' (the paper's), 'momentum' or 'adam'.", "run", valid=one_of(get_args(Rule))),
     )
-    anchor_decay: float = field(default=0.0, metadata={"help": "Decay towards the initial weights."})
+    anchor_decay: float = field(
+        default=0.0, metadata=about("Decay towards the initial weights.", "run", valid=NOT_NEGATIVE)
+    )
     num_prompts_per_step: int | None = field(
         default=None,
-        metadata={
-            "help": "Prompts that every member answers in a step. If `None`, it is `per_device_train_batch_size * "
-            "gradient_accumulation_steps`."
-        },
+        metadata=about(
+            "Prompts that every member answers in a step. If `None`, it is `per_device_train_batch_size * "
+            "gradient_accumulation_steps`.",
+            "run",
+            valid=((lambda number: number >= 1), "every step needs at least 1 prompt."),
+        ),
     )
 
     # Parameters that control several processes
     consistency_check_steps: int = field(
-        default=50, metadata={"help": "Steps after which processes compare a checksum of their weights."}
+        default=50,
+        metadata=about(
+            "Steps after which processes compare a checksum of their weights.", "processes", valid=AT_LEAST_1
+        ),
     )
     ds3_gather_for_generation: bool = field(
         default=True,
-        metadata={
-            "help": "With DeepSpeed ZeRO-3, gather the weights once a step for generation, so that each process "
-            "evaluates members of its own. `False` is for models that do not fit into one device."
-        },
+        metadata=about(
+            "With DeepSpeed ZeRO-3, gather the weights once a step for generation, so that each process "
+            "evaluates members of its own. `False` is for models that do not fit into one device.",
+            "processes",
+            needs=ZERO3,
+        ),
     )
 
     # Parameters that control the model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "Keyword arguments for `transformers.AutoModelForCausalLM.from_pretrained`, used when the `model` "
-            "argument of the `ESTrainer` is provided as a string."
-        },
+        metadata=about(
+            "Keyword arguments for `transformers.AutoModelForCausalLM.from_pretrained`, used when the `model` "
+            "argument of the `ESTrainer` is provided as a string.",
+            "nobody",
+        ),
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Whether to allow models and tokenizers defined by code in their own repository."},
+        metadata=about("Whether to allow models and tokenizers defined by code in their own repository.", "nobody"),
     )
 
     # Parameters that control the data preprocessing
-    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
+    shuffle_dataset: bool | None = field(
+        default=True, metadata=about("Whether to shuffle the training dataset.", "run")
+    )
 
     # Parameters that control generation
     max_completion_length: int | None = field(
-        default=512, metadata={"help": "Maximum length of the generated completion."}
+        default=512,
+        metadata=about(
+            "Maximum length of the generated completion.",
+            "run",
+            valid=(
+                (lambda length: length is not None and length >= 1),
+                "give the number of tokens at which a completion is cut, at least 1.",
+            ),
+        ),
     )
     num_generations: int | None = field(
         default=1,
-        metadata={"help": "Completions per prompt and member. More than one needs `temperature > 0`."},
+        metadata=about(
+            "Completions per prompt and member. More than one needs `temperature > 0`.",
+            "run",
+            valid=AT_LEAST_1,
+            not_from_grpo="every member answers each prompt once; `population_size` is how many answers there are",
+        ),
     )
     num_generations_eval: int | None = field(
         default=None,
-        metadata={"help": "Completions per prompt in evaluations. If `None`, it is `num_generations`."},
+        metadata=about(
+            "Completions per prompt in evaluations. If `None`, it is `num_generations`.",
+            "processes",
+            valid=at_least_1_or_none("num_generations"),
+            not_from_grpo="evaluations answer each prompt once",
+        ),
     )
     generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Most sequences generated at once. If `None`, all of a population batch."}
+        default=None,
+        metadata=about(
+            "Most sequences generated at once. If `None`, all of a population batch.",
+            "processes",
+            valid=at_least_1_or_none("no limit"),
+            needs=NO_SERVERS,
+        ),
     )
-    temperature: float = field(default=0.0, metadata={"help": "Temperature for sampling; 0.0 is greedy decoding."})
+    temperature: float = field(
+        default=0.0,
+        metadata=about(
+            "Temperature for sampling; 0.0 is greedy decoding.",
+            "run",
+            valid=((lambda t: t >= 0), "use 0.0 for greedy decoding or a positive number for sampling."),
+        ),
+    )
     top_p: float = field(
         default=1.0,
-        metadata={"help": "Cumulative probability of the top tokens to consider when sampling. Must be in (0, 1]."},
+        metadata=about(
+            "Cumulative probability of the top tokens to consider when sampling. Must be in (0, 1].",
+            "run",
+            valid=((lambda p: 0 < p <= 1), "it must be in (0, 1]."),
+            needs=SAMPLED,
+        ),
     )
     top_k: int = field(
-        default=0, metadata={"help": "Number of highest probability tokens to keep when sampling. `0` keeps all."}
+        default=0,
+        metadata=about(
+            "Number of highest probability tokens to keep when sampling. `0` keeps all.",
+            "run",
+            valid=((lambda k: k >= 0), "it must not be negative; 0 keeps all tokens."),
+            needs=SAMPLED,
+        ),
     )
     min_p: float | None = field(
         default=None,
-        metadata={
-            "help": "Minimum token probability when sampling, scaled by the probability of the most likely token. "
-            "Must be in [0, 1]."
-        },
+        metadata=about(
+            "Minimum token probability when sampling, scaled by the probability of the most likely token. "
+            "Must be in [0, 1].",
+            "run",
+            valid=((lambda p: p is None or 0 <= p <= 1), "it must be in [0, 1]."),
+            needs=SAMPLED,
+        ),
     )
     repetition_penalty: float = field(
         default=1.0,
-        metadata={"help": "Penalty for tokens that occur in the prompt or in what was generated so far."},
+        metadata=about(
+            "Penalty for tokens that occur in the prompt or in what was generated so far.",
+            "run",
+            valid=((lambda p: p > 0), "it must be positive; 1.0 is no penalty."),
+        ),
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Additional keyword arguments of `GenerationConfig`. They override the other parameters."},
+        metadata=about(
+            "Additional keyword arguments of `GenerationConfig`. They override the other parameters.", "run"
+        ),
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Additional keyword arguments of `apply_chat_template`."}
+        default=None, metadata=about("Additional keyword arguments of `apply_chat_template`.", "run")
     )
-    cache_implementation: str | None = field(default=None, metadata={"help": "Implementation of the key-value cache."})
+    cache_implementation: str | None = field(
+        default=None, metadata=about("Implementation of the key-value cache.", "nobody")
+    )
 
     # Parameters that control generation with vLLM
-    use_vllm: bool = field(default=False, metadata={"help": "Whether to generate completions with vLLM."})
+    use_vllm: bool = field(default=False, metadata=about("Whether to generate completions with vLLM.", "processes"))
     vllm_mode: str = field(
         default="colocate",
-        metadata={"help": "Where vLLM runs: 'colocate' (in the trainer's processes) or 'server' (on servers)."},
+        metadata=about(
+            "Where vLLM runs: 'colocate' (in the trainer's processes) or 'server' (on servers).", "nobody", needs=VLLM
+        ),
     )
     vllm_model_impl: str = field(
-        default="vllm", metadata={"help": "Implementation of the model: 'vllm' or 'transformers'."}
+        default="vllm",
+        metadata=about("Implementation of the model: 'vllm' or 'transformers'.", "nobody", needs=COLOCATED),
     )
     vllm_structured_outputs_regex: str | None = field(
-        default=None, metadata={"help": "Regular expression that completions have to match."}
+        default=None, metadata=about("Regular expression that completions have to match.", "run", needs=VLLM)
     )
     vllm_lora: bool = field(
         default=False,
-        metadata={
-            "help": "Evaluate members as LoRA adapters of one batch; trains the matrices of linear layers only."
-        },
+        metadata=about(
+            "Evaluate members as LoRA adapters of one batch; trains the matrices of linear layers only.", "processes"
+        ),
     )
 
     # Parameters that control vLLM on servers
     vllm_server_base_url: list[str] | None = field(
-        default=None, metadata={"help": "Base URL of each vLLM server, like 'http://localhost:8000'."}
+        default=None,
+        metadata=about("Base URL of each vLLM server, like 'http://localhost:8000'.", "nobody", needs=SERVERS),
     )
-    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the vLLM server."})
-    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server."})
+    vllm_server_host: str = field(
+        default="0.0.0.0", metadata=about("Host of the vLLM server.", "nobody", needs=ONE_SERVER)
+    )
+    vllm_server_port: int = field(default=8000, metadata=about("Port of the vLLM server.", "nobody", needs=ONE_SERVER))
     vllm_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds to wait for vLLM servers to be up, and for each answer of theirs."}
+        default=240.0,
+        metadata=about(
+            "Seconds to wait for vLLM servers to be up, and for each answer of theirs.", "nobody", needs=SERVERS
+        ),
     )
 
     # Parameters that control vLLM in the trainer's processes
     vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "Share of the device's memory for vLLM, its weights included."}
+        default=0.3,
+        metadata=about("Share of the device's memory for vLLM, its weights included.", "nobody", needs=COLOCATED),
     )
     vllm_max_model_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt with its completion, in tokens. If `None`, the model's."}
+        default=None,
+        metadata=about(
+            "Longest prompt with its completion, in tokens. If `None`, the model's.", "nobody", needs=COLOCATED
+        ),
     )
     vllm_tensor_parallel_size: int = field(
-        default=1, metadata={"help": "Processes that share out each weight matrix and generate together."}
+        default=1,
+        metadata=about(
+            "Processes that share out each weight matrix and generate together.", "processes", needs=COLOCATED
+        ),
     )
     vllm_enable_sleep_mode: bool = field(
-        default=False, metadata={"help": "Whether vLLM frees its key-value cache between generations."}
+        default=False,
+        metadata=about("Whether vLLM frees its key-value cache between generations.", "nobody", needs=COLOCATED),
     )
 
     # Parameters that control the rewards
     reward_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "Weight of each reward function. Must match the number of reward functions."},
+        metadata=about("Weight of each reward function. Must match the number of reward functions.", "run"),
     )
     mask_truncated_completions: bool = field(
         default=False,
-        metadata={"help": "Leave completions that did not end within `max_completion_length` out of the fitness."},
+        metadata=about("Leave completions that did not end within `max_completion_length` out of the fitness.", "run"),
     )
 
     # Parameters that control the logging
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Whether to print a table of completions and rewards every `logging_steps` steps."},
+        metadata=about(
+            "Whether to print a table of completions and rewards every `logging_steps` steps.", "processes"
+        ),
     )
     num_completions_to_print: int | None = field(
         default=None,
-        metadata={"help": "Number of completions to print. If `None`, all of the step's best member are printed."},
+        metadata=about(
+            "Number of completions to print. If `None`, all of the step's best member are printed.",
+            "nobody",
+            valid=at_least_1_or_none("all; log_completions=False prints none"),
+            needs=LOGGED,
+        ),
     )
     log_unique_prompts: bool = field(
         default=False,
-        metadata={"help": "Whether to log one completion of each prompt to the trackers instead of all."},
+        metadata=about(
+            "Whether to log one completion of each prompt to the trackers instead of all.", "nobody", needs=LOGGED
+        ),
     )
     log_completions_hub_repo: str | None = field(
         default=None,
-        metadata={"help": "Dataset repository on the Hub to which logged completions are uploaded."},
+        metadata=about("Dataset repository on the Hub to which logged completions are uploaded.", "nobody"),
     )
 
     @classmethod
@@ -631,7 +696,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         ```
         """
         own = _own_fields()
-        left_out = {**without_effect(own), **NOT_FROM_GRPO}
+        other_meaning = {name: known.not_from_grpo for name, known in known_of(cls).items() if known.not_from_grpo}
+        left_out = without_effect(own) | other_meaning
         values = {item: plain(getattr(config, item.name)) for item in fields(config) if item.init}
         changed = {
             item.name: value
@@ -674,7 +740,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         return self.use_vllm and self.vllm_mode == "server"
 
     @property
-    def _has_beams(self) -> bool:
+    def has_beams(self) -> bool:
+        """Whether completions are those of a beam search."""
         return (self.generation_kwargs or {}).get("num_beams", 1) > 1
 
     def _generates_with(self, name: str) -> Any:
@@ -776,7 +843,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
         if self.generation_kwargs:
             self._drop_what_generation_kwargs_repeat()
-        if self._has_beams and self.perturbation == "gaussian" and self.population_batch_size is None:
+        if self.has_beams and self.perturbation == "gaussian" and self.population_batch_size is None:
             self.population_batch_size = 1
         for name in ("num_generations", "num_generations_eval"):
             if (getattr(self, name) or 0) > 1 and not self.samples:
@@ -786,23 +853,22 @@ class ESConfig(GRPOFields, TrainingArguments):
 
     def _drop_what_generation_kwargs_repeat(self) -> None:
         """Drop options from `generation_kwargs` that agree with other fields: the engines set them by themselves."""
-        if self.use_vllm:
-            same = {"n": self.num_generations, "max_tokens": self.max_completion_length}
-        else:
-            same = {
-                "do_sample": self.samples,
-                "num_return_sequences": self.num_generations,
-                "max_length": None,
-                "typical_p": 1.0,
-                "epsilon_cutoff": 0.0,
-                "eta_cutoff": 0.0,
-                "top_h": None,
-            }
-            if self.generation_kwargs.get("do_sample") is True and not self.samples:
-                # Which is what a GRPOConfig has that leaves its temperature of 1.0 alone
-                self._said["generation_kwargs['do_sample']"] = True
-                self._reasons["generation_kwargs['do_sample']"] = "temperature=0.0 is greedy; set temperature > 0"
-                same["do_sample"] = True
+        same = {
+            "do_sample": self.samples,
+            "num_return_sequences": self.num_generations,
+            "max_length": None,
+            "typical_p": 1.0,
+            "epsilon_cutoff": 0.0,
+            "eta_cutoff": 0.0,
+            "top_h": None,
+            "n": self.num_generations,
+            "max_tokens": self.max_completion_length,
+        }
+        if self.generation_kwargs.get("do_sample") is True and not self.samples:
+            # Which is what a GRPOConfig has that leaves its temperature of 1.0 alone
+            self._said["generation_kwargs['do_sample']"] = True
+            self._reasons["generation_kwargs['do_sample']"] = "temperature=0.0 is greedy; set temperature > 0"
+            same["do_sample"] = True
         self.generation_kwargs = {
             key: value for key, value in self.generation_kwargs.items() if key not in same or value != same[key]
         } or None
@@ -814,9 +880,12 @@ class ESConfig(GRPOFields, TrainingArguments):
                 self._said[f"accelerator_config.{name}"] = value
         self.accelerator_config = used
         by_name = {item.name: item for item in fields(self)}
-        for name, (works, needed) in NEEDS.items():
+        for name, known in known_of(ESConfig).items():
             value = getattr(self, name)
-            if was_set(value, by_name[name]) and not works(self):
+            if known.needs is None or not was_set(value, by_name[name]):
+                continue
+            works, needed = known.needs
+            if not works(self):
                 # They keep their values, so a copy says only what its original has not
                 if not self._is_copy or (name, value) not in ALREADY_SAID:
                     self._said[name] = value
@@ -848,58 +917,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             raise ValueError(REFUSED["fsdp"])
 
     def _validate(self) -> None:
-        def require(condition: bool, name: str, demand: str) -> None:
-            if not condition:
-                value = self._generates_with(name) if name in SAMPLING else getattr(self, name)
-                raise ValueError(f"`{name}={value!r}` is not valid: {demand}")
-
-        def one_of(name: str, values: tuple[str, ...]) -> None:
-            require(getattr(self, name) in values, name, f"choose one of {', '.join(map(repr, values))}.")
-
-        require(self.population_size >= 2, "population_size", "members are compared, so at least 2 are needed.")
-        require(
-            not self.antithetic or self.population_size % 2 == 0,
-            "population_size",
-            "antithetic sampling evaluates members in pairs; use an even number or antithetic=False.",
-        )
-        require(self.sigma > 0, "sigma", "the noise needs a positive standard deviation; the paper uses 1e-3.")
-        require(self.learning_rate >= 0, "learning_rate", "it must not be negative.")
-        require(self.weight_decay >= 0, "weight_decay", "it must not be negative.")
-        require(self.anchor_decay >= 0, "anchor_decay", "it must not be negative.")
-        require(self.consistency_check_steps >= 1, "consistency_check_steps", "it must be at least 1.")
-        one_of("perturbation", get_args(PerturbationName))
-        require(self.perturbation_rank >= 1, "perturbation_rank", "it must be at least 1.")
-        require(
-            self.population_batch_size is None or self.population_batch_size >= 1,
-            "population_batch_size",
-            "it must be at least 1, or None for as many as fit into memory.",
-        )
-        one_of("fitness_shaping", get_args(FitnessShaping))
-        one_of("master_weights", get_args(MasterWeights))
-        one_of("es_optimizer", get_args(Rule))
-        one_of("train_sampling_strategy", ("random", "sequential", "group_by_length"))
-        require(self.num_prompts_per_step >= 1, "num_prompts_per_step", "every step needs at least 1 prompt.")
-
-        require(
-            self.max_completion_length is not None and self.max_completion_length >= 1,
-            "max_completion_length",
-            "give the number of tokens at which a completion is cut, at least 1.",
-        )
-        require(
-            self.num_generations is not None and self.num_generations >= 1, "num_generations", "it must be at least 1."
-        )
-        require(
-            self.num_generations_eval is None or self.num_generations_eval >= 1,
-            "num_generations_eval",
-            "it must be at least 1, or None for num_generations.",
-        )
-        require(
-            self.generation_batch_size is None or self.generation_batch_size >= 1,
-            "generation_batch_size",
-            "it must be at least 1, or None for no limit.",
-        )
-        for name, (holds, demand) in SAMPLING.items():
-            require(holds(self._generates_with(name)), name, demand)
+        for name, known in known_of(ESConfig).items():
+            value = self._generates_with(name)
+            if known.valid is not None and not known.valid[0](value):
+                raise ValueError(f"`{name}={value!r}` is not valid: {known.valid[1]}")
         for name in ("generation_kwargs", "chat_template_kwargs", "reward_weights"):
             try:
                 json.dumps(getattr(self, name))
@@ -908,131 +929,18 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
                     "text, lists and dictionaries."
                 ) from error
-        in_parts = self.on_servers or self.deepspeed_plugin is not None or self.vllm_tensor_parallel_size > 1
         require(
-            not (self.save_only_model and self.load_best_model_at_end and in_parts),
-            "save_only_model",
-            "with load_best_model_at_end, weights that are on servers or partitioned are loaded from the optimizer's "
-            "state; leave it out.",
-        )
-        self._validate_vllm(require, one_of)
-        if self.use_vllm:
-            self._validate_vllm_generation_kwargs()
-        else:
-            self._validate_generation_kwargs()
-        require(
-            self.num_completions_to_print is None or self.num_completions_to_print >= 1,
-            "num_completions_to_print",
-            "it must be at least 1, or None for all; log_completions=False prints none.",
+            self,
+            not self.antithetic or self.population_size % 2 == 0,
+            "population_size",
+            "antithetic sampling evaluates members in pairs; use an even number or antithetic=False.",
         )
         require(
+            self,
             self.log_completions_hub_repo is None or self.log_completions,
             "log_completions_hub_repo",
             "completions are not logged; set log_completions=True.",
         )
-
-    def _validate_generation_kwargs(self) -> None:
-        known = GenerationConfig().to_dict()
-        for key in self.generation_kwargs or {}:
-            if key in REFUSED_GENERATION_KWARGS:
-                raise ValueError(
-                    f"`generation_kwargs` has {key!r}, which is not supported: {REFUSED_GENERATION_KWARGS[key]}."
-                )
-            if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-                raise ValueError(f"`generation_kwargs` has {key!r}, which `GenerationConfig` does not know{hint}")
-        if self._has_beams:
-            if self.samples:
-                raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")
-            if self.perturbation == "low_rank" or self.population_batch_size != 1:
-                raise ValueError(
-                    "`generation_kwargs` has 'num_beams': beam search evaluates one member at a time; set "
-                    "perturbation='gaussian' and population_batch_size=1."
-                )
-
-    def _validate_vllm(self, require: Callable[..., None], one_of: Callable[..., None]) -> None:
-        if not self.use_vllm:
-            require(not self.vllm_lora, "vllm_lora", "it needs use_vllm=True.")
-            return
-        one_of("vllm_mode", ("colocate", "server"))
-        one_of("vllm_model_impl", ("vllm", "transformers"))
-        require(0 < self.vllm_gpu_memory_utilization <= 1, "vllm_gpu_memory_utilization", "it must be in (0, 1].")
-        require(self.vllm_server_timeout > 0, "vllm_server_timeout", "it must be positive.")
-        require(
-            self.vllm_max_model_length is None or self.vllm_max_model_length >= 1,
-            "vllm_max_model_length",
-            "it must be at least 1, or None for the model's.",
-        )
-        require(
-            self.vllm_tensor_parallel_size >= 1 and launched_processes() % self.vllm_tensor_parallel_size == 0,
-            "vllm_tensor_parallel_size",
-            f"it must divide the number of processes, which is {launched_processes()}.",
-        )
-        if self.deepspeed_plugin is not None:
-            raise ValueError(
-                "`use_vllm=True` under DeepSpeed is not supported. Launch with "
-                "recipes/accelerate_configs/multi_gpu.yaml, and set `vllm_tensor_parallel_size` to share out the "
-                "weights of a model that does not fit into one device."
-            )
-        require(self.cache_implementation is None, "cache_implementation", "vLLM has its own cache; leave it out.")
-        require(
-            self.population_batch_size in (None, 1) or self.vllm_lora,
-            "population_batch_size",
-            "vLLM evaluates one member at a time; leave it out, or see vllm_lora.",
-        )
-        require(
-            not self.vllm_enable_sleep_mode or self.device.type != "cpu",
-            "vllm_enable_sleep_mode",
-            "vLLM has no sleep mode on CPU; set it to False.",
-        )
-        require(
-            not self.vllm_lora or self.perturbation == "low_rank",
-            "vllm_lora",
-            "adapters are low-rank; set perturbation='low_rank'.",
-        )
-        require(
-            not self.vllm_lora or self.perturbation_rank <= VLLM_MOST_RANK,
-            "perturbation_rank",
-            f"vLLM's adapters have a rank of at most {VLLM_MOST_RANK}.",
-        )
-        if self.vllm_mode == "colocate":
-            return
-        require(not self.vllm_lora, "vllm_lora", "it needs vllm_mode='colocate'.")
-        require(
-            all(url.startswith(("http://", "https://")) for url in self.vllm_server_base_url or []),
-            "vllm_server_base_url",
-            "each URL must begin with http:// or https://, like 'http://localhost:8000'.",
-        )
-        require(
-            launched_processes() == 1,
-            "vllm_mode",
-            f"the trainer of servers is one process, but {launched_processes()} were launched. Start the script with "
-            "python, and more servers.",
-        )
-        require(
-            self.vllm_tensor_parallel_size == 1,
-            "vllm_tensor_parallel_size",
-            "it is for vllm_mode='colocate'; give --tensor-parallel-size to `es-trainer vllm-serve`.",
-        )
-        require(
-            self.master_weights != "none",
-            "master_weights",
-            "members that a server evaluates would leave their rounding errors in its weights only; use 'device' or "
-            "'host'.",
-        )
-
-    def _validate_vllm_generation_kwargs(self) -> None:
-        for key in self.generation_kwargs or {}:
-            if key in REFUSED_SAMPLING_PARAMS:
-                raise ValueError(
-                    f"`generation_kwargs` has {key!r}, which is not supported: {REFUSED_SAMPLING_PARAMS[key]}."
-                )
-            if key not in SAMPLING_PARAMS:
-                raise ValueError(
-                    f"`generation_kwargs` has {key!r}, which is none of those for `use_vllm=True`: "
-                    f"{', '.join(SAMPLING_PARAMS)}."
-                )
 
 
 def launched_processes() -> int:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from . import adapters
-from .backends import Prompts, RolloutFunc, evaluate_batches, evaluate_population, pick
+from .backends import Given, Prompts, RolloutFunc, check_mode, evaluate_batches, evaluate_population, pick
 from .checks import check_arguments, check_model, refuse_unsupported
 from .config import ESConfig
 from .data import by_name, check_datasets
@@ -202,7 +202,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             args.check()
         refuse_unsupported(tools=tools, environment_factory=environment_factory)
         self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes)
-        check_arguments(args, model, optimizers, quantization_config, peft_config, rollout_func)
+        check_arguments(args, model, optimizers, quantization_config, peft_config)
+        given = Given(model, quantization_config, peft_config, rollout_func)
+        check_mode(args, given)
         check_datasets(args, train_dataset, eval_dataset)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
@@ -210,8 +212,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
 
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
-        source = model if isinstance(model, str) else None
-        self.backend = pick(args, self.processes, source, rollout_func, self)
+        self.backend = pick(args, given, self.processes, self)
         model, processing_class = load(
             model, processing_class, args, quantization_config, peft_config, self.backend.loads_weights
         )

@@ -227,20 +227,30 @@ def test_every_field_of_its_own_is_documented():
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "(?s)parallelism_config=.*zero3.yaml"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance'.*'sequential'"),
-        ({"generation_kwargs": {"do_sample": False}, "temperature": 0.7}, "'do_sample'.*temperature"),
-        ({"generation_kwargs": {"typical_p": 0.9}}, "'typical_p'.*top_p"),
         ({"model_init_kwargs": {"torch_dtype": "float16", "dtype": "bfloat16"}}, "'torch_dtype'.*Leave"),
-        ({"generation_kwargs": {"num_return_sequences": 2}}, "'num_return_sequences'.*num_generations"),
-        ({"generation_kwargs": {"supress_tokens": [1]}}, "'supress_tokens'.*did you mean 'suppress_tokens'"),
-        ({"generation_kwargs": {"num_beams": 2}, "temperature": 1.0}, "num_beams"),
-        ({"generation_kwargs": {"num_beams": 2}, "population_batch_size": 3}, "num_beams.*population_batch_size=1"),
-        ({"generation_kwargs": {"num_beams": 2}, "perturbation": "low_rank"}, "num_beams.*perturbation='gaussian'"),
         ({"bf16": True, "fp16": True}, "fp16 and bf16"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generation_kwargs": {"do_sample": False}, "temperature": 0.7}, "'do_sample'.*temperature"),
+        ({"generation_kwargs": {"typical_p": 0.9}}, "'typical_p'.*top_p"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "'num_return_sequences'.*num_generations"),
+        ({"generation_kwargs": {"supress_tokens": [1]}}, "'supress_tokens'.*did you mean 'suppress_tokens'"),
+        ({"generation_kwargs": {"num_beams": 2}, "temperature": 1.0}, "num_beams"),
+        ({"generation_kwargs": {"num_beams": 2}, "population_batch_size": 3}, "num_beams.*population_batch_size=1"),
+        ({"generation_kwargs": {"num_beams": 2}, "perturbation": "low_rank"}, "num_beams.*perturbation='gaussian'"),
+    ],
+)
+def test_what_generation_cannot_do_is_refused_before_a_model_is_loaded(trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(model="a-name/that-no-model-has", **options)
 
 
 # ---- what has no effect ----

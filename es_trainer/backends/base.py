@@ -14,9 +14,11 @@ from transformers.utils import logging
 from ..config import ESConfig
 from ..engines import Engine
 from ..evolution import EvolutionStrategy, Member
+from ..fields import require
 from ..run.history import start_checksum
 from ..run.processes import Processes
 from .answers import Answers
+from .given import Given
 from .results import Prompts, Result
 
 
@@ -75,6 +77,15 @@ class Backend(ABC):
     def has_whole_weights(self) -> bool:
         """Whether this process has all of every parameter."""
         return not self.optimizer.weights.partitioned
+
+    @classmethod
+    @abstractmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        """
+        Raises:
+            `ValueError` or `TypeError`: If the config or what the trainer is given asks for something that this
+                backend cannot do; names it and the way out.
+        """
 
     # ---- the run ----
 
@@ -193,3 +204,17 @@ class Backend(ABC):
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters to train."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def require_saved_state(args: ESConfig) -> None:
+    """
+    Raises:
+        `ValueError`: If the best model would have to be loaded from a state that is not saved.
+    """
+    require(
+        args,
+        not (args.save_only_model and args.load_best_model_at_end),
+        "save_only_model",
+        "with load_best_model_at_end, weights that are on servers or partitioned are loaded from the optimizer's "
+        "state; leave it out.",
+    )

@@ -9,11 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..config import ESConfig
 from ..engines import PopulationBatch, TransformersEngine
+from ..engines.generation_config import check_generation_kwargs
 from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
 from .base import Backend, trained
+from .given import Given
 from .results import Prompts, Result
 
 
@@ -24,6 +27,15 @@ class Local(Backend):
     """The model's weights in each process, with Transformers' `generate`."""
 
     _warned_of_memory = False
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        check_generation_kwargs(args)
+        if args.has_beams and (args.perturbation == "low_rank" or args.population_batch_size != 1):
+            raise ValueError(
+                "`generation_kwargs` has 'num_beams': beam search evaluates one member at a time; set "
+                "perturbation='gaussian' and population_batch_size=1."
+            )
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import ESConfig, launched_processes
 from ..engines import VLLMServers
 from ..evolution import EvolutionStrategy, Member, Population
+from ..fields import require
 from ..rollout import Completion
 from ..run.metrics import side_by_side
-from .base import Backend, trained
+from .base import Backend, require_saved_state, trained
+from .given import Given
 from .results import Prompts, Result
+from .vllm_arguments import check_vllm_arguments
 
 
 class Servers(Backend):
@@ -22,6 +26,49 @@ class Servers(Backend):
     loads_weights = False
     moves_model = False
     engine: VLLMServers
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        require(args, args.vllm_server_timeout > 0, "vllm_server_timeout", "it must be positive.")
+        require(
+            args,
+            all(url.startswith(("http://", "https://")) for url in args.vllm_server_base_url or []),
+            "vllm_server_base_url",
+            "each URL must begin with http:// or https://, like 'http://localhost:8000'.",
+        )
+        require(
+            args,
+            launched_processes() == 1,
+            "vllm_mode",
+            f"the trainer of servers is one process, but {launched_processes()} were launched. Start the script with "
+            "python, and more servers.",
+        )
+        require(args, not args.vllm_lora, "vllm_lora", "it needs vllm_mode='colocate'.")
+        require(
+            args,
+            args.vllm_tensor_parallel_size == 1,
+            "vllm_tensor_parallel_size",
+            "it is for vllm_mode='colocate'; give --tensor-parallel-size to `es-trainer vllm-serve`.",
+        )
+        require(
+            args,
+            args.master_weights != "none",
+            "master_weights",
+            "members that a server evaluates would leave their rounding errors in its weights only; use 'device' or "
+            "'host'.",
+        )
+        require_saved_state(args)
+        check_vllm_arguments(args, given)
+        if given.source is None:
+            raise TypeError(
+                f"`model` is a {type(given.model).__name__}, but the weights are on the servers with "
+                "`vllm_mode='server'`: give the name or folder that the servers were started with."
+            )
+        if given.rollout_func is not None:
+            raise ValueError(
+                "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
+                "vllm_mode='colocate'."
+            )
 
     @property
     def has_whole_weights(self) -> bool:

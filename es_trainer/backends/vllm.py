@@ -7,13 +7,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..config import ESConfig
+from ..config import ESConfig, launched_processes
 from ..engines import LoRAAdapters, VLLMEngine
+from ..engines.vllm_version import check_version
+from ..fields import require
 from ..run.processes import Processes
 from .answers import Answers
-from .base import Backend, trained
+from .base import Backend, require_saved_state, trained
+from .given import Given
 from .local import Local
 from .results import Prompts
+from .vllm_arguments import check_vllm_arguments
 
 
 if TYPE_CHECKING:
@@ -22,12 +26,57 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+MOST_RANK = 512  # of vLLM's adapters
+
 
 class VLLM(Local):
     """Members are written into vLLM's weights, one at a time."""
 
     moves_model = False  # vLLM has the weights on the device
     engine: VLLMEngine
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        require(
+            args,
+            args.vllm_model_impl in ("vllm", "transformers"),
+            "vllm_model_impl",
+            "choose one of 'vllm', 'transformers'.",
+        )
+        require(
+            args, 0 < args.vllm_gpu_memory_utilization <= 1, "vllm_gpu_memory_utilization", "it must be in (0, 1]."
+        )
+        require(
+            args,
+            args.vllm_max_model_length is None or args.vllm_max_model_length >= 1,
+            "vllm_max_model_length",
+            "it must be at least 1, or None for the model's.",
+        )
+        require(
+            args,
+            args.vllm_tensor_parallel_size >= 1 and launched_processes() % args.vllm_tensor_parallel_size == 0,
+            "vllm_tensor_parallel_size",
+            f"it must divide the number of processes, which is {launched_processes()}.",
+        )
+        require(
+            args,
+            not args.vllm_enable_sleep_mode or args.device.type != "cpu",
+            "vllm_enable_sleep_mode",
+            "vLLM has no sleep mode on CPU; set it to False.",
+        )
+        check_vllm_arguments(args, given)
+        if args.vllm_tensor_parallel_size > 1:
+            require_saved_state(args)
+            cls._refuse_rollout_func(args, given, "vllm_tensor_parallel_size")
+        check_version()
+
+    @staticmethod
+    def _refuse_rollout_func(args: ESConfig, given: Given, name: str) -> None:
+        if given.rollout_func is not None:
+            raise ValueError(
+                f"`rollout_func` with `{name}={getattr(args, name)}`: it gets the weights of one member in one "
+                f"process. Leave `{name}` out."
+            )
 
     def __init__(self, args: ESConfig, processes: Processes, answers: Answers, source: str | None):
         super().__init__(args, processes, answers, source)
@@ -48,6 +97,20 @@ class VLLM(Local):
 
 class VLLMLoRA(VLLM):
     """Members are LoRA adapters. vLLM generates with many of them at the same time."""
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        require(
+            args, args.perturbation == "low_rank", "vllm_lora", "adapters are low-rank; set perturbation='low_rank'."
+        )
+        require(
+            args,
+            args.perturbation_rank <= MOST_RANK,
+            "perturbation_rank",
+            f"vLLM's adapters have a rank of at most {MOST_RANK}.",
+        )
+        cls._refuse_rollout_func(args, given, "vllm_lora")
+        super().check_arguments(args, given)
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().start(model, tokenizer)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import ESConfig
 from ..engines import TransformersEngine
 from ..evolution import Member
 from ..weights.layouts.zero3 import is_partitioned
+from .base import require_saved_state
+from .given import Given
 from .local import Local
 from .results import Prompts, Result
 
@@ -22,6 +25,11 @@ class Gathered(Local):
     """The weights are gathered once a step, after which each process evaluates members of its own."""
 
     partitioned = True
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        super().check_arguments(args, given)
+        require_saved_state(args)
 
     @property
     def parts(self) -> int:
@@ -67,6 +75,15 @@ class Lockstep(Gathered):
 
     in_lockstep = True
     deepspeed: "DeepSpeedEngine"
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+        super().check_arguments(args, given)
+        if given.rollout_func is not None:
+            raise ValueError(
+                "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
+                "often. Set `ds3_gather_for_generation=True`."
+            )
 
     @property
     def in_place(self) -> bool:

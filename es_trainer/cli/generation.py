@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..config import ESConfig
 from ..engines import TransformersEngine
+from ..engines.generation_config import check_generation_kwargs
 from ..engines.vocabulary import require_pad_token
 from ..rollout import Completion
 
@@ -23,6 +24,7 @@ class Generator(TransformersEngine):
     """
 
     def __init__(self, name: str, config: ESConfig):
+        check_generation_kwargs(config)
         options = {"trust_remote_code": config.trust_remote_code, **config.model_init_kwargs}
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=options["revision"], trust_remote_code=config.trust_remote_code, padding_side="left"

@@ -41,9 +41,9 @@ def main(argv: list[str]) -> None:
             f"--host {arguments.host} can be reached from other machines, and whoever reaches it could change the "
             "weights: set VLLM_API_KEY to a secret, here and where the trainer runs, or leave --host out."
         )
-    from ..checks import check_vllm_version
+    from ..engines.vllm_version import check_version
 
-    check_vllm_version()
+    check_version()
     environment, command = server_command(arguments.model, arguments.host, arguments.port, arguments.api_key, others)
     os.environ.update(environment)
     os.execv(command[0], command)

@@ -1,5 +1,6 @@
 """The generation config of a run: which of the model's own is in effect, and what takes its place."""
 
+import difflib
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -22,6 +23,35 @@ KEPT = (
     *("cache_config", "cache_implementation", "compile_config", "disable_compile", "max_cache_len"),
     "prefill_chunk_size",
 )
+
+# What of `generation_kwargs` would fight with how the trainer generates, and what to write instead
+REFUSED = {
+    "do_sample": "`temperature` says it (0.0 is greedy)",
+    "num_return_sequences": "set `num_generations`",
+    "max_length": "set `max_completion_length`",
+    "typical_p": "use `top_p`, `top_k` or `min_p`",
+    "epsilon_cutoff": "use `top_p`, `top_k` or `min_p`",
+    "eta_cutoff": "use `top_p`, `top_k` or `min_p`",
+    "top_h": "use `top_p`, `top_k` or `min_p`",
+}
+
+
+def check_generation_kwargs(args: ESConfig) -> None:
+    """
+    Raises:
+        `ValueError`: If `generation_kwargs` has something that Transformers does not know, or that cannot work; names
+            it and the way out.
+    """
+    known = GenerationConfig().to_dict()
+    for key in args.generation_kwargs or {}:
+        if key in REFUSED:
+            raise ValueError(f"`generation_kwargs` has {key!r}, which is not supported: {REFUSED[key]}.")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise ValueError(f"`generation_kwargs` has {key!r}, which `GenerationConfig` does not know{hint}")
+    if args.has_beams and args.samples:
+        raise ValueError("`generation_kwargs` has 'num_beams': beam search needs temperature=0.0.")
 
 
 def generation_config(

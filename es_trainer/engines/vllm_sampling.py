@@ -6,6 +6,40 @@ from typing import Any
 from ..config import ESConfig
 
 
+# What of `generation_kwargs` vLLM takes
+SAMPLING_PARAMS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("stop", "stop_strings", "stop_token_ids", "ignore_eos", "min_tokens"),
+    *("logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"),
+)
+# What of it would fight with how the trainer generates, and what to write instead
+REFUSED = {
+    "n": "set `num_generations`",
+    "max_tokens": "set `max_completion_length`",
+    "seed": "completions get seeds that are common to all members",
+    "eos_token_id": "give further tokens that end a completion as `stop_token_ids`",
+    "pad_token_id": "vLLM needs no padding",
+    "bos_token_id": "prompts begin as the tokenizer has them begin",
+    "suppress_tokens": "give `logit_bias`, `bad_words` or `allowed_token_ids`",
+}
+
+
+def check_generation_kwargs(args: ESConfig) -> None:
+    """
+    Raises:
+        `ValueError`: If `generation_kwargs` has something that vLLM does not know, or that cannot work; names it and
+            the way out.
+    """
+    for key in args.generation_kwargs or {}:
+        if key in REFUSED:
+            raise ValueError(f"`generation_kwargs` has {key!r}, which is not supported: {REFUSED[key]}.")
+        if key not in SAMPLING_PARAMS:
+            raise ValueError(
+                f"`generation_kwargs` has {key!r}, which is none of those for `use_vllm=True`: "
+                f"{', '.join(SAMPLING_PARAMS)}."
+            )
+
+
 def sampling_options(args: ESConfig, eos_token_ids: list[int]) -> dict[str, Any]:
     """
     Sampling parameters by vLLM's names, the same in a process and over HTTP.

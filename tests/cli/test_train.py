@@ -269,6 +269,23 @@ def test_a_mistake_that_the_script_finds_is_one_line(folder, options):
     assert "Traceback" in shown.stderr and "ValueError: `train_dataset` has no column" in shown.stderr
 
 
+def test_what_a_mode_refuses_is_one_line_before_data_are_loaded(folder, options):
+    given = {
+        **options,
+        "task": None,
+        "dataset_name": "letters.jsonl",
+        "use_vllm": True,
+        "vllm_tensor_parallel_size": 2,
+    }
+    (folder / "letters.jsonl").write_text("no JSON")
+    result = launch(folder, write(folder / "parts.yaml", **given, output_dir="parts"))
+    assert result.returncode == 2
+    said = (
+        "es.py: error: `vllm_tensor_parallel_size=2` is not valid: it must divide the number of processes, which is 1."
+    )
+    assert result.stderr.splitlines()[-1].startswith(said)
+
+
 # ---- help ----
 
 

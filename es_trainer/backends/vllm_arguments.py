@@ -1,0 +1,34 @@
+"""What vLLM refuses, wherever it runs."""
+
+from ..config import ESConfig
+from ..engines.vllm_sampling import check_generation_kwargs
+from ..fields import require
+from .given import Given
+
+
+def check_vllm_arguments(args: ESConfig, given: Given) -> None:
+    """
+    Raises:
+        `ValueError`: If the config or what the trainer is given asks for something that vLLM cannot do.
+    """
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "`use_vllm=True` under DeepSpeed is not supported. Launch with "
+            "recipes/accelerate_configs/multi_gpu.yaml, and set `vllm_tensor_parallel_size` to share out the weights "
+            "of a model that does not fit into one device."
+        )
+    require(args, args.cache_implementation is None, "cache_implementation", "vLLM has its own cache; leave it out.")
+    require(
+        args,
+        args.population_batch_size in (None, 1) or args.vllm_lora,
+        "population_batch_size",
+        "vLLM evaluates one member at a time; leave it out, or see vllm_lora.",
+    )
+    check_generation_kwargs(args)
+    if given.quantization_config or (args.model_init_kwargs or {}).get("quantization_config"):
+        raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")
+    if given.has_adapter:
+        raise ValueError(
+            "`use_vllm=True` with an adapter is not supported. Leave `peft_config` out to train all weights, freeze "
+            "some with requires_grad=False, or set use_vllm=False."
+        )
