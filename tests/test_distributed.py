@@ -272,7 +272,7 @@ def resumed_on_three(one, gathered, folder, model_folder) -> Path:
         resumed(folder / "missing", folder / "incomplete"),
     ]
     shutil.copytree(gathered / "adam", folder / "incomplete")
-    (folder / "incomplete" / "checkpoint-2" / "optimizer_1-of-2.pt").unlink()
+    (folder / "incomplete" / "checkpoint-2" / "optimizer" / "__1_0.distcp").unlink()
     launched(on_cpu("zero3.yaml", folder), 3, model_folder, runs)
     return folder
 
@@ -284,7 +284,7 @@ def test_partitioned_weights_resume_on_another_number_of_processes(one, resumed_
 
 def test_an_incomplete_partitioned_checkpoint_is_refused(resumed_on_three):
     found = errors(resumed_on_three / "missing")
-    assert len(found) == 3 and all("has no optimizer.pt" in error for error in found)
+    assert len(found) == 3 and all("has no complete optimizer/" in error for error in found)
 
 
 def test_one_process_resumes_what_was_partitioned(one, gathered, folder, model_folder):
@@ -293,9 +293,11 @@ def test_one_process_resumes_what_was_partitioned(one, gathered, folder, model_f
 
 
 def test_the_parts_of_a_checkpoint_are_small(one, gathered):
-    whole = (one / "adam" / "checkpoint-2" / "optimizer.pt").stat().st_size
-    parts = [file.stat().st_size for file in (gathered / "adam" / "checkpoint-2").glob("optimizer_*.pt")]
-    assert len(parts) == 2 and max(parts) < 0.6 * whole
+    whole, parts = (
+        [file.stat().st_size for file in (run / "adam" / "checkpoint-2" / "optimizer").glob("*.distcp")]
+        for run in (one, gathered)
+    )
+    assert len(whole) == 1 and len(parts) == 2 and max(parts) < 0.6 * whole[0]
 
 
 def test_the_history_of_several_processes_rebuilds_the_weights(two, gathered, lockstep, model_folder, tmp_path):

@@ -44,7 +44,10 @@ MODEL_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("README.md", "history.jsonl", "reward.png"),
 }
-CHECKPOINT_FILES = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "history.jsonl"}
+CHECKPOINT_FILES = {
+    *("model.safetensors", "scheduler.pt", "trainer_state.json", "history.jsonl"),
+    *("optimizer/.metadata", "optimizer/__0_0.distcp", "optimizer/state.json"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,8 @@ def test_a_push_that_fails_is_told_and_made_up_for(hub, folder, name, failed):
     assert len(warnings(folder, name)) == failed
     assert all("Hub" in warning for warning in warnings(folder, name))
     assert sorted(path.name for path in (folder / name).glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3)]
-    assert all(CHECKPOINT_FILES <= set(os.listdir(path)) for path in (folder / name).glob("checkpoint-*"))
+    for path in (folder / name).glob("checkpoint-*"):
+        assert all((path / file).is_file() for file in CHECKPOINT_FILES)
     assert messages(hub.models[f"user/{name}"])[-1] == "End of training"
 
 

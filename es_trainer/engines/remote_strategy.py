@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint import StorageReader
 
 from ..evolution import EvolutionStrategy
+from ..weights.distributed_checkpoint import Slice
 from ..weights.store import Weights
 from .vllm_replicas import Replicas
 
@@ -57,11 +58,15 @@ class RemoteStrategy(EvolutionStrategy):
         """Euclidean distance between the weights and the initial ones, as the servers measured it."""
         return self.distance
 
-    def state_dict(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """The number of updates and the checksums of the weights; the history has the rest."""
         return {"updates": self.updates, "checksum": self.replicas.checksum}
 
-    def load_parts(self, parts: Sequence[dict[str, Any]]) -> None:
+    def slices(self) -> dict[str, Slice]:
+        """There are no weights here."""
+        return {}
+
+    def load(self, facts: dict[str, Any], reader: StorageReader) -> None:
         """Go on from a state of the history in `replicas.update_records`, which may have further updates."""
-        self.updates = parts[0]["updates"]
-        self.replicas.replay(self.replicas.update_records[: self.updates], parts[0]["checksum"])
+        self.updates = facts["updates"]
+        self.replicas.replay(self.replicas.update_records[: self.updates], facts["checksum"])

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.checkpoint import StorageReader
 
 from ..choices import FitnessShaping, MasterWeights, Rule
 from ..noise import noise
 from ..noise.shapes import Gaussian, Sum
+from ..weights.distributed_checkpoint import Slice, StateDicts, load
 from ..weights.layouts import EngineWeights
+from ..weights.part import Part
 from ..weights.shard import Shard
 from ..weights.store import Weights
 from .fitness import utilities
@@ -156,7 +159,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _sample(self, shard: Shard) -> torch.Tensor:
         """Every k-th weight, whatever part of the parameter the shard is."""
-        return shard.trained[shard.part.sample(self._stride)]
+        own, _ = shard.part.sample(self._stride)
+        return shard.trained[own]
 
     def _sample_every(self, stride: int) -> None:
         """Measure the distance from the start on another sample from now on."""
@@ -293,44 +297,42 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     # ---- state ----
 
-    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The trained weights and all that is kept about them, by parameter."""
-        return {shard.name: {"weights": shard.trained, **self.state[shard.parameter]} for shard in self.weights.shards}
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run needs beside tensors: numbers that JSON can hold."""
+        return {
+            "updates": self.updates,
+            "moves": self.moves,
+            "stride": self._stride,
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+        }
 
-    def _offsets(self) -> dict[str, dict[str, int]]:
-        """Where in the whole parameter's tensors these begin."""
-        offsets = {}
+    def slices(self) -> dict[str, Slice]:
+        """This process's slices of the trained weights and of all that is kept about them, which are not copied."""
+        slices = {}
         for shard in self.weights.shards:
-            start = shard.part.offset if shard.part.is_contiguous else 0
-            offsets[shard.name] = dict.fromkeys(["weights", *self.state[shard.parameter]], start)
-            offsets[shard.name]["start"] = -(-start // self._stride)
-        return offsets
+            state = self.state[shard.parameter]
+            for key, values in {"weights": shard.trained, **state}.items():
+                slices[f"{shard.name}/{key}"] = Slice(shard.part, values)
+            # A slice of the sample is no slice of the parameter: it goes by the part that it is of
+            start = slices.pop(f"{shard.name}/start").values
+            slices[_sample_key(shard.part)] = Slice(Part.whole(shard.name, start.shape), start)
+        return slices
 
     def state_dict(self) -> dict[str, Any]:
         """
         Everything that a resumed run needs, the trained weights included; tensors are not copied. Of partitioned
         parameters it has this process's parts.
         """
-        return {
-            "updates": self.updates,
-            "moves": self.moves,
-            "stride": self._stride,
-            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
-            "state": self._tensors(),
-            "offsets": self._offsets(),
-            "runs": self._runs(),
+        slices = {
+            key: (tuple(part.shape), part.offset, part.length, part.period, values)
+            for key, (part, values) in self.slices().items()
         }
-
-    def _runs(self) -> dict[str, tuple[int, int, int]]:
-        """How parts lie that are not in one piece: only a process with the same parts can load them."""
-        parts = [shard.part for shard in self.weights.shards]
-        return {part.name: (part.offset, part.length, part.period) for part in parts if not part.is_contiguous}
+        return {**self.facts(), "slices": slices}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a state made by [`~EvolutionStrategy.state_dict`] into this optimizer and the model."""
         self.load_parts([state_dict])
 
-    @torch.no_grad()
     def load_parts(self, parts: Sequence[dict[str, Any]]) -> None:
         """
         Copy a state into this optimizer and the model.
@@ -342,30 +344,72 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Raises:
             `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
         """
-        self._check_runs(parts)
+        slices: dict[str, list[Slice]] = {}
+        for part in parts:
+            for key, (shape, offset, length, period, values) in part["slices"].items():
+                name = key.split("/")[0]
+                slices.setdefault(key, []).append(Slice(Part(name, torch.Size(shape), offset, length, period), values))
+        self.load(parts[0], StateDicts(slices))
+
+    @torch.no_grad()
+    def load(self, facts: dict[str, Any], reader: StorageReader) -> None:
+        """
+        Copy a state into this optimizer and the model.
+
+        Args:
+            facts (`dict[str, Any]`):
+                What [`~EvolutionStrategy.facts`] returned.
+            reader (`StorageReader`):
+                Has what [`~EvolutionStrategy.slices`] returned on each process, however many those were.
+
+        Raises:
+            `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
+        """
         self.weights.take_back()
         self.restore()
         # States that do not say it are of a time when it was the spacing
-        self._sample_every(parts[0].get("stride", _spacing(shard.shape for shard in self.weights.shards)))
-        offsets = self._offsets()
-        for name, tensors in self._tensors().items():
-            for key, tensor in tensors.items():
-                _copy(parts, name, key, tensor, offsets[name][key])
-            extra = parts[0]["state"][name].keys() - tensors.keys()
-            if extra:
-                raise ValueError(_misfit(name, ", ".join(sorted(extra)), "this run does not keep"))
-        for group, loaded in zip(self.param_groups, parts[0]["param_groups"], strict=True):
+        self._sample_every(facts.get("stride", _spacing(shard.shape for shard in self.weights.shards)))
+        saved = reader.read_metadata().state_dict_metadata
+        slices = {key: own for key, own in self.slices().items() if _kind(key) != "start"}
+        known = {own.part.name for own in slices.values()}
+        samples = {}
+        for key, found in saved.items():
+            name = key.split("/")[0]
+            if _kind(key) == "start":
+                values = torch.empty(found.size, dtype=found.properties.dtype)
+                samples[key] = Slice(Part.whole(name, found.size), values)
+            elif name in known and key not in slices:
+                raise ValueError(_misfit(key, "this run does not keep"))
+        try:
+            load({**slices, **samples}, reader)
+        except LookupError as error:
+            raise ValueError(_misfit(*error.args)) from error
+        self._take_samples(samples)
+        for group, loaded in zip(self.param_groups, facts["param_groups"], strict=True):
             group.update(loaded)
-        self.updates = parts[0]["updates"]
-        self.moves = parts[0].get("moves", self.updates)  # states had no such number once
+        self.updates = facts["updates"]
+        self.moves = facts.get("moves", self.updates)  # states had no such number once
         self.weights.refresh()
 
-    def _check_runs(self, parts: Sequence[dict[str, Any]]) -> None:
-        if any(part.get("runs", {}) != self._runs() for part in parts):
-            raise ValueError(
-                "The optimizer state is of weights that were shared out differently: resume with the "
-                "vllm_tensor_parallel_size that it was saved with."
-            )
+    def _take_samples(self, samples: dict[str, Slice]) -> None:
+        """Put the samples of the weights at the start together, and take what is of this process's parts of them."""
+        for shard in self.weights.shards:
+            _, own = shard.part.sample(self._stride)
+            whole = torch.full((-(-shard.shape.numel() // self._stride),), math.nan, dtype=shard.trained.dtype)
+            keys = [key for key, slice_ in samples.items() if slice_.part.name == shard.name]
+            for key in keys:
+                part = Part(shard.name, shard.shape, *map(int, key.split("/")[2:]))
+                whole[part.sample(self._stride)[1]] = samples[key].values.to(whole.dtype)
+            if keys:  # states of columns had another sample once; the distance then counts from the model as given
+                self.state[shard.parameter]["start"].copy_(whole[own])
+
+
+def _sample_key(part: Part) -> str:
+    return f"{part.name}/start/{part.offset}/{part.length}/{part.period}"
+
+
+def _kind(key: str) -> str:
+    return key.split("/")[1]
 
 
 def _spacing(shapes: Iterable[torch.Size]) -> int:
@@ -386,25 +430,10 @@ def _stride(shapes: Sequence[torch.Size]) -> int:
     return stride
 
 
-def _copy(parts: Sequence[dict[str, Any]], name: str, key: str, own: torch.Tensor, first: int) -> None:
-    """Copy what the parts hold of one of a parameter's tensors; `own` begins at index `first` of it."""
-    missing = own.numel()
-    for part in parts:
-        saved = part["state"].get(name, {}).get(key)
-        if saved is None:
-            raise ValueError(_misfit(name, key, "it does not hold"))
-        offset = part["offsets"][name][key]
-        low, high = max(first, offset), min(first + own.numel(), offset + saved.numel())
-        if low < high:
-            own[low - first : high - first].copy_(saved[low - offset : high - offset])
-            missing -= high - low
-    if missing:
-        raise ValueError(_misfit(name, key, f"it lacks {missing} of the numbers of"))
-
-
-def _misfit(name: str, key: str, problem: str) -> str:
+def _misfit(key: str, problem: str) -> str:
+    name, kind, *_ = key.split("/")
     return (
-        f"The optimizer state does not fit: for parameter {name!r}, {problem} {key!r}. Resume with the model and the "
+        f"The optimizer state does not fit: for parameter {name!r}, {problem} {kind!r}. Resume with the model and the "
         "es_optimizer it was saved with."
     )
 

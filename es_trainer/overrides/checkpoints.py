@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..backends import Backend
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy
-from ..run.checkpoint import check_complete, load_parts, optimizer_files, save_part
+from ..run.checkpoint import check_complete, has_state, load_state, remove_state, save_state
 from ..run.consistency import check_same_weights
 from ..run.history import describe, differences
 from ..run.history_file import HISTORY_NAME, History
@@ -73,8 +73,7 @@ class CheckpointTrainer(Trainer):
         check_same_weights(self.processes, self.optimizer, self.backend.parts)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            for file in folder.glob("optimizer*.pt"):  # of an earlier run on another number of processes
-                file.unlink()
+            remove_state(folder)
             os.makedirs(folder, exist_ok=True)
             header, lines = self.history.read()
             History(folder / HISTORY_NAME).write(
@@ -87,14 +86,11 @@ class CheckpointTrainer(Trainer):
         self.recorder.last_checkpoint = str(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.optimizer.weights.partitioned:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+        together = self.optimizer.weights.partitioned
         self.processes.barrier()  # until the folder is cleared
         os.makedirs(output_dir, exist_ok=True)
-        parts = self.backend.parts
-        if self.processes.rank < parts:
-            save_part(Path(output_dir), self.optimizer.state_dict(), self.processes.rank, parts)
+        if together or self.args.should_save:
+            save_state(Path(output_dir), self.optimizer, together, first=self.args.should_save)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         self.processes.barrier()  # what follows says that the checkpoint is complete
@@ -185,7 +181,7 @@ class CheckpointTrainer(Trainer):
             return
         header, steps = History(Path(checkpoint) / HISTORY_NAME).read()
         self.backend.resume(steps)
-        self._load_optimizer(Path(checkpoint))
+        load_state(Path(checkpoint), self.optimizer)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
         for group, learning_rate in zip(
@@ -195,14 +191,11 @@ class CheckpointTrainer(Trainer):
         self.recorder.resume(checkpoint, steps, self.optimizer.updates, self.state)
         self.history.resume(header, steps, self._repeat_updates)
 
-    def _load_optimizer(self, checkpoint: Path) -> None:
-        self.optimizer.load_parts(load_parts(checkpoint, self.processes.rank, self.backend.group_size))
-
     def _load_best_model(self) -> None:
         checkpoint = Path(self.state.best_model_checkpoint)
-        if optimizer_files(checkpoint):
+        if has_state(checkpoint):
             # All of its state: a further call of train() goes on from the best update, and the history with it
-            self._load_optimizer(checkpoint)
+            load_state(checkpoint, self.optimizer)
             return
         with self.optimizer.weights.in_checkpoint_dtype():
             super()._load_best_model()

@@ -1,19 +1,24 @@
-"""The files of a checkpoint that have the state of the evolution strategy, whole or in parts."""
+"""The files of a checkpoint that have the state of the evolution strategy, each process's part of it."""
 
+import json
+import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch.distributed.checkpoint import FileSystemReader
 
+from ..evolution import EvolutionStrategy
+from ..weights.distributed_checkpoint import save
 from .history_file import HISTORY_NAME
+from .older_checkpoint import read_states, state_files
 
 
-def optimizer_files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint's optimizer state; none if one of them is missing."""
-    files = sorted(checkpoint.glob("optimizer_*-of-*.pt"))
-    if files:
-        return files if len(files) == int(files[0].stem.split("-of-")[1]) else []
-    return [file for file in [checkpoint / "optimizer.pt"] if file.is_file()]
+FOLDER = "optimizer"
+FACTS = "state.json"
+
+
+def has_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all of the strategy's state."""
+    return _is_complete(checkpoint / FOLDER) or bool(state_files(checkpoint))
 
 
 def check_complete(checkpoint: Path) -> None:
@@ -24,8 +29,8 @@ def check_complete(checkpoint: Path) -> None:
     missing = [
         name for name in ("scheduler.pt", "trainer_state.json", HISTORY_NAME) if not (checkpoint / name).is_file()
     ]
-    if not optimizer_files(checkpoint):
-        missing.insert(0, "optimizer.pt")
+    if not has_state(checkpoint):
+        missing.insert(0, f"{FOLDER}/" if not (checkpoint / FOLDER).is_dir() else f"complete {FOLDER}/")
     if missing:
         raise ValueError(
             f"The checkpoint {checkpoint} has no {missing[0]}, so training can't be resumed from it. It was saved "
@@ -33,25 +38,49 @@ def check_complete(checkpoint: Path) -> None:
         )
 
 
-def save_part(folder: Path, state: dict[str, Any], part: int, parts: int) -> None:
-    """Write one of the parts in which the state is shared out."""
-    torch.save(state, folder / f"optimizer_{part}-of-{parts}.pt")
+def remove_state(checkpoint: Path) -> None:
+    """Remove the state that an earlier run has left in a folder."""
+    shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
+    for file in checkpoint.glob("optimizer*.pt"):
+        file.unlink()
 
 
-def load_parts(checkpoint: Path, rank: int, group_size: int) -> list[dict[str, Any]]:
+def save_state(checkpoint: Path, optimizer: EvolutionStrategy, together: bool, first: bool) -> None:
     """
-    The parts of the state that a process's part may be in.
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+        optimizer ([`EvolutionStrategy`]):
+            Has the state, or this process's part of it.
+        together (`bool`):
+            Whether all processes call this.
+        first (`bool`):
+            Whether this process writes what all have.
+    """
+    save(optimizer.slices(), checkpoint / FOLDER, together)
+    if first:
+        (checkpoint / FOLDER / FACTS).write_text(json.dumps(optimizer.facts(), indent=2))
+
+
+def load_state(checkpoint: Path, optimizer: EvolutionStrategy) -> None:
+    """
+    Copy the state of a checkpoint into an optimizer and the model, whatever the parts in which it was saved.
 
     Args:
         checkpoint (`Path`):
             Folder of the checkpoint.
-        rank (`int`):
-            Rank of the process.
-        group_size (`int`):
-            Processes among which the weights are shared out.
+        optimizer ([`EvolutionStrategy`]):
+            What is to go on.
     """
-    files = optimizer_files(checkpoint)
-    if group_size > 1 and len(files) == group_size:
-        files = [checkpoint / f"optimizer_{rank % group_size}-of-{group_size}.pt"]
-    # Mapped into memory: a process that needs a part reads a part
-    return [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
+    folder = checkpoint / FOLDER
+    if folder.is_dir():
+        optimizer.load(json.loads((folder / FACTS).read_text()), FileSystemReader(folder))
+    else:
+        optimizer.load_parts(read_states(checkpoint, {shard.name: shard.shape for shard in optimizer.weights.shards}))
+
+
+def _is_complete(folder: Path) -> bool:
+    if not (folder / FACTS).is_file() or not (folder / ".metadata").is_file():
+        return False
+    stored = FileSystemReader(folder).read_metadata().storage_data
+    return all((folder / info.relative_path).is_file() for info in stored.values())

@@ -72,6 +72,15 @@ class Part:
         runs = whole.view(-1, self.period)[:, self.offset : self.offset + self.length]
         runs.copy_(values.view(runs.shape))
 
-    def sample(self, stride: int) -> slice:
-        """Which weights of the slice are every `stride`-th of the parameter."""
-        return slice(-self.offset % stride if self.is_contiguous else 0, None, stride)
+    def sample(self, stride: int) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
+        """
+        Of a sample of the parameter, which is every `stride`-th of its weights from the first on: which weights of the
+        slice are in it, and which of the sample those are.
+        """
+        if self.is_contiguous:
+            first, stop = -(-self.offset // stride), -(-(self.offset + self.length) // stride)
+            return slice(-self.offset % stride, None, stride), slice(first, stop)
+        index = torch.arange(0, self.shape.numel(), stride)
+        column = index % self.period - self.offset
+        (own,) = ((column >= 0) & (column < self.length)).nonzero(as_tuple=True)
+        return index[own] // self.period * self.length + column[own], own

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import assert_same
 from torch import nn
 
 from es_trainer.evolution import EvolutionStrategy, Member
+from es_trainer.evolution import optimizer as optimizer_module
 from es_trainer.noise import noise
 from es_trainer.noise.shapes import Gaussian, LowRank, StridedSum
 from es_trainer.weights.layouts import EngineWeights
@@ -134,18 +134,40 @@ def test_parts_put_together():
     assert torch.equal(found, whole)
 
 
-def test_state_of_parts_goes_back_to_the_same_parts():
-    _, optimizer = make(Gaussian(), 1, rule="momentum")
-    step(optimizer)
-    _, resumed = make(Gaussian(), 1, rule="momentum")
-    resumed.load_state_dict(optimizer.state_dict())
-    for each in (optimizer, resumed):
-        step(each)
-    mine, theirs = ({s.name: s.trained for s in each.weights.shards} for each in (resumed, optimizer))
-    assert_same(mine, theirs)
-    for rank in (0, None):
-        with pytest.raises(ValueError, match="shared out differently: resume with the vllm_tensor_parallel_size"):
-            make(Gaussian(), rank, rule="momentum")[1].load_state_dict(optimizer.state_dict())
+def kept(optimizer) -> dict[str, torch.Tensor]:
+    """All that an optimizer keeps of a parameter, by its key."""
+    tensors = {}
+    for shard in optimizer.weights.shards:
+        state = {"weights": shard.trained, **optimizer.state[shard.parameter]}
+        tensors |= {(shard.name, key): (shard.part, values) for key, values in state.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("before", [(None,), (0, 1)], ids=["whole", "parts"])
+@pytest.mark.parametrize("after", [None, 0, 1])
+def test_a_state_goes_on_in_other_parts(monkeypatch, before, after):
+    monkeypatch.setattr(optimizer_module, "DISTANCE_SAMPLE", 40)  # so that not every weight is looked at
+    options = {"rule": "adam", "anchor_decay": 0.1, "weight_decay": 0.1}
+    saved = [make(LowRank(2), rank, **options)[1] for rank in before]
+    _, loaded = make(LowRank(2), after, **options)
+    _, expected = make(LowRank(2), after, **options)
+    for optimizer in [*saved, expected]:
+        step(optimizer)
+    for optimizer in [loaded]:  # what it held before counts for nothing
+        step(optimizer, utilities=(5.0, 1.0, 0.0, -2.0))
+        optimizer.begin()
+    loaded.load_parts([optimizer.state_dict() for optimizer in saved])
+    for optimizer in (loaded, expected):
+        step(optimizer)
+    for key, (_, values) in kept(expected).items():
+        assert torch.equal(kept(loaded)[key][1], values), key
+    assert loaded.distance_from_start() == expected.distance_from_start() > 0
+
+
+def test_a_part_that_no_process_has_saved_is_missed():
+    _, first = make(Gaussian(), 0)
+    with pytest.raises(ValueError, match="for parameter 'rows', it lacks 20 of the numbers of 'weights'"):
+        make(Gaussian(), 1)[1].load_parts([first.state_dict()])
 
 
 @NOISES
