@@ -816,14 +816,16 @@ class ESConfig(GRPOFields, TrainingArguments):
         of_a_batch, batches = batch.values()
         product = (DEFAULT_PROMPTS if of_a_batch is None else of_a_batch) * batches
         # What was derived when this config's original was made gives way
-        given = {name: value for name, value in batch.items() if value is not None and not isinstance(value, Derived)}
+        set_here = {
+            name: value for name, value in batch.items() if value is not None and not isinstance(value, Derived)
+        }
         if self.gradient_accumulation_steps == 1:
-            given.pop("gradient_accumulation_steps", None)
-        if self.num_prompts_per_step is None or (isinstance(self.num_prompts_per_step, Derived) and given):
+            set_here.pop("gradient_accumulation_steps", None)
+        if self.num_prompts_per_step is None or (isinstance(self.num_prompts_per_step, Derived) and set_here):
             return Derived(product)
         if product != self.num_prompts_per_step:
-            self._said |= given
-            self._reasons |= dict.fromkeys(given, f"a step takes num_prompts_per_step={self.num_prompts_per_step}")
+            self._said |= set_here
+            self._reasons |= dict.fromkeys(set_here, f"a step takes num_prompts_per_step={self.num_prompts_per_step}")
         return self.num_prompts_per_step
 
     def _normalize(self) -> None:

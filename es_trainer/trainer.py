@@ -17,7 +17,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from . import adapters
-from .backends import Given, Prompts, RolloutFunc, check_mode, evaluate_batches, evaluate_population, pick
+from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
 from .checks import check_arguments, check_model, refuse_unsupported
 from .config import ESConfig
 from .data import by_name, check_datasets
@@ -203,8 +203,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         refuse_unsupported(tools=tools, environment_factory=environment_factory)
         self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes)
         check_arguments(args, model, optimizers, quantization_config, peft_config)
-        given = Given(model, quantization_config, peft_config, rollout_func)
-        check_mode(args, given)
+        inputs = TrainerInputs(model, quantization_config, peft_config, rollout_func)
+        check_mode(args, inputs)
         check_datasets(args, train_dataset, eval_dataset)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
@@ -212,7 +212,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
 
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
-        self.backend = pick(args, given, self.processes, self)
+        self.backend = pick(args, inputs, self.processes, self)
         model, processing_class = load(
             model, processing_class, args, quantization_config, peft_config, self.backend.loads_weights
         )
@@ -244,7 +244,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.recorder = Recorder(args, self.processes, self.history, self.scorer.names)
         self.completions = BestCompletions(args, self.processes, self.scorer.names)
         self._reported = 0  # members of the step under way of which callbacks were told
-        self.optimizer.weights.hand_out()
+        self.optimizer.weights.to_checkpoint_dtype()
 
     @property
     def engine(self) -> Engine:
@@ -325,7 +325,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         `save_only_model`, the best model begins a run of its own.
         """
         self.backend.check(self.model)
-        with self.backend.at_work():
+        with self.backend.in_working_dtype():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(
@@ -444,7 +444,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             # Other random numbers for every batch, the same ones at every evaluation
             return self._prompts(rows, self.num_generations_eval, seed=number)
 
-        with self.backend.at_work():
+        with self.backend.in_working_dtype():
             batches = evaluate_batches(self.backend, self.scorer, dataloader, prompts, self.state, report)
         if not batches:
             raise ValueError("`eval_dataset` is empty: the stream has no rows to evaluate.")

@@ -297,7 +297,9 @@ def test_the_parts_of_a_checkpoint_are_small(one, gathered):
         [file.stat().st_size for file in (run / "adam" / "checkpoint-2" / "optimizer").glob("*.distcp")]
         for run in (one, gathered)
     )
-    assert len(whole) == 1 and len(parts) == 2 and max(parts) < 0.6 * whole[0]
+    assert (
+        len(whole) == 1 and len(parts) == 2 and max(parts) < 0.7 * whole[0]
+    )  # of such small tensors, what is said about each counts
 
 
 def test_the_history_of_several_processes_rebuilds_the_weights(two, gathered, lockstep, model_folder, tmp_path):

@@ -19,6 +19,8 @@ from es_trainer.evolution.update_rules import SGD, UPDATE_RULES
 from es_trainer.noise import shapes
 from es_trainer.noise.shapes import SHAPES, Gaussian
 from es_trainer.tasks import Task
+from es_trainer.weights import layouts
+from es_trainer.weights.layouts import Layout
 
 
 ROOT = Path(es_trainer.__file__).parent
@@ -83,6 +85,14 @@ def test_backends():
     combinations = itertools.product(*options.values())
     chosen = {backends._kind(SimpleNamespace(**dict(zip(options, values, strict=True)))) for values in combinations}
     assert chosen == set(defined(backends, kinds_of(Backend)).values())
+
+
+def test_layouts():
+    found = defined(layouts, kinds_of(Layout))
+    (source,) = ast.parse(inspect.getsource(layouts.layout_of)).body
+    called = {node.func.id for node in ast.walk(source) if isinstance(node, ast.Call)}
+    assert called - {"isinstance", "is_partitioned"} == set(found)
+    assert len({inspect.getfile(layout) for layout in found.values()}) == len(found)
 
 
 def test_engines():

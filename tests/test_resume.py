@@ -120,7 +120,9 @@ def test_a_checkpoint_of_another_model_is_refused(trainer, tmp_path):
         trainer(make_model(num_hidden_layers=3)).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("missing", ["optimizer/.metadata", "optimizer/state.json", "history.jsonl", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "missing", ["optimizer/.metadata", "optimizer/state.json", "history.jsonl", "trainer_state.json"]
+)
 def test_an_incomplete_checkpoint_is_refused(trainer, tmp_path, missing):
     trainer().train()
     (tmp_path / "run" / "checkpoint-2" / missing).unlink()

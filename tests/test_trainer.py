@@ -250,7 +250,7 @@ def test_working_and_saved_dtypes(trainer, tmp_path, given, options, working):
     run = trainer(make_model(dtype=given), **options)
     run.train()
     assert {parameter.dtype for parameter in run.model.parameters()} == {given}
-    with run.optimizer.weights.at_work():
+    with run.optimizer.weights.in_working_dtype():
         assert {parameter.dtype for parameter in run.model.parameters()} == {working}
         assert run.model(torch.tensor([[1]])).logits.dtype == working  # no autocast, which gives float32
         run.save_model(str(tmp_path / "out"))
@@ -503,7 +503,7 @@ def test_best_adapter_is_loaded_at_the_end(trainer):
     rewards = [log["eval_reward"] for log in run.state.log_history if "eval_reward" in log]
     assert max(rewards) > rewards[-1]
     assert run.evaluate()["eval_reward"] == pytest.approx(max(rewards))
-    with run.optimizer.weights.at_work():
+    with run.optimizer.weights.in_working_dtype():
         before = weights(run.model)
         run.optimizer.perturb(run.optimizer.ask().members[0])
         run.optimizer.restore()
@@ -878,7 +878,7 @@ def test_population_batches_leave_the_trained_weights(trainer, reward, dataset, 
     for shard in run.optimizer.weights.shards:
         assert torch.equal(saved.get_parameter(shard.name).flatten(), shard.master), shard.name
     loaded = trainer(saved, bf16=bf16)
-    with run.optimizer.weights.at_work(), loaded.optimizer.weights.at_work():
+    with run.optimizer.weights.in_working_dtype(), loaded.optimizer.weights.in_working_dtype():
         for shard in run.optimizer.weights.shards:
             assert torch.equal(shard.working, shard.master.to(shard.working.dtype)), shard.name
         engine = loaded.engine

@@ -8,14 +8,14 @@ from ..run.processes import Processes
 from .answers import Answers, RolloutFuncAnswers
 from .base import Backend
 from .evaluation import evaluate_batches, evaluate_population
-from .given import Given
 from .results import Prompts, Result
 from .rollout_func import RolloutFunc
+from .trainer_inputs import TrainerInputs
 
 
 __all__ = [
     "Backend",
-    "Given",
+    "TrainerInputs",
     "Prompts",
     "Result",
     "RolloutFunc",
@@ -26,35 +26,35 @@ __all__ = [
 ]
 
 
-def pick(args: ESConfig, given: Given, processes: Processes, trainer: Trainer) -> Backend:
+def pick(args: ESConfig, inputs: TrainerInputs, processes: Processes, trainer: Trainer) -> Backend:
     """
     The backend of a run. Nothing else reads which mode the config asks for.
 
     Args:
         args ([`ESConfig`]):
             The config.
-        given ([`Given`]):
+        inputs ([`TrainerInputs`]):
             What the trainer was given beside it.
         processes ([`Processes`]):
             Those of the run.
         trainer ([`~transformers.Trainer`]):
             What a `rollout_func` gets.
     """
-    if given.rollout_func is not None:
-        answers = RolloutFuncAnswers(given.rollout_func, trainer)
+    if inputs.rollout_func is not None:
+        answers = RolloutFuncAnswers(inputs.rollout_func, trainer)
     else:
         answers = Answers(args, progress=not args.disable_tqdm and processes.rank == 0)
-    return _kind(args)(args, processes, answers, given.source)
+    return _kind(args)(args, processes, answers, inputs.source)
 
 
-def check_mode(args: ESConfig, given: Given) -> None:
+def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
     """
     Look through what the mode of a config can refuse, before anything is loaded.
 
     Args:
         args ([`ESConfig`]):
             The config.
-        given ([`Given`]):
+        inputs ([`TrainerInputs`]):
             What the trainer is given beside it.
 
     Raises:
@@ -64,8 +64,8 @@ def check_mode(args: ESConfig, given: Given) -> None:
     require(args, args.use_vllm or not args.vllm_lora, "vllm_lora", "it needs use_vllm=True.")
     known = not args.use_vllm or args.vllm_mode in ("colocate", "server")
     require(args, known, "vllm_mode", "choose one of 'colocate', 'server'.")
-    _kind(args).check_arguments(args, given)
-    if given.rollout_func is not None:
+    _kind(args).check_arguments(args, inputs)
+    if inputs.rollout_func is not None:
         RolloutFuncAnswers.check_arguments(args)
 
 

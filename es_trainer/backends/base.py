@@ -18,8 +18,8 @@ from ..fields import require
 from ..run.history import start_checksum
 from ..run.processes import Processes
 from .answers import Answers
-from .given import Given
 from .results import Prompts, Result
+from .trainer_inputs import TrainerInputs
 
 
 logger = logging.get_logger(__name__)
@@ -80,7 +80,7 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         """
         Raises:
             `ValueError` or `TypeError`: If the config or what the trainer is given asks for something that this
@@ -119,10 +119,10 @@ class Backend(ABC):
     # ---- the unperturbed weights ----
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def in_working_dtype(self) -> Iterator[None]:
         """Inside, the model computes with the unperturbed weights in the working dtype."""
         self.take_member_out()
-        with self.optimizer.weights.at_work() as changed:
+        with self.optimizer.weights.in_working_dtype() as changed:
             if changed:
                 logger.warning(
                     f"{len(changed)} parameters ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}) were changed "

@@ -56,7 +56,7 @@ def evaluate_population(
         report (`Callable`):
             Told how many members are done, as they are.
         keep (`Callable`):
-            Given the rollouts that were scored here, with the members' numbers.
+            TrainerInputs the rollouts that were scored here, with the members' numbers.
 
     Returns:
         `tuple[np.ndarray, list[Summary]]`: rewards of shape `(members, prompts)`, NaN where no completion counts, and

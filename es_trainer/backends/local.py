@@ -16,8 +16,8 @@ from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
 from .base import Backend, trained
-from .given import Given
 from .results import Prompts, Result
+from .trainer_inputs import TrainerInputs
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +29,7 @@ class Local(Backend):
     _warned_of_memory = False
 
     @classmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         check_generation_kwargs(args)
         if args.has_beams and (args.perturbation == "low_rank" or args.population_batch_size != 1):
             raise ValueError(

@@ -15,8 +15,8 @@ from ..fields import require
 from ..rollout import Completion
 from ..run.metrics import side_by_side
 from .base import Backend, require_saved_state, trained
-from .given import Given
 from .results import Prompts, Result
+from .trainer_inputs import TrainerInputs
 from .vllm_arguments import check_vllm_arguments
 
 
@@ -28,7 +28,7 @@ class Servers(Backend):
     engine: VLLMServers
 
     @classmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         require(args, args.vllm_server_timeout > 0, "vllm_server_timeout", "it must be positive.")
         require(
             args,
@@ -58,13 +58,13 @@ class Servers(Backend):
             "'host'.",
         )
         require_saved_state(args)
-        check_vllm_arguments(args, given)
-        if given.source is None:
+        check_vllm_arguments(args, inputs)
+        if inputs.source is None:
             raise TypeError(
-                f"`model` is a {type(given.model).__name__}, but the weights are on the servers with "
+                f"`model` is a {type(inputs.model).__name__}, but the weights are on the servers with "
                 "`vllm_mode='server'`: give the name or folder that the servers were started with."
             )
-        if given.rollout_func is not None:
+        if inputs.rollout_func is not None:
             raise ValueError(
                 "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
                 "vllm_mode='colocate'."

@@ -14,9 +14,9 @@ from ..fields import require
 from ..run.processes import Processes
 from .answers import Answers
 from .base import Backend, require_saved_state, trained
-from .given import Given
 from .local import Local
 from .results import Prompts
+from .trainer_inputs import TrainerInputs
 from .vllm_arguments import check_vllm_arguments
 
 
@@ -36,7 +36,7 @@ class VLLM(Local):
     engine: VLLMEngine
 
     @classmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         require(
             args,
             args.vllm_model_impl in ("vllm", "transformers"),
@@ -64,15 +64,15 @@ class VLLM(Local):
             "vllm_enable_sleep_mode",
             "vLLM has no sleep mode on CPU; set it to False.",
         )
-        check_vllm_arguments(args, given)
+        check_vllm_arguments(args, inputs)
         if args.vllm_tensor_parallel_size > 1:
             require_saved_state(args)
-            cls._refuse_rollout_func(args, given, "vllm_tensor_parallel_size")
+            cls._refuse_rollout_func(args, inputs, "vllm_tensor_parallel_size")
         check_version()
 
     @staticmethod
-    def _refuse_rollout_func(args: ESConfig, given: Given, name: str) -> None:
-        if given.rollout_func is not None:
+    def _refuse_rollout_func(args: ESConfig, inputs: TrainerInputs, name: str) -> None:
+        if inputs.rollout_func is not None:
             raise ValueError(
                 f"`rollout_func` with `{name}={getattr(args, name)}`: it gets the weights of one member in one "
                 f"process. Leave `{name}` out."
@@ -99,7 +99,7 @@ class VLLMLoRA(VLLM):
     """Members are LoRA adapters. vLLM generates with many of them at the same time."""
 
     @classmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         require(
             args, args.perturbation == "low_rank", "vllm_lora", "adapters are low-rank; set perturbation='low_rank'."
         )
@@ -109,8 +109,8 @@ class VLLMLoRA(VLLM):
             "perturbation_rank",
             f"vLLM's adapters have a rank of at most {MOST_RANK}.",
         )
-        cls._refuse_rollout_func(args, given, "vllm_lora")
-        super().check_arguments(args, given)
+        cls._refuse_rollout_func(args, inputs, "vllm_lora")
+        super().check_arguments(args, inputs)
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().start(model, tokenizer)

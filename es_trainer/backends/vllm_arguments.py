@@ -3,10 +3,10 @@
 from ..config import ESConfig
 from ..engines.vllm_sampling import check_generation_kwargs
 from ..fields import require
-from .given import Given
+from .trainer_inputs import TrainerInputs
 
 
-def check_vllm_arguments(args: ESConfig, given: Given) -> None:
+def check_vllm_arguments(args: ESConfig, inputs: TrainerInputs) -> None:
     """
     Raises:
         `ValueError`: If the config or what the trainer is given asks for something that vLLM cannot do.
@@ -25,9 +25,9 @@ def check_vllm_arguments(args: ESConfig, given: Given) -> None:
         "vLLM evaluates one member at a time; leave it out, or see vllm_lora.",
     )
     check_generation_kwargs(args)
-    if given.quantization_config or (args.model_init_kwargs or {}).get("quantization_config"):
+    if inputs.quantization_config or (args.model_init_kwargs or {}).get("quantization_config"):
         raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")
-    if given.has_adapter:
+    if inputs.has_adapter:
         raise ValueError(
             "`use_vllm=True` with an adapter is not supported. Leave `peft_config` out to train all weights, freeze "
             "some with requires_grad=False, or set use_vllm=False."

@@ -12,9 +12,9 @@ from ..engines import TransformersEngine
 from ..evolution import Member
 from ..weights.layouts.zero3 import is_partitioned
 from .base import require_saved_state
-from .given import Given
 from .local import Local
 from .results import Prompts, Result
+from .trainer_inputs import TrainerInputs
 
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Gathered(Local):
     partitioned = True
 
     @classmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
-        super().check_arguments(args, given)
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
+        super().check_arguments(args, inputs)
         require_saved_state(args)
 
     @property
@@ -48,8 +48,8 @@ class Gathered(Local):
         """What is not partitioned yet, will be: process 0's weights count. Returns DeepSpeed's config."""
         import deepspeed
 
-        given = self.args.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero = {key: value for key, value in given.items() if value != "auto"}
+        configured = self.args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero = {key: value for key, value in configured.items() if value != "auto"}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         partitioned = [parameter for parameter in self.model.parameters() if is_partitioned(parameter)]
         others: list[nn.Parameter] = [p for p in self.model.parameters() if not is_partitioned(p)]
@@ -77,9 +77,9 @@ class Lockstep(Gathered):
     deepspeed: "DeepSpeedEngine"
 
     @classmethod
-    def check_arguments(cls, args: ESConfig, given: Given) -> None:
-        super().check_arguments(args, given)
-        if given.rollout_func is not None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
+        super().check_arguments(args, inputs)
+        if inputs.rollout_func is not None:
             raise ValueError(
                 "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
                 "often. Set `ds3_gather_for_generation=True`."

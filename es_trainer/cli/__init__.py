@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from importlib import import_module
 
 from .. import __version__
-from ..scripts.mistakes import DEBUG, told_in_one_line
+from ..scripts.mistakes import DEBUG, error_in_one_line
 
 
 # Each is a module here with a `main(argv)`, imported when it is the one to run
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    with told_in_one_line(f"es-trainer {command}"):
+    with error_in_one_line(f"es-trainer {command}"):
         import_module(f".{command.replace('-', '_')}", __name__).main(argv[1:])
     return 0
 

@@ -87,7 +87,11 @@ async def require_token(request: "Request", call_next: Callable[[Any], Awaitable
     from starlette.responses import JSONResponse
 
     token = os.environ.get("VLLM_API_KEY")
-    given = request.headers.get("Authorization", "")
-    if token and request.url.path not in OPEN and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+    authorization = request.headers.get("Authorization", "")
+    if (
+        token
+        and request.url.path not in OPEN
+        and not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode())
+    ):
         return JSONResponse({"error": "Unauthorized"}, status_code=401)
     return await call_next(request)

@@ -185,9 +185,9 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, a
     Every token that ends a completion: those of `generation_kwargs`, or else those that the model declares (an
     end-of-turn token) and the tokenizer's.
     """
-    given = (args.generation_kwargs or {}).get("eos_token_id")
-    declared = model.generation_config.eos_token_id if given is None else given
+    override = (args.generation_kwargs or {}).get("eos_token_id")
+    declared = model.generation_config.eos_token_id if override is None else override
     ids = declared if isinstance(declared, list) else [declared]
-    if given is None:
+    if override is None:
         ids = [*ids, tokenizer.eos_token_id]
     return [token for token in dict.fromkeys(ids) if token is not None]

@@ -23,10 +23,10 @@ class RemoteWeights(Weights):
     def not_finite(self) -> None:
         """Whether servers' weights are finite is not known here."""
 
-    def hand_out(self) -> None:
+    def to_checkpoint_dtype(self) -> None:
         """There are no values to give to the model's parameters."""
 
-    def at_work(self) -> contextlib.AbstractContextManager[list[str]]:
+    def in_working_dtype(self) -> contextlib.AbstractContextManager[list[str]]:
         """Servers evaluate the unperturbed weights by themselves."""
         return contextlib.nullcontext([])
 

@@ -222,7 +222,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 "step() needs fitness: call ask(), evaluate the members and tell() their rewards first."
             )
         seeds, coefficients = self._coefficients(self.update_record)
-        self.weights.take_back()
+        self.weights.to_working_dtype()
         self.restore()
         self.update_norm = 0.0
         if seeds:
@@ -365,7 +365,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Raises:
             `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
         """
-        self.weights.take_back()
+        self.weights.to_working_dtype()
         self.restore()
         # States that do not say it are of a time when it was the spacing
         self._sample_every(facts.get("stride", _spacing(shard.shape for shard in self.weights.shards)))

@@ -49,7 +49,7 @@ class HubTrainer(Trainer):
         rows = self._sample_rows()
         if not rows:
             return []
-        with self.backend.at_work():
+        with self.backend.in_working_dtype():
             return self.backend.texts(self.backend.answers.tokenize(self.backend.engine, rows))
 
     def _sample_rows(self) -> list[dict[str, Any]]:

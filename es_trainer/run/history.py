@@ -255,8 +255,8 @@ def replay(
         replay_step(optimizer, line)
     with optimizer.weights.in_checkpoint_dtype():
         # The model keeps what the parameters hold here
-        given = [parameter.data for _, parameter in trained]
-    for (_, parameter), data in zip(trained, given, strict=True):
+        trained_data = [parameter.data for _, parameter in trained]
+    for (_, parameter), data in zip(trained, trained_data, strict=True):
         parameter.data = data
     return base_model
 

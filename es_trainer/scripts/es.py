@@ -22,7 +22,7 @@ from dataclasses import field, make_dataclass
 from es_trainer.paths import check_local
 from es_trainer.scripts.arguments import Parser
 from es_trainer.scripts.data import ESScriptArguments, check_data, load_data, pick_split
-from es_trainer.scripts.mistakes import told_in_one_line
+from es_trainer.scripts.mistakes import error_in_one_line
 
 
 def main(script_args, training_args, model_args, dataset_args):
@@ -33,7 +33,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from es_trainer import ESTrainer
-    from es_trainer.backends import Given, check_mode
+    from es_trainer.backends import TrainerInputs, check_mode
 
     check(script_args, training_args, model_args, dataset_args)
     training_args.model_init_kwargs = {
@@ -44,7 +44,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     }
 
     quantization_config, peft_config = get_quantization_config(model_args), get_peft_config(model_args)
-    check_mode(training_args, Given(model_args.model_name_or_path, quantization_config, peft_config))
+    check_mode(training_args, TrainerInputs(model_args.model_name_or_path, quantization_config, peft_config))
 
     # Load the datasets and the reward functions
     dataset, reward_funcs = load_data(script_args, dataset_args)
@@ -102,7 +102,7 @@ def make_parser(prog: str | None = None) -> Parser:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("es.py"):
+    with error_in_one_line("es.py"):
         # Options of `accelerate launch` may stand in the YAML file, too
         arguments = make_parser().parse_args_and_config(fail_with_unknown_args=False)
         trainer = make_trainer(*arguments)

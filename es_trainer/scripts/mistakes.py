@@ -14,7 +14,7 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
 
 @contextlib.contextmanager
-def told_in_one_line(prog: str) -> Iterator[None]:
+def error_in_one_line(prog: str) -> Iterator[None]:
     """
     Inside, errors about what was given end the program with one line. With the environment variable
     `ES_TRAINER_DEBUG`, which `--debug` sets, they keep their traceback.

@@ -38,13 +38,13 @@ class FrozenTensors:
         layout.cast(self._dtype)
         return original
 
-    def hand_out(self) -> None:
+    def to_checkpoint_dtype(self) -> None:
         """Let the model have the originals. Partitioned tensors stay as they are."""
         for layout, original in self._rounded:
             if layout.in_parameter:
                 layout.parameter.data = original.to(layout.parameter.device)
 
-    def take_back(self) -> None:
+    def to_working_dtype(self) -> None:
         """Let the model compute in the working dtype again, with the values that its tensors have now."""
         self._rounded = [
             (layout, self._round(layout) if layout.in_parameter else original) for layout, original in self._rounded

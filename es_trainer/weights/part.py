@@ -69,8 +69,8 @@ class Part:
 
     def put_into(self, whole: torch.Tensor, values: torch.Tensor) -> None:
         """Write the flat values of the slice into a contiguous whole."""
-        runs = whole.view(-1, self.period)[:, self.offset : self.offset + self.length]
-        runs.copy_(values.view(runs.shape))
+        slices = whole.view(-1, self.period)[:, self.offset : self.offset + self.length]
+        slices.copy_(values.view(slices.shape))
 
     def sample(self, stride: int) -> tuple[slice | torch.Tensor, slice | torch.Tensor]:
         """

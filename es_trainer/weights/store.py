@@ -52,8 +52,8 @@ class Weights:
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32 whatever `dtype` is, as the model's class wants.
 
-    Of parameters that DeepSpeed ZeRO-3 has partitioned, or of which an engine has a part in each process, each process
-    keeps, perturbs and updates its own part.
+    Of parameters that DeepSpeed ZeRO-3 or FSDP2 has partitioned, or of which an engine has a part in each process,
+    each process keeps, perturbs and updates its own part.
 
     Raises:
         `ValueError`: If a parameter to train is quantized; names it.
@@ -79,7 +79,7 @@ class Weights:
         self.perturbation = perturbation or Gaussian()
         self.drifts = master_weights == "none"
         self.dtype = dtype
-        self.handed_out = False  # whether the model's parameters hold the weights as they were given
+        self.has_checkpoint_dtype = False  # whether the model's parameters hold the weights as they were given
         self._master_weights = master_weights
         self._pinned = PinnedMemory()
         self.shards = [
@@ -107,7 +107,7 @@ class Weights:
 
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the working weights those of `member`, whatever member they held before."""
-        self.take_back()
+        self.to_working_dtype()
         if self._inside is not None and self.drifts:
             self.restore()
         # Set before the first weight changes: if this is interrupted, there is something to restore
@@ -275,7 +275,7 @@ class Weights:
                     "(resize_token_embeddings, adapters, torch.compile, another model) first, and make the trainer of "
                     "it then."
                 )
-            if not self.handed_out and not shard.layout.computes_with(shard.working):
+            if not self.has_checkpoint_dtype and not shard.layout.computes_with(shard.working):
                 raise RuntimeError(
                     f"The parameter `{shard.name}` was moved, cast or replaced while the trainer works with it, so "
                     "perturbations would not reach the model. Leave out what does so (model.to(...), model.half(), "
@@ -285,21 +285,21 @@ class Weights:
     # ---- the model outside of training ----
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[list[str]]:
+    def in_working_dtype(self) -> Iterator[list[str]]:
         """
         Inside, the model computes with the working weights; afterwards, its parameters hold the trained weights in the
-        dtype in which they were given, unless they did not before. Yields what `take_back` returned.
+        dtype in which they were given, unless they did not before. Yields what `to_working_dtype` returned.
         """
-        if not self.handed_out:
+        if not self.has_checkpoint_dtype:
             yield []
             return
         try:
-            yield self.take_back()
+            yield self.to_working_dtype()
         finally:
-            self.hand_out()
+            self.to_checkpoint_dtype()
 
     @torch.no_grad()
-    def hand_out(self) -> None:
+    def to_checkpoint_dtype(self) -> None:
         """
         Let the model's parameters hold the trained weights in the dtype in which they were given: what users see,
         change and save. Parts of parameters stay as they are.
@@ -308,7 +308,7 @@ class Weights:
         dtype stay what they are. Others are copied, and take the place of the working weights where those follow from
         them.
         """
-        if self.handed_out:
+        if self.has_checkpoint_dtype:
             return
         self.restore()
         for shard in self.shards:
@@ -320,11 +320,11 @@ class Weights:
             exact = torch.promote_types(dtype, shard.checkpoint_dtype) == shard.checkpoint_dtype
             if not shard.layout.in_place and (shard.master is not None or exact):
                 shard.working = original
-        self._frozen.hand_out()
-        self.handed_out = True
+        self._frozen.to_checkpoint_dtype()
+        self.has_checkpoint_dtype = True
 
     @torch.no_grad()
-    def take_back(self) -> list[str]:
+    def to_working_dtype(self) -> list[str]:
         """
         Let the model compute with the working weights again. What was changed in its parameters meanwhile are the
         trained weights from now on.
@@ -332,7 +332,7 @@ class Weights:
         Returns:
             `list[str]`: names of the parameters whose values are others than before.
         """
-        if not self.handed_out:
+        if not self.has_checkpoint_dtype:
             return []
         changed = []
         for shard in self.shards:
@@ -349,8 +349,8 @@ class Weights:
             elif shard.master is not None:
                 shard.working.copy_(shard.master)
             shard.parameter.data = shard.working.view(shard.shape)
-        self._frozen.take_back()
-        self.handed_out = False
+        self._frozen.to_working_dtype()
+        self.has_checkpoint_dtype = False
         return changed
 
     @contextlib.contextmanager
@@ -359,17 +359,18 @@ class Weights:
         Inside, the model's parameters hold the trained weights in the dtype in which they were given. Partitioned ones
         hold nothing, but are of that dtype.
         """
-        if self.handed_out:
+        if self.has_checkpoint_dtype:
             yield
             return
         self.restore()
-        held = [(shard.parameter, shard.parameter.data) for shard in self.shards]
-        for shard in self.shards:
-            if not shard.layout.in_parameter:
-                shard.parameter.data = shard.parameter.data.to(shard.checkpoint_dtype)
-            elif shard.checkpoint_dtype != shard.working.dtype:
+        rounded = [shard for shard in self.shards if shard.checkpoint_dtype != shard.working.dtype]
+        held = [(shard.parameter, shard.parameter.data) for shard in rounded]
+        for shard in rounded:
+            if shard.layout.in_parameter:
                 # The master itself if it has that dtype: no copy
                 shard.parameter.data = shard.trained.to(shard.checkpoint_dtype).view(shard.shape)
+            else:
+                shard.parameter.data = shard.parameter.data.to(shard.checkpoint_dtype)
         try:
             with self._frozen.in_checkpoint_dtype():
                 yield

@@ -150,7 +150,7 @@ def test_float32(kind, tmp_path, caplog):
     model = build(kind)
     with caplog.at_level("WARNING"):
         run = make_trainer(model, tmp_path)
-    with run.optimizer.weights.at_work():
+    with run.optimizer.weights.in_working_dtype():
         if run.population_batch is None:
             (reason,) = [r.message for r in caplog.records if "one at a time" in r.message]
             found[kind] = reason.split("at once: ")[1]

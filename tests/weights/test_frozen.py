@@ -135,9 +135,9 @@ def test_parameters_that_a_class_keeps_in_float32_stay(tmp_path, kind, dtype, ke
         assert {name: parameter.dtype for name, parameter in model.named_parameters()} == wanted
         with torch.no_grad():
             assert torch.equal(model(ids).logits, loaded(ids).logits)
-        optimizer.weights.hand_out()
+        optimizer.weights.to_checkpoint_dtype()
         assert not trained or {parameter.dtype for parameter in model.parameters()} == {given}
-        optimizer.weights.take_back()
+        optimizer.weights.to_working_dtype()
         optimizer.perturb(optimizer.ask().members[0])
         optimizer.restore()
 

@@ -1,6 +1,7 @@
 """Training with vLLM servers: real ones, which are killed, stopped and started anew."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess

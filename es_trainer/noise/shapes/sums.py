@@ -100,13 +100,13 @@ class StridedSum:
             # A long run is written where it lies; around short ones, whole periods are computed, which takes no more
             # calls than the part has pieces
             if self.period > longest:
-                self._add_runs(values, target[low:high], start + low, rounding)
+                self._add_slices(values, target[low:high], start + low, rounding)
             else:
                 self._add_periods(values, target[low:high], start + low, rounding, longest // self.period)
 
         noise.for_pieces(piece, target.numel(), target.device)
 
-    def _add_runs(self, source: torch.Tensor | None, target: torch.Tensor, start: int, rounding: int | None) -> None:
+    def _add_slices(self, source: torch.Tensor | None, target: torch.Tensor, start: int, rounding: int | None) -> None:
         done = 0
         while done < target.numel():
             run, first = divmod(start + done, self.length)
@@ -120,15 +120,15 @@ class StridedSum:
     ) -> None:
         first, last = start // self.length, -(-(start + target.numel()) // self.length)
         for run in range(first, last, step):
-            runs = min(step, last - run)
+            rows = min(step, last - run)
             low = max(run * self.length, start) - start
-            high = min((run + runs) * self.length, start + target.numel()) - start
+            high = min((run + rows) * self.length, start + target.numel()) - start
             inside = slice(start + low - run * self.length, start + high - run * self.length)
-            values = torch.zeros(runs * self.length, dtype=torch.float32, device=target.device)
+            values = torch.zeros(rows * self.length, dtype=torch.float32, device=target.device)
             if source is not None:
                 values[inside].copy_(source[low:high])
-            periods = torch.zeros(runs, self.period, dtype=torch.float32, device=target.device)
-            periods[:, self.offset : self.offset + self.length] = values.view(runs, self.length)
+            periods = torch.zeros(rows, self.period, dtype=torch.float32, device=target.device)
+            periods[:, self.offset : self.offset + self.length] = values.view(rows, self.length)
             sums = torch.empty_like(periods, dtype=target.dtype)
             self.whole.add(periods.view(-1), sums.view(-1), run * self.period, rounding)
             target[low:high].copy_(sums[:, self.offset : self.offset + self.length].reshape(-1)[inside])

@@ -1,14 +1,16 @@
 """How the weights of a parameter lie in the processes of a run, a file for each way."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .engine import Engine, EngineWeights
+from .fsdp2 import FSDP2
 from .layout import Layout
 from .whole import Whole
 from .zero3 import Zero3, is_partitioned
 
 
-__all__ = ["Engine", "EngineWeights", "Layout", "Whole", "Zero3", "layout_of"]
+__all__ = ["FSDP2", "Engine", "EngineWeights", "Layout", "Whole", "Zero3", "layout_of"]
 
 
 def layout_of(tensor: torch.Tensor, engine_weights: EngineWeights | None = None) -> Layout:
@@ -23,4 +25,6 @@ def layout_of(tensor: torch.Tensor, engine_weights: EngineWeights | None = None)
     """
     if engine_weights is not None:
         return Engine(tensor, engine_weights)
+    if isinstance(tensor, DTensor):
+        return FSDP2(tensor)
     return Zero3(tensor) if is_partitioned(tensor) else Whole(tensor)

@@ -8,7 +8,7 @@ from torch import nn
 from .rollout_func import RolloutFunc
 
 
-class Given(NamedTuple):
+class TrainerInputs(NamedTuple):
     """
     Arguments of a trainer.
 
