@@ -376,7 +376,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for key, found in saved.items():
             name = key.split("/")[0]
             if _kind(key) == "start":
-                values = torch.empty(found.size, dtype=found.properties.dtype)
+                values = torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
                 samples[key] = Slice(Part.whole(name, found.size), values)
             elif name in known and key not in slices:
                 raise ValueError(_misfit(key, "this run does not keep"))
@@ -395,7 +395,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Put the samples of the weights at the start together, and take what is of this process's parts of them."""
         for shard in self.weights.shards:
             _, own = shard.part.sample(self._stride)
-            whole = torch.full((-(-shard.shape.numel() // self._stride),), math.nan, dtype=shard.trained.dtype)
+            size = -(-shard.shape.numel() // self._stride)
+            whole = torch.full((size,), math.nan, dtype=shard.trained.dtype, device="cpu")
             keys = [key for key, slice_ in samples.items() if slice_.part.name == shard.name]
             for key in keys:
                 part = Part(shard.name, shard.shape, *map(int, key.split("/")[2:]))

@@ -40,7 +40,8 @@ def check_complete(checkpoint: Path) -> None:
 
 def remove_state(checkpoint: Path) -> None:
     """Remove the state that an earlier run has left in a folder."""
-    shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
+    if (checkpoint / FOLDER).is_dir():
+        shutil.rmtree(checkpoint / FOLDER)
     for file in checkpoint.glob("optimizer*.pt"):
         file.unlink()
 

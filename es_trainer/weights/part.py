@@ -80,7 +80,7 @@ class Part:
         if self.is_contiguous:
             first, stop = -(-self.offset // stride), -(-(self.offset + self.length) // stride)
             return slice(-self.offset % stride, None, stride), slice(first, stop)
-        index = torch.arange(0, self.shape.numel(), stride)
+        index = torch.arange(0, self.shape.numel(), stride, device="cpu")
         column = index % self.period - self.offset
         (own,) = ((column >= 0) & (column < self.length)).nonzero(as_tuple=True)
         return index[own] // self.period * self.length + column[own], own
