@@ -139,16 +139,3 @@ def check_adapter(name: str, peft_config: Any) -> None:
             "evolution strategy trains adapters that change the model's layers. Use one of those, such as "
             "`LoraConfig`."
         )
-
-
-def refuse_unsupported(**arguments: Any) -> None:
-    """
-    Raises:
-        `ValueError`: If an argument is given that only GRPOTrainer has a use for.
-    """
-    for name, value in arguments.items():
-        if value:
-            raise ValueError(
-                f"`{name}={value!r}` is not supported: the ESTrainer calls no tools. Leave it out, and let a "
-                "`rollout_func` write the turns of a conversation."
-            )

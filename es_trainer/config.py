@@ -207,6 +207,9 @@ class ESConfig(GRPOFields, TrainingArguments):
         chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Additional keyword arguments of `apply_chat_template`. Functions among the `tools` are replaced by their
             schemas.
+        max_tool_calling_iterations (`int`, *optional*):
+            Most turns in which tools are called. If `None`, a rollout ends when the model calls none, or at
+            `max_completion_length`, which holds for all turns and the results of the tools together.
         cache_implementation (`str`, *optional*):
             Implementation of the key-value cache, as in [`~transformers.GenerationConfig`].
 
@@ -568,6 +571,15 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=about("Additional keyword arguments of `apply_chat_template`.", "run")
+    )
+    max_tool_calling_iterations: int | None = field(
+        default=None,
+        metadata=about(
+            "Most turns in which tools are called. If `None`, a rollout ends when the model calls none, or at "
+            "`max_completion_length`.",
+            "run",
+            valid=at_least_1_or_none("no limit"),
+        ),
     )
     cache_implementation: str | None = field(
         default=None, metadata=about("Implementation of the key-value cache.", "nobody")

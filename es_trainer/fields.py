@@ -211,7 +211,6 @@ WITHOUT_EFFECT = {
     "router_aux_loss_coef": _GRADIENTS,
     "disable_dropout": "dropout is off while members are evaluated",
     "cast_lm_head_to_fp32": "`bf16=False` computes in the dtype of the model",
-    "max_tool_calling_iterations": "tools are not supported yet",
     "log_multimodal": "images are not supported yet",
     "use_transformers_continuous_batching": _PAGED,
     "transformers_continuous_batching_config": _PAGED,

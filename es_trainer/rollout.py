@@ -23,12 +23,18 @@ class Completion:
             Whether it was cut at the maximum length, and did not end there by itself.
         others (`int`, *optional*, defaults to `0`):
             How many of the tokens are not the model's own, but an environment's.
+        messages (`list[dict[str, Any]]`, *optional*):
+            The turns of a rollout in which tools were called: the model's answers and the tools' results.
+        tool_calls (`list[bool]`, *optional*):
+            Whether each call of a tool failed.
     """
 
     ids: list[int]
     text: str
     truncated: bool
     others: int = 0
+    messages: list[dict[str, Any]] | None = None
+    tool_calls: list[bool] | None = None
 
     @property
     def length(self) -> int:

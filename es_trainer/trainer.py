@@ -17,8 +17,9 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from . import adapters
+from .agents import EnvironmentFactory, Environments
 from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
-from .checks import check_arguments, check_model, refuse_unsupported
+from .checks import check_arguments, check_model
 from .config import ESConfig
 from .data import by_name, check_datasets
 from .engines import Engine
@@ -142,8 +143,11 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             `peft_config`, too, to train an adapter (QLoRA).
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. Then only the adapter is perturbed, updated and saved.
-        tools (`None`, *optional*):
-            Not supported. It is here for the sake of [`~trl.GRPOTrainer`]'s signature.
+        tools (`list[Callable]`, *optional*):
+            Functions, which may be async, that the model may call while it answers. Their names, type hints and
+            docstrings are what it is shown. A call is answered with what the function returns, or with its error if it
+            raises, and the model goes on, until it calls none, `args.max_tool_calling_iterations` turns are over, or
+            `args.max_completion_length` is reached. Reward functions get the messages of all turns.
         rollout_func (`Callable`, *optional*):
             Function `rollout_func(prompts, trainer)` that generates the completions, with `trainer.model` and
             `trainer.processing_class`, while the model has the weights of one member. It gets the prompts of a step
@@ -153,8 +157,13 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             is called a second time, with each prompt as often as completions of it are missing. Other entries are
             passed to the reward functions, apart from `"logprobs"` and `"logprob_token_ids"`, which have no use here,
             and `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`.
-        environment_factory (`None`, *optional*):
-            Not supported. It is here for the sake of [`~trl.GRPOTrainer`]'s signature.
+        environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
+            Makes an environment when it is called. Each rollout has an instance of its own, which begins with
+            `reset(**row)`: the text that this returns stands behind the prompt's last message. Its other public
+            methods are tools. If it has a method `get_reward()`, which may be async, that is a reward of weight 1
+            under the name of its class, and `reward_funcs` may be `None`. Reward functions get the instances as
+            `environments`. With a `dict`, each row has the name of its environment in the column `"environment"`.
+            Without a `train_dataset`, `args.max_steps` steps are done on what `reset()` returns.
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
@@ -185,9 +194,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         optimizers: tuple[None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
-        tools: None = None,
+        tools: list[Callable] | None = None,
         rollout_func: RolloutFunc | None = None,
-        environment_factory: None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
     ):
         if isinstance(model, os.PathLike):
             model = os.fspath(model)
@@ -200,10 +209,15 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             args = ESConfig.from_grpo_config(args)
         else:
             args.check()
-        refuse_unsupported(tools=tools, environment_factory=environment_factory)
-        self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes)
+        self.tools = list(tools or [])
+        environments = None
+        if environment_factory is not None:
+            environments = Environments(environment_factory, self.tools)
+            train_dataset = environments.dataset(args) if train_dataset is None else train_dataset
+        own_rewards = environments.reward_funcs() if environments is not None else []
+        self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes, own_rewards)
         check_arguments(args, model, optimizers, quantization_config, peft_config)
-        inputs = TrainerInputs(model, quantization_config, peft_config, rollout_func)
+        inputs = TrainerInputs(model, quantization_config, peft_config, rollout_func, self.tools, environments)
         check_mode(args, inputs)
         check_datasets(args, train_dataset, eval_dataset)
         self.processes = Processes()

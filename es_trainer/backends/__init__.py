@@ -10,6 +10,7 @@ from .base import Backend
 from .evaluation import evaluate_batches, evaluate_population
 from .results import Prompts, Result
 from .rollout_func import RolloutFunc
+from .tool_answers import ToolAnswers
 from .trainer_inputs import TrainerInputs
 
 
@@ -40,10 +41,14 @@ def pick(args: ESConfig, inputs: TrainerInputs, processes: Processes, trainer: T
         trainer ([`~transformers.Trainer`]):
             What a `rollout_func` gets.
     """
+    progress = not args.disable_tqdm and processes.rank == 0
+    answers: Answers
     if inputs.rollout_func is not None:
         answers = RolloutFuncAnswers(inputs.rollout_func, trainer)
+    elif inputs.has_turns:
+        answers = ToolAnswers(args, inputs.tools, inputs.environments, progress)
     else:
-        answers = Answers(args, progress=not args.disable_tqdm and processes.rank == 0)
+        answers = Answers(args, progress)
     return _kind(args)(args, processes, answers, inputs.source)
 
 
@@ -66,7 +71,7 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
     require(args, known, "vllm_mode", "choose one of 'colocate', 'server'.")
     _kind(args).check_arguments(args, inputs)
     if inputs.rollout_func is not None:
-        RolloutFuncAnswers.check_arguments(args)
+        RolloutFuncAnswers.check_arguments(args, inputs)
 
 
 def _kind(args: ESConfig) -> type[Backend]:

@@ -12,6 +12,7 @@ from ..engines import Engine
 from ..rollout import Completion
 from .results import Prompts
 from .rollout_func import RolloutFunc, call_rollout_func
+from .trainer_inputs import TrainerInputs
 
 
 class Answers:
@@ -82,11 +83,16 @@ class RolloutFuncAnswers(Answers):
     by_engine = False
 
     @classmethod
-    def check_arguments(cls, args: ESConfig) -> None:
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         """
         Raises:
-            `ValueError`: If the config asks for something that a function cannot do.
+            `ValueError`: If the config or what the trainer is given asks for something that a function cannot do.
         """
+        if inputs.has_turns:
+            raise ValueError(
+                "`rollout_func` with `tools` or `environment_factory`: the function writes the turns of a "
+                "conversation itself. Leave them out, and call tools there."
+            )
         if args.num_generations_eval not in (None, args.num_generations):
             raise ValueError(
                 f"`rollout_func` with `num_generations_eval={args.num_generations_eval}`: it could not tell "

@@ -56,7 +56,7 @@ def evaluate_population(
         report (`Callable`):
             Told how many members are done, as they are.
         keep (`Callable`):
-            TrainerInputs the rollouts that were scored here, with the members' numbers.
+            Given the rollouts that were scored here, with the members' numbers.
 
     Returns:
         `tuple[np.ndarray, list[Summary]]`: rewards of shape `(members, prompts)`, NaN where no completion counts, and
@@ -181,7 +181,10 @@ def _begin(backend: Backend, scorer: Scorer, result: Result, state: TrainerState
     """Begin to score a result; what is returned waits for the scores."""
     messages: list[Any] = [completion.text for completion in result.completions]
     if is_conversational({"prompt": result.rows[0]["prompt"]}):
-        messages = [[{"role": "assistant", "content": text}] for text in messages]
+        messages = [
+            completion.messages or [{"role": "assistant", "content": completion.text}]
+            for completion in result.completions
+        ]
     finish = scorer.begin(result.rows, messages, [completion.ids for completion in result.completions], state)
 
     def scored() -> Rollout:

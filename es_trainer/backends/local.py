@@ -135,13 +135,14 @@ class Local(Backend):
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
         rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
-        rows = [{**row, **extra} for row, extra in zip(rows, columns, strict=False)]
         seconds = (time.perf_counter() - start) / len(numbers)
         results = []
         for i, number in enumerate(numbers):
-            mine = completions[i * len(rows) : (i + 1) * len(rows)]
+            part = slice(i * len(rows), (i + 1) * len(rows))
+            mine = completions[part]
             num_tokens = prompt_tokens + sum(completion.length for completion in mine)
-            results.append(Result(number, own, rows, mine, num_tokens, seconds, self.processes.rank))
+            of_member = [{**row, **extra} for row, extra in zip(rows, columns[part], strict=True)]
+            results.append(Result(number, own, of_member, mine, num_tokens, seconds, self.processes.rank))
         return results
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:

@@ -69,6 +69,10 @@ class Servers(Backend):
                 "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
                 "vllm_mode='colocate'."
             )
+        if inputs.has_turns:
+            raise ValueError(
+                "Tools and environments with `vllm_mode='server'` are not supported yet. Use vllm_mode='colocate'."
+            )
 
     @property
     def has_whole_weights(self) -> bool:

@@ -84,6 +84,11 @@ class Lockstep(Gathered):
                 "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
                 "often. Set `ds3_gather_for_generation=True`."
             )
+        if inputs.has_turns:
+            raise ValueError(
+                "Tools and environments with `ds3_gather_for_generation=False`: processes would have to answer in "
+                "equally many turns. Set `ds3_gather_for_generation=True`."
+            )
 
     @property
     def in_place(self) -> bool:

@@ -182,7 +182,7 @@ def _evaluate_model(
     from .generation import Generator
 
     number = arguments.num_samples
-    completions = Generator(name, config).complete([row["prompt"] for row in rows], number)
+    completions = Generator(name, config).answer([row["prompt"] for row in rows], number)
     messages: list[Any] = [completion.text for completion in completions]
     if is_conversational({"prompt": rows[0]["prompt"]}):
         messages = [[{"role": "assistant", "content": text}] for text in messages]

@@ -87,4 +87,4 @@ def _complete(name: str, prompts: list[str], config: "ESConfig", arguments: Gene
         inputs = [[{"role": "user", "content": prompt}] for prompt in prompts]
     if arguments.system_prompt is not None:
         inputs = [with_system_prompt(prompt, arguments.system_prompt) for prompt in inputs]
-    return [completion.text for completion in generator.complete(inputs)]
+    return [completion.text for completion in generator.answer(inputs)]

@@ -36,7 +36,7 @@ class Generator(TransformersEngine):
         self.name = name
         self.config = config
 
-    def complete(self, prompts: list[Any], num_samples: int = 1) -> list[Completion]:
+    def answer(self, prompts: list[Any], num_samples: int = 1) -> list[Completion]:
         """`num_samples` completions of the first prompt, then of the second, and so on."""
         ids = self.tokenize(prompts)
         with tqdm(total=len(ids) * num_samples, desc=f"Completions of {self.name}") as self.bar:

@@ -26,7 +26,7 @@ GROUPS = {
     "generation": (
         *("max_completion_length", "num_generations", "num_generations_eval", "generation_batch_size", "temperature"),
         *("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs"),
-        "cache_implementation",
+        *("max_tool_calling_iterations", "cache_implementation"),
     ),
     "rewards and data": (
         *("task", "reward_funcs", "reward_model_name_or_path", "reward_weights", "mask_truncated_completions"),

@@ -60,6 +60,9 @@ class Rows:
         self.parameters: list[MemberParameter] = []  # that the members have values of
         self.assign(range(group))
 
+    def __len__(self) -> int:
+        return self.group
+
     def assign(self, members: Sequence[int]) -> None:
         """Say to which member each row of the next forward passes belongs."""
         self.count = len(members)

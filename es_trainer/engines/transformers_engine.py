@@ -21,6 +21,7 @@ from .decoding import Decoding, Row, follows
 from .generation_config import generation_config
 from .not_numbers import NOT_NUMBERS, NaNLogits
 from .population_batch import Rows
+from .running_batch import RowCache
 from .sampling import CommonRandomNumbers, sampling_processors
 
 
@@ -140,11 +141,9 @@ class TransformersEngine(Engine):
         Raises:
             `FloatingPointError`: If logits are NaN.
         """
-        self.model.eval()
-        self._members = members
         rows = [
             Row(member, prompt, number)
-            for member in range(members.group if members else 1)
+            for member in range(1 if members is None else len(members))
             for prompt in self.prompt_shard(len(prompt_ids))
             for number in range(num_generations)
         ]
@@ -153,25 +152,60 @@ class TransformersEngine(Engine):
             # As many rows as the others, or they would wait for this process
             most = -(-len(prompt_ids) // self.lockstep[1]) * num_generations
             rows += [Row(0, 0, 0)] * (most - wanted)
+        ids = [prompt_ids[row.prompt] for row in rows]
+        return self.complete(ids, rows, seed, members, batch_size, progress)[:wanted]
+
+    def complete(
+        self,
+        ids: list[list[int]],
+        rows: list[Row],
+        seed: int,
+        members: Rows | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        caches: dict[Row, RowCache | None] | None = None,
+    ) -> list[Completion]:
+        """
+        Complete rows that have a text of their own each; the rest is as with `generate`.
+
+        Args:
+            ids (`list[list[int]]`):
+                Tokens that each row goes on from.
+            rows (`list[Row]`):
+                What each row is.
+            caches (`dict[Row, RowCache | None]`, *optional*):
+                What calls for earlier turns of the same rows and weights have left here: keys and values of tokens
+                that are not computed again.
+        """
+        self.model.eval()
+        self._members = members
         size = batch_size or len(rows)
-        # Prompts of like length share a batch: less padding
-        by_length = sorted(range(len(rows)), key=lambda i: len(prompt_ids[rows[i].prompt]))
+        # Rows of like length share a batch: less padding
+        by_length = sorted(range(len(rows)), key=lambda i: len(ids[i]))
         completions: dict[int, Completion] = {}
         for start in range(0, len(rows), size):
             batch = sorted(by_length[start : start + size])
-            made = self._generate_batch(prompt_ids, [rows[i] for i in batch], seed, members, progress)
+            made = self._generate_batch(
+                [ids[i] for i in batch], [rows[i] for i in batch], seed, members, progress, caches
+            )
             completions.update(zip(batch, made, strict=True))
-        return [completions[i] for i in range(wanted)]
+        return [completions[i] for i in range(len(rows))]
 
     def _generate_batch(
-        self, prompt_ids: list[list[int]], rows: list[Row], seed: int, members: Rows | None, progress: bool
+        self,
+        prompt_ids: list[list[int]],
+        rows: list[Row],
+        seed: int,
+        members: Rows | None,
+        progress: bool,
+        caches: dict[Row, RowCache | None] | None,
     ) -> list[Completion]:
-        lengths = [len(prompt_ids[row.prompt]) for row in rows]
+        lengths = [len(prompt) for prompt in prompt_ids]
         width = max(lengths)
         input_ids = torch.full((len(rows), width), self.generation_config.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            input_ids[i, width - lengths[i] :] = torch.tensor(prompt_ids[row.prompt])
+        for i, prompt in enumerate(prompt_ids):
+            input_ids[i, width - lengths[i] :] = torch.tensor(prompt)
             attention_mask[i, width - lengths[i] :] = 1
 
         nan = NaNLogits()
@@ -179,7 +213,7 @@ class TransformersEngine(Engine):
         if self.sampling["temperature"] > 0:
             random_numbers = CommonRandomNumbers(seed, [(row.prompt, row.number) for row in rows], width)
             processors += sampling_processors(**self.sampling, random_numbers=random_numbers)
-        decoding = Decoding(rows, lengths, members, progress) if self.drops_finished_rows else None
+        decoding = Decoding(rows, lengths, members, progress, caches) if self.drops_finished_rows else None
         if members is not None:
             members.assign([row.member for row in rows])
         with trial.without_defaults(self.model):
@@ -196,10 +230,8 @@ class TransformersEngine(Engine):
         if decoding is None:
             output = [self._without_padding(ids) for ids in output[:, width:].tolist()]
         return [
-            self._completion(
-                ids, truncated=len(ids) == self.max_new_tokens and not self._ends(prompt_ids[row.prompt], ids)
-            )
-            for row, ids in zip(rows, output, strict=True)
+            self._completion(ids, truncated=len(ids) == self.max_new_tokens and not self._ends(prompt, ids))
+            for prompt, ids in zip(prompt_ids, output, strict=True)
         ]
 
     def _ends(self, prompt_ids: list[int], ids: list[int]) -> bool:

@@ -27,6 +27,7 @@ from ..run.processes import Processes
 from ..weights.layouts import EngineWeights
 from ..weights.store import Weights
 from .base import Engine
+from .decoding import Row
 from .live_weights import PROBE_SAMPLING, find_unused_weights, overwritten
 from .vllm_sampling import common_seed, sampling_options
 from .vllm_weights import check_values, load_error
@@ -214,6 +215,31 @@ class VLLMEngine(Engine):
             batch_size (`int`, *optional*):
                 Without effect: vLLM chooses batches by itself, up to `max_num_seqs`.
         """
+        rows = [
+            Row(member, prompt, number)
+            for member in range(1 if members is None else len(members))
+            for prompt in range(len(prompt_ids))
+            for number in range(num_generations)
+        ]
+        return self.complete([prompt_ids[row.prompt] for row in rows], rows, seed, members, batch_size, progress)
+
+    def complete(
+        self,
+        ids: list[list[int]],
+        rows: list[Row],
+        seed: int,
+        members: "Sequence[LoRARequest] | None" = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        caches: dict[str, str] | None = None,
+    ) -> list[Completion]:
+        """
+        Complete rows that have a text of their own each; see [`TransformersEngine.complete`].
+
+        Args:
+            caches (`dict[str, str]`, *optional*):
+                What calls for earlier turns with the same weights have left here: the salt of vLLM's prefix cache.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -221,20 +247,16 @@ class VLLMEngine(Engine):
         if "structured_outputs" in options:
             options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
         samples = options["temperature"] > 0
-        rows = [(prompt, number) for prompt in range(len(prompt_ids)) for number in range(num_generations)]
-        params = [
-            SamplingParams(**options, seed=common_seed(seed, *row) if samples else None, detokenize="stop" in options)
-            for row in rows
-        ]
-        adapters = [adapter for adapter in members for _ in rows] if members else None
-        count = len(members) if members else 1
+        seeds = [common_seed(seed, row.prompt, row.number) if samples else None for row in rows]
         # The weights may have changed since the last call, whose keys and values have another salt
         salt = str(next(self._cache_salts))
+        if caches is not None:
+            salt = caches.setdefault("salt", salt)
         with self.woken_up():
             outputs = self.llm.generate(
-                [{"prompt_token_ids": prompt_ids[prompt], "cache_salt": salt} for prompt, _ in rows] * count,
-                params * count,
-                lora_request=adapters,
+                [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in ids],
+                [SamplingParams(**options, seed=seed, detokenize="stop" in options) for seed in seeds],
+                lora_request=None if members is None else [members[row.member] for row in rows],
                 use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
             )
         completions = [output.outputs[0] for output in outputs]

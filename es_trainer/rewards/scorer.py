@@ -44,6 +44,7 @@ RESERVED = frozenset(
         *("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
         *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
         *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),
+        *("tools/call_frequency", "tools/failure_frequency"),
     )
 )
 
@@ -90,6 +91,8 @@ class Scorer:
         processing_classes ([`~transformers.PreTrainedTokenizerBase`] or `list`, *optional*):
             Tokenizer of each reward model; where it is `None`, it is loaded by the model's name. Entries of functions
             are ignored.
+        of_environments (`Sequence[RewardFunc]`, *optional*):
+            Further functions, with a weight of 1.
 
     Raises:
         `TypeError`: If a reward function cannot be called.
@@ -102,12 +105,15 @@ class Scorer:
         reward_funcs: RewardFunc | list[RewardFunc] | None,
         weights: list[float] | None = None,
         processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        of_environments: Sequence[RewardFunc] = (),
     ):
         if reward_funcs is None or reward_funcs == []:
-            raise ValueError(
-                f"`reward_funcs={reward_funcs}` is not valid: there is no reward to train on. Give a reward function, "
-                "a reward model or its name, or a list of them."
-            )
+            if not of_environments:
+                raise ValueError(
+                    f"`reward_funcs={reward_funcs}` is not valid: there is no reward to train on. Give a reward "
+                    "function, a reward model or its name, or a list of them."
+                )
+            reward_funcs = []
         self.functions = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         for function in self.functions:
             other_module = isinstance(function, nn.Module) and not _is_model(function)
@@ -116,7 +122,7 @@ class Scorer:
                     f"`reward_funcs` has {function!r}. Give a function `reward(completions, **kwargs)` that returns a "
                     "number for each completion, or a model of Transformers for sequence classification, or its name."
                 )
-        self.names = distinct([_name(function) for function in self.functions])
+        self.names = distinct([_name(function) for function in (*self.functions, *of_environments)])
         if processing_classes is None:
             processing_classes = [None] * len(self.functions)
         self.processing_classes = (
@@ -126,9 +132,12 @@ class Scorer:
             if values is not None and len(values) != len(self.functions):
                 raise ValueError(
                     f"`{argument}` has {len(values)} entries for {len(self.functions)} reward functions "
-                    f"({', '.join(self.names)}): give one for each."
+                    f"({', '.join(self.names[: len(self.functions)])}): give one for each."
                 )
         weights = [1.0] * len(self.functions) if weights is None else weights
+        self.functions += of_environments
+        self.processing_classes += [None] * len(of_environments)
+        weights = [*weights, *[1.0] * len(of_environments)]
         self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()

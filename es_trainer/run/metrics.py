@@ -87,12 +87,23 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
         longest=max(lengths),
         ended=[sum(ended), min(ended), max(ended)] if ended else None,
         num_tokens=rollout.num_tokens,
-        own={name: Moments.of(np.array(values)) for name, values in rollout.scores.metrics.items()},
+        own={name: Moments.of(np.array(values)) for name, values in _own_metrics(rollout).items()},
         generation_seconds=rollout.seconds,
         generated_by=rollout.generated_by,
         reward_seconds=rollout.scores.seconds,
         scored_by=rollout.scored_by,
     )
+
+
+def _own_metrics(rollout: Rollout) -> dict[str, list[float]]:
+    """What reward functions gave to `log_metric`, and how often tools were called and failed."""
+    if rollout.completions[0].tool_calls is None:
+        return rollout.scores.metrics
+    calls = [completion.tool_calls or [] for completion in rollout.completions]
+    return rollout.scores.metrics | {
+        "tools/call_frequency": [float(len(of_one)) for of_one in calls],
+        "tools/failure_frequency": [float(failed) for of_one in calls for failed in of_one],
+    }
 
 
 def side_by_side(times: Iterable[tuple[Hashable, float]]) -> float:

@@ -12,7 +12,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from es_trainer.engines import PopulationBatch, TransformersEngine, decoding
+from es_trainer.engines import PopulationBatch, TransformersEngine, decoding, running_batch
 from es_trainer.evolution import EvolutionStrategy
 from es_trainer.noise.shapes import Gaussian, LowRank
 
@@ -204,7 +204,7 @@ def test_prompts_are_computed_once_for_each_member(engine, tokens, temperature, 
     shapes = calls(engine)
     with PopulationBatch(model, optimizer.weights).install(list(optimizer.ask()), 0.05) as rows:
         expected = by_transformers(engine, num_generations=4, members=rows)
-        monkeypatch.setitem(decoding.PREFILL_TOKENS, "cpu", tokens)
+        monkeypatch.setitem(running_batch.PREFILL_TOKENS, "cpu", tokens)
         shapes.clear()
         assert generate(engine, num_generations=4, members=rows) == expected
     prompts = sorted(len(prompt) for prompt in PROMPTS for _ in range(3))

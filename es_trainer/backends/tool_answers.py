@@ -1,0 +1,172 @@
+"""Completions by the engine, which calls tools while it answers."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from trl.data_utils import is_conversational
+
+from ..agents import Conversation, Environments, Toolbox, ToolTemplate, begin
+from ..agents.toolbox import ToolResult
+from ..config import ESConfig
+from ..copies import own_copy
+from ..data import prompts as prompts_of
+from ..engines import Engine
+from ..engines.decoding import Row
+from ..rollout import Completion
+from .answers import Answers
+from .results import Prompts
+
+
+class ToolAnswers(Answers):
+    """
+    Completions of several turns. The conversations of all members that are evaluated together go on together: each
+    turn is one batch of those that still run.
+
+    Args:
+        args ([`ESConfig`]):
+            The config.
+        tools (`Sequence[Callable]`):
+            Functions that the model may call.
+        environments ([`Environments`], *optional*):
+            What it acts in.
+        progress (`bool`):
+            Whether to show a bar of the tokens.
+    """
+
+    def __init__(self, args: ESConfig, tools: Sequence[Callable], environments: Environments | None, progress: bool):
+        super().__init__(args, progress)
+        self.environments = environments
+        self._toolboxes = {None: Toolbox(tools)} if environments is None else environments.toolboxes
+        self._templates: dict[str | None, ToolTemplate] = {}
+
+    def _environment_of(self, row: dict[str, Any]) -> str | None:
+        return None if self.environments is None else self.environments.name_of(row)
+
+    def _template(self, engine: Engine, environment: str | None) -> ToolTemplate:
+        if environment not in self._templates:
+            toolbox = self._toolboxes[environment]
+            self._templates[environment] = ToolTemplate(engine.tokenizer, toolbox, engine.chat_template_kwargs)
+        return self._templates[environment]
+
+    def check(self, engine: Engine, name: str, dataset: Any) -> None:
+        for environment in self._toolboxes:
+            self._template(engine, environment)
+        if not isinstance(dataset, Dataset):
+            return
+        wanted = [None] * len(dataset)
+        if self.environments is not None and self.environments.named:
+            column = dataset["environment"] if "environment" in dataset.column_names else wanted
+            wanted = [self.environments.name_of({"environment": environment}) for environment in column]
+        lengths: list[int] = []
+        for prompts in prompts_of(name, dataset):
+            if not is_conversational({"prompt": prompts[0]}):
+                raise ValueError(
+                    f"`tools` and environments need conversational prompts, but those of `{name}` are texts. Give "
+                    "lists of messages with 'role' and 'content'."
+                )
+            engine.encode(prompts, first_row=len(lengths))  # refuses what it cannot read
+            for prompt, environment in zip(prompts, wanted[len(lengths) :], strict=False):
+                lengths.append(len(self._template(engine, environment).encode(prompt)))
+        engine.check_lengths(lengths, conversational=True, name=name)
+
+    def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
+        ids = [self._template(engine, self._environment_of(row)).encode(row["prompt"]) for row in rows]
+        engine.check_lengths([len(tokens) for tokens in ids], conversational=True)
+        return ids
+
+    def complete(
+        self, engine: Engine, prompts: Prompts, own: Sequence[int], members: Any, batch_size: int | None
+    ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
+        count = 1 if members is None else len(members)
+        rows = [Row(member, i, number) for member in range(count) for i in own for number in range(prompts.number)]
+        with ThreadPoolExecutor() as threads:
+            rollouts = self._begin(engine, prompts, rows, threads)
+            live, turn = rollouts, 0
+            caches: dict[Any, Any] = {}
+            while live:
+                answers = engine.complete(
+                    [rollout.conversation.all_ids for rollout in live],
+                    [rollout.row for rollout in live],
+                    _seed_of_turn(prompts.seed, turn),
+                    members,
+                    batch_size,
+                    self.progress,
+                    caches,
+                )
+                for rollout, answer in zip(live, answers, strict=True):
+                    rollout.conversation.add_answer(answer)
+                live = [rollout for rollout in live if rollout.conversation.pending]
+                if turn == self.args.max_tool_calling_iterations:
+                    break
+                results = list(threads.map(Rollout.call, live))
+                live = [
+                    rollout
+                    for rollout, result in zip(live, results, strict=True)
+                    if rollout.conversation.add_results(result)
+                ]
+                turn += 1
+        completions = [rollout.conversation.completion() for rollout in rollouts]
+        prompt_tokens = sum(len(rollout.conversation.prompt_ids) for rollout in rollouts) // count
+        return completions, prompt_tokens, [rollout.columns for rollout in rollouts]
+
+    def _begin(
+        self, engine: Engine, prompts: Prompts, rows: list[Row], threads: ThreadPoolExecutor
+    ) -> list["Rollout"]:
+        data = [prompts.rows[row.prompt] for row in rows]
+        names = [self._environment_of(of_row) for of_row in data]
+        templates = [self._template(engine, name) for name in names]
+        if self.environments is None:
+            ids = [prompts.ids[row.prompt] for row in rows]
+            instances, messages = [None] * len(rows), [of_row["prompt"] for of_row in data]
+        else:
+            instances = self.environments.take(names)
+            messages = list(threads.map(begin, instances, own_copy(data), [self.environments.named] * len(data)))
+            ids = [template.encode(prompt) for template, prompt in zip(templates, messages, strict=True)]
+            engine.check_lengths(list(map(len, ids)), conversational=True, name="a step's data, with observations")
+        return [
+            Rollout(row, Conversation(tokens, template, engine.max_new_tokens, engine.context), prompt, instance)
+            for row, tokens, template, prompt, instance in zip(rows, ids, templates, messages, instances, strict=True)
+        ]
+
+
+@dataclass
+class Rollout:
+    """
+    What one member does for one row.
+
+    Args:
+        row ([`Row`]):
+            Which member and row it is.
+        conversation ([`Conversation`]):
+            What was said so far.
+        prompt (`list[dict[str, Any]]`):
+            The prompt, with the environment's observation.
+        environment (`Any`, *optional*):
+            The environment that it acts in.
+    """
+
+    row: Row
+    conversation: Conversation
+    prompt: list[dict[str, Any]]
+    environment: Any
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What reward functions get beside the dataset's columns."""
+        return {} if self.environment is None else {"prompt": self.prompt, "environments": self.environment}
+
+    def call(self) -> list[ToolResult]:
+        """Do what the model has called for."""
+        return self.conversation.template.toolbox.call(self.conversation.pending, self.environment)
+
+
+def _seed_of_turn(seed: int, turn: int) -> int:
+    """Seed of the random numbers of a turn, common to all members; that of the first turn is the step's."""
+    if turn == 0:
+        return seed
+    digest = hashlib.blake2b(f"turn/{seed}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # a positive int64

@@ -1,0 +1,83 @@
+"""A tiny model that calls a tool and answers with what that returned: it was trained on nothing else."""
+
+import functools
+
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import get_json_schema
+from trl.chat_template_utils import qwen2_5_chat_template
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+QUESTIONS = {"two and three?": (2, 3), "one and one?": (1, 1)}
+PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+
+def calling_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = qwen2_5_chat_template
+    return tokenizer
+
+
+def conversation(question: str) -> list[dict]:
+    a, b = QUESTIONS[question]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": a, "b": b}}}
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": str(a + b)},
+        {"role": "assistant", "content": f"It is {a + b}."},
+    ]
+
+
+@functools.cache
+def trained_weights() -> tuple[LlamaForCausalLM, int]:
+    """The model, and how many tokens a whole conversation has behind its prompt."""
+    tokenizer = calling_tokenizer()
+    model = make_model(
+        vocab_size=len(tokenizer), hidden_size=64, max_position_embeddings=2048, initializer_range=0.02, tie=False
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    schemas = [get_json_schema(add)]
+    texts = [tokenizer.apply_chat_template(conversation(q), tools=schemas, return_dict=False) for q in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template(prompt, tools=schemas, add_generation_prompt=True, return_dict=False)
+        for prompt in PROMPTS
+    ]
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [tokenizer.pad_token_id] * (width - len(text)) for text in texts])
+    labels = torch.full_like(ids, -100)
+    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        labels[row, len(prompt) : len(text)] = ids[row, len(prompt) : len(text)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if loss < 2e-3:
+            break
+    assert loss < 0.05, f"the model has not learned to call tools: {loss}"
+    return model, max(len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True))
+
+
+def calling_model() -> LlamaForCausalLM:
+    trained, _ = trained_weights()
+    model = make_model(vocab_size=trained.config.vocab_size, hidden_size=64, max_position_embeddings=2048, tie=False)
+    model.load_state_dict(trained.state_dict())
+    model.generation_config.eos_token_id = trained.config.eos_token_id
+    return model
