@@ -49,8 +49,8 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/drift.py
 
 bench-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python benchmarks/vllm.py
-	$(VLLM)/bin/python benchmarks/vllm.py --dtype bfloat16
+	$(VLLM)/bin/python benchmarks/vllm_engine.py
+	$(VLLM)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -96,8 +96,7 @@ class Decoding:
         **model_kwargs,
     ) -> list[list[int]]:
         """Tokens of each row's completion, as many as `stopping_criteria` let it have."""
-        options = {key: model_kwargs[key] for key in ("logits_to_keep",) if key in model_kwargs}
-        batch = RunningBatch(model, self.members, "position_ids" in model_kwargs, options)
+        batch = RunningBatch(model, self.members)
         device = input_ids.device
         size, width = input_ids.shape
         total = generation_config.max_length

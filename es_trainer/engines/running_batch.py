@@ -1,8 +1,8 @@
 """Rows that a model reads together, and the keys and values of what each has read."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -46,17 +46,14 @@ class RunningBatch:
             The model, without adapter.
         members ([`Rows`], *optional*):
             Has to be told which members the rows of a forward pass belong to.
-        positions (`bool`):
-            Whether the model takes `position_ids`.
-        options (`dict[str, Any]`):
-            Further keyword arguments of its forward passes.
     """
 
-    def __init__(self, model: PreTrainedModel, members: Rows | None, positions: bool, options: dict[str, Any]):
+    def __init__(self, model: PreTrainedModel, members: Rows | None = None):
         self.model = model
         self.members = members
-        self.positions = positions
-        self.options = options
+        taken = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         self.member_of: list[int] = []  # of each row
         self.texts: list[list[int]] = []  # that each row has read
         self._layers: list[RowsLayer] = []
@@ -137,8 +134,8 @@ class RunningBatch:
             attention_mask=None if mask.all() else mask.to(device),
             past_key_values=cache,
             use_cache=True,
-            **({"position_ids": positions.to(device)} if self.positions else {}),
-            **self.options,
+            **({"position_ids": positions.to(device)} if self._takes_positions else {}),
+            **self._options,
         )
         return cache, output.logits[:, -1]
 
@@ -166,8 +163,8 @@ class RunningBatch:
             attention_mask=mask,
             past_key_values=Cache(layers=self._layers),
             use_cache=True,
-            **({"position_ids": lengths[:, None] - 1} if self.positions else {}),
-            **self.options,
+            **({"position_ids": lengths[:, None] - 1} if self._takes_positions else {}),
+            **self._options,
         ).logits[:, -1]
 
     def keep(self, rows: list[int]) -> None:
@@ -175,7 +172,7 @@ class RunningBatch:
         self.texts = [self.texts[i] for i in rows]
         self.member_of = [self.member_of[i] for i in rows]
         for layer in self._layers:
-            layer.batch_select_indices(torch.tensor(rows, device=layer.device))
+            layer.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=layer.device))
         if rows:
             self._assign(self.member_of)
 

@@ -61,6 +61,11 @@ class TransformersEngine(Engine):
         self.stopping_criteria = [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
         self._members: Rows | None = None  # that are installed in the model
 
+    def use(self, members: Rows | None) -> None:
+        """Generate with a group of members that is installed in the model, or with the weights as they are."""
+        self.model.eval()
+        self._members = members
+
     @functools.cached_property
     def drops_finished_rows(self) -> bool:
         """Whether `Decoding` takes the place of `generate`'s own decoding, in which finished rows run on."""
@@ -177,8 +182,7 @@ class TransformersEngine(Engine):
                 What calls for earlier turns of the same rows and weights have left here: keys and values of tokens
                 that are not computed again.
         """
-        self.model.eval()
-        self._members = members
+        self.use(members)
         size = batch_size or len(rows)
         # Rows of like length share a batch: less padding
         by_length = sorted(range(len(rows)), key=lambda i: len(ids[i]))

@@ -57,7 +57,7 @@ def check(batch, logits, model) -> None:
 @torch.inference_mode()
 def test_rows_join_and_leave_between_tokens(architecture):
     model = make(architecture)
-    batch = RunningBatch(model, None, positions=True, options={})
+    batch = RunningBatch(model)
     check(batch, batch.join([text(5), text(9, 4)], [0, 0], [None, None], room=2), model)
     check(batch, batch.step(torch.tensor([11, 12])), model)
     # One that is longer than what the others have read, and two of the same text
@@ -75,7 +75,7 @@ def test_rows_join_and_leave_between_tokens(architecture):
 @torch.inference_mode()
 def test_rows_come_back_with_what_they_have_read(architecture):
     model = make(architecture)
-    batch = RunningBatch(model, None, positions=True, options={})
+    batch = RunningBatch(model)
     batch.join([text(5), text(9, 4)], [0, 0], [None, None])
     batch.step(torch.tensor([11, 12]))
     caches = [batch.cache_of(0), batch.cache_of(1, 8)]
@@ -89,7 +89,7 @@ def test_rows_come_back_with_what_they_have_read(architecture):
     )
     # One goes on, one has other tokens from the 7th on, and one is new
     texts = [batch.texts[0] + text(4, 40), text(9, 4)[:6] + text(5, 50), text(3, 60)]
-    again = RunningBatch(model, None, positions=True, options={})
+    again = RunningBatch(model)
     logits = again.join(texts, [0] * 3, [*caches, None])
     assert shapes == ([(3, 11)] if architecture == "gemma3" else [(3, 5)])
     check(again, logits, model)

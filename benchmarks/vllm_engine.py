@@ -1,5 +1,5 @@
 """
-vLLM against Transformers as the engine of a step: `python benchmarks/vllm.py` where vLLM is installed.
+vLLM against Transformers as the engine of a step: `python benchmarks/vllm_engine.py` where vLLM is installed.
 
 One step of SmolLM2-135M-Instruct with 30 members, which complete 8 prompts with 64 tokens each: one member after
 another with full noise, and all members together with low-rank noise, by either engine. Each step runs in a process of
