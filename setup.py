@@ -11,15 +11,18 @@ EXTRAS = {
     "triton": ["triton>=3.4,<4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.17.1,<1"],
     "math": ["math-verify>=0.8,<1"],
+    "agents": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1"],
     "quantization": ["bitsandbytes>=0.48.2,<1"],
     "trackers": ["trackio>=0.39,<1", "wandb>=0.23,<1"],
 }
 EXTRAS["test"] = [
     *EXTRAS["deepspeed"],
     *EXTRAS["math"],
+    *EXTRAS["agents"],
     *EXTRAS["quantization"],
     *EXTRAS["trackers"],
     *EXTRAS["quickstart"],
+    *["openai>=2.0", "smolagents[openai]>=1.20"],  # agents of the examples
     *["pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.5"],
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "import-linter>=2.11", "ruff>=0.17"]

@@ -35,8 +35,9 @@ class Subject(LowRank):
             return self.engine.generate(self.prompt_ids, seed=0, members=rows)
 
     def plain(self) -> list[Completion]:
-        """As many completions of the unperturbed model."""
-        return self.engine.generate(self.prompt_ids * self.population, seed=0)
+        """As many completions of the unperturbed model, for texts that differ: equal ones would be computed once."""
+        prompts = [[*ids[:-1], 1000 + copy] for copy in range(self.population) for ids in self.prompt_ids]
+        return self.engine.generate(prompts, seed=0)
 
 
 class Lengths(StoppingCriteria):

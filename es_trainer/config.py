@@ -213,6 +213,18 @@ class ESConfig(GRPOFields, TrainingArguments):
         cache_implementation (`str`, *optional*):
             Implementation of the key-value cache, as in [`~transformers.GenerationConfig`].
 
+        > Parameters of programs that ask the members for completions (`agent_func`)
+
+        agent_concurrency (`int`, *optional*, defaults to `64`):
+            Most programs that run at the same time in a process.
+        agent_timeout (`float`, *optional*):
+            Seconds after which a program is stopped. It then counts as one without a reward. If `None`, never.
+        agent_errors (`str`, *optional*, defaults to `"raise"`):
+            What happens if a program raises: `"raise"` ends training, `"none"` counts it as one without a reward.
+        agent_port (`int`, *optional*, defaults to `0`):
+            Port on 127.0.0.1 at which programs find their models; further processes take the next ones. 0 takes free
+            ones.
+
         > Parameters that control generation with vLLM
 
         use_vllm (`bool`, *optional*, defaults to `False`):
@@ -583,6 +595,41 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
     cache_implementation: str | None = field(
         default=None, metadata=about("Implementation of the key-value cache.", "nobody")
+    )
+
+    # Parameters of programs that ask the members for completions
+    agent_concurrency: int = field(
+        default=64,
+        metadata=about(
+            "Most programs of `agent_func` that run at the same time in a process.",
+            "nobody",
+            valid=((lambda count: count >= 1), "it must be at least 1."),
+        ),
+    )
+    agent_timeout: float | None = field(
+        default=None,
+        metadata=about(
+            "Seconds after which a program is stopped, and does not count. If `None`, never.",
+            "run",
+            valid=((lambda seconds: seconds is None or seconds > 0), "it must be positive, or None for no limit."),
+        ),
+    )
+    agent_errors: str = field(
+        default="raise",
+        metadata=about(
+            "What happens if a program raises: 'raise' ends training, 'none' goes on, and the program does not count.",
+            "run",
+            valid=((lambda choice: choice in ("raise", "none")), "choose one of 'raise', 'none'."),
+        ),
+    )
+    agent_port: int = field(
+        default=0,
+        metadata=about(
+            "Port on 127.0.0.1 at which programs find their models; further processes take the next ones. 0 takes "
+            "free ones.",
+            "processes",
+            valid=((lambda port: 0 <= port < 65536), "it must be in [0, 65535]."),
+        ),
     )
 
     # Parameters that control generation with vLLM

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from .config import ESConfig
 
 
+NO_PROMPT = [{"role": "user", "content": ""}]  # of rows that need none
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 TABLE_FORMATS = ("arrow", "pandas", "polars")  # whose rows are tables
 
@@ -95,6 +96,15 @@ def _check_columns(name: str, columns: list[str]) -> None:
             f"`{name}` has the column {media[0]!r}, but images, video and audio are not supported: the model would "
             f"not see them. To train on the text alone, give dataset.remove_columns({media!r})."
         )
+
+
+def with_prompts(dataset: Any) -> Any:
+    """A dataset, or a `dict` of them, with a prompt in all rows, for those who need none."""
+    if isinstance(dataset, dict):
+        return {name: with_prompts(part) for name, part in dataset.items()}
+    if not isinstance(dataset, (Dataset, IterableDataset)) or "prompt" in (_columns(dataset) or ["prompt"]):
+        return dataset
+    return dataset.map(lambda row: {"prompt": NO_PROMPT})
 
 
 def by_name(eval_dataset: Any) -> dict[str, Any]:

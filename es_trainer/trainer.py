@@ -17,7 +17,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from . import adapters
-from .agents import EnvironmentFactory, Environments
+from .agents import AgentFunc, EnvironmentFactory, Environments
 from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
 from .checks import check_arguments, check_model
 from .config import ESConfig
@@ -164,6 +164,15 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             under the name of its class, and `reward_funcs` may be `None`. Reward functions get the instances as
             `environments`. With a `dict`, each row has the name of its environment in the column `"environment"`.
             Without a `train_dataset`, `args.max_steps` steps are done on what `reset()` returns.
+        agent_func (`Callable`, *optional*):
+            Function `agent_func(example, endpoint)`, which may be async: a program that asks the model for completions
+            by OpenAI's API, and returns the reward of what came of it. It is called once for each member, row of the
+            dataset and generation. The rows need no column `"prompt"`, and `reward_funcs` may be `None`.
+            `endpoint.base_url`, `endpoint.api_key` and `endpoint.model` are what a client needs; `endpoint.run` runs a
+            subprocess with them. It returns a number, `None`, or a dict: its `"reward"` is a number, or a dict of
+            numbers by name, which are added; its other entries are logged with the completions. Reward functions also
+            get what it returned as `agent_result`, and its calls as `agent_calls`; their `completions` are the model's
+            last answers.
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
@@ -197,6 +206,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         tools: list[Callable] | None = None,
         rollout_func: RolloutFunc | None = None,
         environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
+        agent_func: AgentFunc | None = None,
     ):
         if isinstance(model, os.PathLike):
             model = os.fspath(model)
@@ -210,15 +220,14 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         else:
             args.check()
         self.tools = list(tools or [])
-        environments = None
-        if environment_factory is not None:
-            environments = Environments(environment_factory, self.tools)
-            train_dataset = environments.dataset(args) if train_dataset is None else train_dataset
-        own_rewards = environments.reward_funcs() if environments is not None else []
-        self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes, own_rewards)
+        environments = None if environment_factory is None else Environments(environment_factory, self.tools)
+        inputs = TrainerInputs(
+            model, quantization_config, peft_config, rollout_func, self.tools, environments, agent_func
+        )
+        self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes, inputs.own_rewards)
         check_arguments(args, model, optimizers, quantization_config, peft_config)
-        inputs = TrainerInputs(model, quantization_config, peft_config, rollout_func, self.tools, environments)
         check_mode(args, inputs)
+        train_dataset, eval_dataset = inputs.datasets(args, train_dataset, eval_dataset)
         check_datasets(args, train_dataset, eval_dataset)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}

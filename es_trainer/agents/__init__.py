@@ -1,8 +1,31 @@
-"""Rollouts of several turns: tools that a model calls while it answers, and environments that it acts in."""
+"""
+Rollouts of several turns: tools that a model calls while it answers, environments that it acts in, and programs that
+ask it for completions.
+"""
 
 from .conversation import Conversation, ToolTemplate
 from .environments import EnvironmentFactory, Environments, begin
+from .programs import AgentFunc, Program, Programs
+from .results import reward_func
+from .server import ModelServer, listen
+from .session import Endpoint, Session, derived_seed
 from .toolbox import Toolbox
 
 
-__all__ = ["Conversation", "EnvironmentFactory", "Environments", "ToolTemplate", "Toolbox", "begin"]
+__all__ = [
+    "AgentFunc",
+    "Conversation",
+    "Endpoint",
+    "EnvironmentFactory",
+    "Environments",
+    "ModelServer",
+    "Program",
+    "Programs",
+    "Session",
+    "ToolTemplate",
+    "Toolbox",
+    "begin",
+    "derived_seed",
+    "listen",
+    "reward_func",
+]

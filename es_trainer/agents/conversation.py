@@ -3,17 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import trl
+from packaging.version import Version
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-    parse_response,
-    supports_tool_calling,
-)
 
 from ..rollout import Completion
-from .toolbox import Toolbox, ToolResult
+from .toolbox import ToolResult
+
+
+TRL_NEEDED = "1.16"  # the first that parses calls by the tools' schemas
 
 
 class ToolTemplate:
@@ -23,16 +21,26 @@ class ToolTemplate:
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer. It gets a response schema by which calls are parsed, if it has none.
-        toolbox ([`Toolbox`]):
-            The tools.
+        schemas (`list[dict[str, Any]]`):
+            JSON schemas of the tools.
         options (`dict[str, Any]`):
             Further keyword arguments of `apply_chat_template`.
 
     Raises:
+        `ImportError`: If TRL is older than `TRL_NEEDED`.
         `ValueError`: If the chat template cannot write tool calls, or there is no response schema for it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, toolbox: Toolbox, options: dict[str, Any]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, schemas: list[dict[str, Any]], options: dict[str, Any]):
+        if Version(trl.__version__) < Version(TRL_NEEDED):
+            raise ImportError(f"`tools` need trl>={TRL_NEEDED}, but {trl.__version__} is installed. Install it.")
+        from trl.chat_template_utils import (
+            add_response_schema,
+            get_training_chat_template,
+            is_chat_template_prefix_preserving,
+            supports_tool_calling,
+        )
+
         if not supports_tool_calling(tokenizer):
             raise ValueError(
                 "`tools` need a chat template that can write a conversation with tool calls (user, assistant with "
@@ -43,7 +51,7 @@ class ToolTemplate:
         if all(getattr(tokenizer, name, None) is None for name in formats):
             tokenizer = add_response_schema(tokenizer)
         self.tokenizer = tokenizer
-        self.toolbox = toolbox
+        self.schemas = schemas
         self.options = dict(options)
         if not is_chat_template_prefix_preserving(tokenizer):
             # One that writes earlier messages the same way whatever follows
@@ -52,7 +60,7 @@ class ToolTemplate:
     def encode(self, prompt: list[dict[str, Any]]) -> list[int]:
         """Tokens of a prompt, with the tools that the model may call."""
         # Some templates write a text about tools for an empty list, too
-        return self._encode(prompt, add_generation_prompt=True, tools=self.toolbox.schemas or None)
+        return self._encode(prompt, add_generation_prompt=True, tools=self.schemas or None)
 
     def encode_results(self, messages: list[dict[str, Any]]) -> list[int]:
         """
@@ -90,7 +98,9 @@ class ToolTemplate:
 
     def parse(self, ids: list[int], prefix: list[int]) -> dict[str, Any]:
         """The message that the model wrote, with its `tool_calls` if it calls tools."""
-        return parse_response(self.tokenizer, ids, prefix=prefix, tools=self.toolbox.schemas)
+        from trl.chat_template_utils import parse_response
+
+        return parse_response(self.tokenizer, ids, prefix=prefix, tools=self.schemas)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..config import ESConfig
+from ..data import NO_PROMPT
 from .toolbox import Toolbox
 
 
@@ -63,7 +64,7 @@ class Environments:
         """Rows with nothing in their prompts, for environments that make their own; `None` if steps are not known."""
         if self.named or args.max_steps <= 0:
             return None
-        return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * args.num_prompts_per_step})
+        return Dataset.from_dict({"prompt": [NO_PROMPT] * args.num_prompts_per_step})
 
     def name_of(self, row: dict[str, Any]) -> str | None:
         """

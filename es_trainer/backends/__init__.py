@@ -5,6 +5,7 @@ from transformers import Trainer
 from ..config import ESConfig
 from ..fields import require
 from ..run.processes import Processes
+from .agent_answers import AgentAnswers
 from .answers import Answers, RolloutFuncAnswers
 from .base import Backend
 from .evaluation import evaluate_batches, evaluate_population
@@ -44,7 +45,9 @@ def pick(args: ESConfig, inputs: TrainerInputs, processes: Processes, trainer: T
     progress = not args.disable_tqdm and processes.rank == 0
     answers: Answers
     if inputs.rollout_func is not None:
-        answers = RolloutFuncAnswers(inputs.rollout_func, trainer)
+        answers = RolloutFuncAnswers(args, inputs.rollout_func, trainer)
+    elif inputs.agent_func is not None:
+        answers = AgentAnswers(args, inputs.agent_func, processes)
     elif inputs.has_turns:
         answers = ToolAnswers(args, inputs.tools, inputs.environments, progress)
     else:
@@ -72,6 +75,8 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
     _kind(args).check_arguments(args, inputs)
     if inputs.rollout_func is not None:
         RolloutFuncAnswers.check_arguments(args, inputs)
+    if inputs.agent_func is not None:
+        AgentAnswers.check_arguments(args, inputs)
 
 
 def _kind(args: ESConfig) -> type[Backend]:

@@ -27,6 +27,7 @@ class Answers:
     """
 
     by_engine = True
+    has_prompts = True  # in the data, which the engine can answer by itself
 
     def __init__(self, args: ESConfig, progress: bool):
         self.args = args
@@ -44,8 +45,18 @@ class Answers:
         """Tokens of the rows' prompts."""
         return engine.tokenize([row["prompt"] for row in rows])
 
+    def sizes(self, engine: Engine, prompts: Prompts) -> tuple[int, int | None]:
+        """Tokens of the longest row, as far as memory goes, and most rows at once (`None`: all of them)."""
+        return max(map(len, prompts.ids)) + engine.max_new_tokens, self.args.generation_batch_size
+
     def complete(
-        self, engine: Engine, prompts: Prompts, own: Sequence[int], members: Any, batch_size: int | None
+        self,
+        engine: Engine,
+        prompts: Prompts,
+        own: Sequence[int],
+        models: Sequence[str],
+        members: Any,
+        batch_size: int | None,
     ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
         """
         Complete this process's share of the prompts.
@@ -57,6 +68,8 @@ class Answers:
                 All prompts.
             own (`Sequence[int]`):
                 Which of them are this process's.
+            models (`Sequence[str]`):
+                Names of the members, or of the weights as they are.
             members (`Any`):
                 The group of members that is installed, or `None`.
             batch_size (`int`, *optional*):
@@ -74,6 +87,8 @@ class RolloutFuncAnswers(Answers):
     Completions by a `rollout_func`.
 
     Args:
+        args ([`ESConfig`]):
+            The config.
         rollout_func (`Callable`):
             The function.
         trainer ([`~transformers.Trainer`]):
@@ -81,6 +96,7 @@ class RolloutFuncAnswers(Answers):
     """
 
     by_engine = False
+    has_prompts = False
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
@@ -99,7 +115,8 @@ class RolloutFuncAnswers(Answers):
                 "evaluations from training. Leave `num_generations_eval` out."
             )
 
-    def __init__(self, rollout_func: RolloutFunc, trainer: Trainer):
+    def __init__(self, args: ESConfig, rollout_func: RolloutFunc, trainer: Trainer):
+        super().__init__(args, progress=False)
         self.rollout_func = rollout_func
         self.trainer = trainer
 
@@ -109,7 +126,7 @@ class RolloutFuncAnswers(Answers):
     def tokenize(self, engine, rows):
         return [[] for _ in rows]
 
-    def complete(self, engine, prompts, own, members, batch_size):
+    def complete(self, engine, prompts, own, models, members, batch_size):
         engine.reset_prefix_cache()
         asked = [prompts.rows[i]["prompt"] for i in own]
         return call_rollout_func(self.rollout_func, asked, self.trainer, prompts.number)

@@ -105,12 +105,13 @@ class Local(Backend):
             while taken := queue.take(size):
                 group = members[taken.start : taken.stop]
                 with self._installed([member for _, member in group]) as installed:
-                    results = self._complete([number for number, _ in group], prompts, installed, batch_size)
+                    models = {number: f"member-{number}" for number, _ in group}
+                    results = self._complete(models, prompts, installed, batch_size)
                 yield results, taken.stop
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
         _, batch_size = self._batch_sizes(prompts)
-        return self._complete([number], prompts, None, batch_size)
+        return self._complete({number: "policy"}, prompts, None, batch_size)
 
     @contextlib.contextmanager
     def _installed(self, members: Sequence[Member]) -> Iterator[Any]:
@@ -126,18 +127,23 @@ class Local(Backend):
             yield group
 
     def _complete(
-        self, numbers: Sequence[int], prompts: Prompts, installed: Any, batch_size: int | None
+        self, models: dict[int, str], prompts: Prompts, installed: Any, batch_size: int | None
     ) -> list[Result]:
-        """What the installed members, or the weights as they are, answer to this process's share of the prompts."""
+        """
+        What the installed members, or the weights as they are, answer to this process's share of the prompts. `models`
+        has their numbers and names.
+        """
         start = time.perf_counter()
         own = self.engine.prompt_shard(len(prompts.rows))
-        completions, prompt_tokens, columns = self.answers.complete(self.engine, prompts, own, installed, batch_size)
+        completions, prompt_tokens, columns = self.answers.complete(
+            self.engine, prompts, own, list(models.values()), installed, batch_size
+        )
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
         rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
-        seconds = (time.perf_counter() - start) / len(numbers)
+        seconds = (time.perf_counter() - start) / len(models)
         results = []
-        for i, number in enumerate(numbers):
+        for i, number in enumerate(models):
             part = slice(i * len(rows), (i + 1) * len(rows))
             mine = completions[part]
             num_tokens = prompt_tokens + sum(completion.length for completion in mine)
@@ -147,13 +153,12 @@ class Local(Backend):
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
         """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
-        batch_size = self.args.generation_batch_size
+        tokens, batch_size = self.answers.sizes(self.engine, prompts)
         if self.population_batch is None:
             return 1, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
         rows = len(prompts.ids) * prompts.number
-        tokens = max(map(len, prompts.ids)) + self.engine.max_new_tokens
         members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
         wanted = min(rows, batch_size or rows)
         if fitting == 0:

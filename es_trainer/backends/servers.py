@@ -69,9 +69,10 @@ class Servers(Backend):
                 "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
                 "vllm_mode='colocate'."
             )
-        if inputs.has_turns:
+        if inputs.has_turns or inputs.agent_func is not None:
             raise ValueError(
-                "Tools and environments with `vllm_mode='server'` are not supported yet. Use vllm_mode='colocate'."
+                "Tools, environments and `agent_func` with `vllm_mode='server'` are not supported yet. Use "
+                "vllm_mode='colocate'."
             )
 
     @property

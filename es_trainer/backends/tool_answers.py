@@ -49,7 +49,7 @@ class ToolAnswers(Answers):
     def _template(self, engine: Engine, environment: str | None) -> ToolTemplate:
         if environment not in self._templates:
             toolbox = self._toolboxes[environment]
-            self._templates[environment] = ToolTemplate(engine.tokenizer, toolbox, engine.chat_template_kwargs)
+            self._templates[environment] = ToolTemplate(engine.tokenizer, toolbox.schemas, engine.chat_template_kwargs)
         return self._templates[environment]
 
     def check(self, engine: Engine, name: str, dataset: Any) -> None:
@@ -78,10 +78,20 @@ class ToolAnswers(Answers):
         engine.check_lengths([len(tokens) for tokens in ids], conversational=True)
         return ids
 
+    def sizes(self, engine: Engine, prompts: Prompts) -> tuple[int, int | None]:
+        tokens, rows = super().sizes(engine, prompts)
+        return 2 * tokens, rows  # keys and values of a turn that has ended are kept for the next one
+
     def complete(
-        self, engine: Engine, prompts: Prompts, own: Sequence[int], members: Any, batch_size: int | None
+        self,
+        engine: Engine,
+        prompts: Prompts,
+        own: Sequence[int],
+        models: Sequence[str],
+        members: Any,
+        batch_size: int | None,
     ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
-        count = 1 if members is None else len(members)
+        count = len(models)
         rows = [Row(member, i, number) for member in range(count) for i in own for number in range(prompts.number)]
         with ThreadPoolExecutor() as threads:
             rollouts = self._begin(engine, prompts, rows, threads)
@@ -128,8 +138,16 @@ class ToolAnswers(Answers):
             ids = [template.encode(prompt) for template, prompt in zip(templates, messages, strict=True)]
             engine.check_lengths(list(map(len, ids)), conversational=True, name="a step's data, with observations")
         return [
-            Rollout(row, Conversation(tokens, template, engine.max_new_tokens, engine.context), prompt, instance)
-            for row, tokens, template, prompt, instance in zip(rows, ids, templates, messages, instances, strict=True)
+            Rollout(
+                row,
+                Conversation(tokens, template, engine.max_new_tokens, engine.context),
+                prompt,
+                instance,
+                self._toolboxes[name],
+            )
+            for row, tokens, template, prompt, instance, name in zip(
+                rows, ids, templates, messages, instances, names, strict=True
+            )
         ]
 
 
@@ -147,12 +165,15 @@ class Rollout:
             The prompt, with the environment's observation.
         environment (`Any`, *optional*):
             The environment that it acts in.
+        toolbox ([`Toolbox`]):
+            The tools.
     """
 
     row: Row
     conversation: Conversation
     prompt: list[dict[str, Any]]
     environment: Any
+    toolbox: Toolbox
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -161,7 +182,7 @@ class Rollout:
 
     def call(self) -> list[ToolResult]:
         """Do what the model has called for."""
-        return self.conversation.template.toolbox.call(self.conversation.pending, self.environment)
+        return self.toolbox.call(self.conversation.pending, self.environment)
 
 
 def _seed_of_turn(seed: int, turn: int) -> int:

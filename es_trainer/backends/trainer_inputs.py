@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from ..agents import Environments
+from ..agents import AgentFunc, Environments
+from ..agents import reward_func as agent_reward
+from ..config import ESConfig
+from ..data import with_prompts
 from .rollout_func import RolloutFunc
 
 
@@ -27,6 +30,8 @@ class TrainerInputs(NamedTuple):
             Functions that the model may call.
         environments ([`Environments`], *optional*):
             What it acts in.
+        agent_func (`Callable`, *optional*):
+            Program that asks the model for completions.
     """
 
     model: str | nn.Module
@@ -35,6 +40,7 @@ class TrainerInputs(NamedTuple):
     rollout_func: RolloutFunc | None = None
     tools: Sequence[Callable] = ()
     environments: Environments | None = None
+    agent_func: AgentFunc | None = None
 
     @property
     def source(self) -> str | None:
@@ -45,6 +51,21 @@ class TrainerInputs(NamedTuple):
     def has_turns(self) -> bool:
         """Whether the model calls tools, so that its answers take several turns."""
         return bool(self.tools) or self.environments is not None
+
+    @property
+    def own_rewards(self) -> list[Callable]:
+        """Reward functions beside those of the trainer's `reward_funcs`."""
+        if self.agent_func is not None:
+            return [agent_reward(self.agent_func)]
+        return self.environments.reward_funcs() if self.environments is not None else []
+
+    def datasets(self, args: ESConfig, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+        """The datasets, with prompts where rows need none, or are made by environments."""
+        if self.environments is not None and train_dataset is None:
+            train_dataset = self.environments.dataset(args)
+        if self.agent_func is not None:
+            train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
+        return train_dataset, eval_dataset
 
     @property
     def has_adapter(self) -> bool:

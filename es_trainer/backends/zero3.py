@@ -84,10 +84,10 @@ class Lockstep(Gathered):
                 "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
                 "often. Set `ds3_gather_for_generation=True`."
             )
-        if inputs.has_turns:
+        if inputs.has_turns or inputs.agent_func is not None:
             raise ValueError(
-                "Tools and environments with `ds3_gather_for_generation=False`: processes would have to answer in "
-                "equally many turns. Set `ds3_gather_for_generation=True`."
+                "Tools, environments and `agent_func` with `ds3_gather_for_generation=False`: processes would have to "
+                "answer in equally many turns. Set `ds3_gather_for_generation=True`."
             )
 
     @property

@@ -26,7 +26,8 @@ GROUPS = {
     "generation": (
         *("max_completion_length", "num_generations", "num_generations_eval", "generation_batch_size", "temperature"),
         *("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs"),
-        *("max_tool_calling_iterations", "cache_implementation"),
+        *("max_tool_calling_iterations", "cache_implementation", "agent_concurrency", "agent_timeout"),
+        *("agent_errors", "agent_port"),
     ),
     "rewards and data": (
         *("task", "reward_funcs", "reward_model_name_or_path", "reward_weights", "mask_truncated_completions"),

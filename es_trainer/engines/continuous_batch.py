@@ -2,58 +2,18 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
 from . import trial
+from .base import Engine
 from .decoding import FINISHED_SHARE
 from .not_numbers import NOT_NUMBERS
 from .population_batch import Rows
+from .requests import Request
 from .running_batch import RunningBatch
 from .sampling import CommonRandomNumbers, sampling_processors
-from .transformers_engine import TransformersEngine
-
-
-@dataclass(eq=False)
-class Request:
-    """
-    A completion that somebody asks for.
-
-    Args:
-        ids (`list[int]`):
-            Tokens to go on from.
-        member (`int`):
-            Number of the member in the group that answers.
-        max_tokens (`int`):
-            Most tokens of the completion.
-        sampling (`dict[str, Any]`):
-            Temperature, top-k, top-p and min-p.
-        seed (`int`):
-            Seed of the random numbers.
-        stop (`list[str]`, *optional*):
-            Texts that end the completion, and are not part of it.
-        told (`Callable`, *optional*):
-            Called after each token, in the thread that generates.
-        cache ([`RowCache`], *optional*):
-            Keys and values of the beginning of `ids`. In the end, those of the whole text.
-    """
-
-    ids: list[int]
-    member: int
-    max_tokens: int
-    sampling: dict[str, Any]
-    seed: int
-    stop: list[str] = field(default_factory=list)
-    told: Callable[["Request"], None] | None = None
-    cache: Any = None
-    new: list[int] = field(default_factory=list)  # tokens of the completion
-    text: str = ""
-    finish_reason: str | None = None  # "stop" or "length", by OpenAI's names
-    cancelled: bool = False
 
 
 class ContinuousBatch:
@@ -62,7 +22,7 @@ class ContinuousBatch:
 
     Args:
         engine ([`TransformersEngine`]):
-            Has the model, and the generation parameters of the run.
+            Has the model and the generation parameters of the run.
         members ([`Rows`], *optional*):
             The group of members that is installed in the model.
         most_rows (`int`, *optional*):
@@ -72,7 +32,7 @@ class ContinuousBatch:
         `ValueError`: If the model generates by Transformers' own loop only.
     """
 
-    def __init__(self, engine: TransformersEngine, members: Rows | None, most_rows: int | None = None):
+    def __init__(self, engine: Engine, members: Rows | None, most_rows: int | None = None):
         engine.use(members)
         if not engine.drops_finished_rows:
             raise ValueError(

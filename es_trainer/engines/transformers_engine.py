@@ -17,6 +17,7 @@ from ..config import ESConfig
 from ..rollout import Completion
 from . import trial
 from .base import Engine
+from .continuous_batch import ContinuousBatch
 from .decoding import Decoding, Row, follows
 from .generation_config import generation_config
 from .not_numbers import NOT_NUMBERS, NaNLogits
@@ -194,6 +195,21 @@ class TransformersEngine(Engine):
             )
             completions.update(zip(batch, made, strict=True))
         return [completions[i] for i in range(len(rows))]
+
+    def requests(self, members: Rows | None, most_rows: int | None = None) -> ContinuousBatch:
+        """
+        Requests that are answered as they come.
+
+        Args:
+            members ([`Rows`], *optional*):
+                The group of members that is installed in the model.
+            most_rows (`int`, *optional*):
+                Most requests that are answered at once. If `None`, all.
+
+        Raises:
+            `ValueError`: If the model generates by Transformers' own loop only.
+        """
+        return ContinuousBatch(self, members, most_rows)
 
     def _generate_batch(
         self,

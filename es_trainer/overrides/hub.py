@@ -54,7 +54,7 @@ class HubTrainer(Trainer):
 
     def _sample_rows(self) -> list[dict[str, Any]]:
         dataset = next(iter(by_name(self.eval_dataset).values()), self.train_dataset)
-        if dataset is None or not self.backend.answers.by_engine:
+        if dataset is None or not self.backend.answers.has_prompts:
             return []
         return collate(list(itertools.islice(dataset, SAMPLES)), name="dataset")
 

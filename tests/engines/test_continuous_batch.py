@@ -8,7 +8,8 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from es_trainer.engines import PopulationBatch, TransformersEngine
-from es_trainer.engines.continuous_batch import ContinuousBatch, Request
+from es_trainer.engines.continuous_batch import ContinuousBatch
+from es_trainer.engines.requests import Request
 from es_trainer.evolution import EvolutionStrategy
 from es_trainer.evolution.population import Member
 from es_trainer.noise.shapes import LowRank

@@ -1,0 +1,61 @@
+"""Completions that are asked for one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(eq=False)
+class Request:
+    """
+    A completion that somebody asks for.
+
+    Args:
+        ids (`list[int]`):
+            Tokens to go on from.
+        member (`int`):
+            Number of the member in the group that answers.
+        max_tokens (`int`):
+            Most tokens of the completion.
+        sampling (`dict[str, Any]`):
+            Temperature, top-k, top-p and min-p.
+        seed (`int`):
+            Seed of the random numbers.
+        stop (`list[str]`, *optional*):
+            Texts that end the completion, and are not part of it.
+        told (`Callable`, *optional*):
+            Called after each token, in the thread that generates.
+        cache ([`RowCache`], *optional*):
+            Keys and values of the beginning of `ids`. In the end, those of the whole text.
+    """
+
+    ids: list[int]
+    member: int
+    max_tokens: int
+    sampling: dict[str, Any]
+    seed: int
+    stop: list[str] = field(default_factory=list)
+    told: Callable[["Request"], None] | None = None
+    cache: Any = None
+    new: list[int] = field(default_factory=list)  # tokens of the completion
+    text: str = ""
+    finish_reason: str | None = None  # "stop" or "length", by OpenAI's names
+    cancelled: bool = False
+
+
+class Requests(Protocol):
+    """Answers requests as they come."""
+
+    def __len__(self) -> int:
+        """How many requests are being answered, or wait."""
+
+    def add(self, request: Request) -> None:
+        """Answer a request from the next token on."""
+
+    def step(self) -> None:
+        """
+        Generate a token for each request, and tell those who asked. Cancelled requests are dropped.
+
+        Raises:
+            `FloatingPointError`: If logits are NaN.
+        """
