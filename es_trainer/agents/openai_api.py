@@ -138,6 +138,8 @@ def _check(body: CommonBody, session: Session) -> None:
             f"This program's model is {session.model!r}, not {body.model!r}: use `endpoint.model`.",
             "model_not_found",
         )
+    if "" in body.options["stop"]:
+        raise Refused(400, "`stop` has an empty text: leave it out.", "invalid_request")
     for name, value in (body.model_extra or {}).items():
         if name in WITHOUT_MEANING and value not in WITHOUT_MEANING[name]:
             raise Refused(400, f"`{name}={value!r}` is not supported: leave it out.", "unsupported_parameter")

@@ -13,6 +13,7 @@ from ..config import ESConfig
 from ..copies import own_copy
 from ..data import NO_PROMPT
 from ..engines import Engine
+from ..engines.requests import Requests
 from ..rollout import Completion
 from ..run.processes import Processes
 from .answers import Answers
@@ -121,7 +122,9 @@ class AgentAnswers(Answers):
         prompt_tokens = sum(call["usage"]["prompt_tokens"] for session in sessions for call in session.calls)
         return completions, prompt_tokens // len(models), columns
 
-    def _run(self, requests: Any, server: ModelServer, sessions: list[Session], all_programs: list[Program]) -> None:
+    def _run(
+        self, requests: Requests, server: ModelServer, sessions: list[Session], all_programs: list[Program]
+    ) -> None:
         programs = Programs(
             self.agent_func, self.args.agent_concurrency, self.args.agent_timeout, self.args.agent_errors, server.ended
         )
@@ -135,8 +138,9 @@ class AgentAnswers(Answers):
             disable=not self.progress,
         ) as bar:
             try:
-                server.serve(requests, programs, sessions, lambda left: bar.update(len(all_programs) - left - bar.n))
+                server.serve(requests, programs, sessions, report=lambda left: bar.update(bar.total - left - bar.n))
             finally:
+                requests.close()
                 programs.close()
 
 

@@ -68,6 +68,12 @@ class VLLM(Local):
         if args.vllm_tensor_parallel_size > 1:
             require_saved_state(args)
             cls._refuse_rollout_func(args, inputs, "vllm_tensor_parallel_size")
+            if inputs.has_turns or inputs.agent_func is not None:
+                raise ValueError(
+                    "Tools, environments and `agent_func` with `vllm_tensor_parallel_size="
+                    f"{args.vllm_tensor_parallel_size}`: each process of a group would run them. Leave "
+                    "`vllm_tensor_parallel_size` out."
+                )
         check_version()
 
     @staticmethod

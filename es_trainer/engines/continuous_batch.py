@@ -82,6 +82,11 @@ class ContinuousBatch:
         if len(self._rows):
             self._logits = self._batch.step(tokens)
 
+    def close(self) -> None:
+        """Drop the requests that have not ended."""
+        self.waiting.clear()
+        self._rows, self._processors = [], []
+
     def _drop_cancelled(self) -> None:
         self.waiting = deque(request for request in self.waiting if not request.cancelled)
         self._rows = [None if request is None or request.cancelled else request for request in self._rows]
@@ -125,11 +130,7 @@ class ContinuousBatch:
     def _take(self, row: int, request: Request, token: int) -> None:
         """Go on with a token, or end."""
         request.new.append(token)
-        request.text = self.engine.tokenizer.decode(request.new, skip_special_tokens=True)
-        ends = [at for stop in request.stop if (at := request.text.find(stop)) >= 0]
-        if ends:
-            request.text = request.text[: min(ends)]
-        if ends or token in self.engine.eos_token_ids:
+        if request.decode(self.engine.tokenizer) or token in self.engine.eos_token_ids:
             request.finish_reason = "stop"
         elif len(request.new) == request.max_tokens:
             request.finish_reason = "length"

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(eq=False)
 class Request:
@@ -42,6 +44,14 @@ class Request:
     finish_reason: str | None = None  # "stop" or "length", by OpenAI's names
     cancelled: bool = False
 
+    def decode(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Make the text of the tokens. Returns whether it has a text that ends it."""
+        self.text = tokenizer.decode(self.new, skip_special_tokens=True)
+        ends = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
+        if ends:
+            self.text = self.text[: min(ends)]
+        return bool(ends)
+
 
 class Requests(Protocol):
     """Answers requests as they come."""
@@ -59,3 +69,6 @@ class Requests(Protocol):
         Raises:
             `FloatingPointError`: If logits are NaN.
         """
+
+    def close(self) -> None:
+        """Drop the requests that have not ended."""

@@ -29,6 +29,7 @@ from ..weights.store import Weights
 from .base import Engine
 from .decoding import Row
 from .live_weights import PROBE_SAMPLING, find_unused_weights, overwritten
+from .vllm_requests import VLLMRequests
 from .vllm_sampling import common_seed, sampling_options
 from .vllm_weights import check_values, load_error
 
@@ -261,6 +262,18 @@ class VLLMEngine(Engine):
             )
         completions = [output.outputs[0] for output in outputs]
         return [self._completion(list(made.token_ids), made.finish_reason == "length") for made in completions]
+
+    def requests(self, members: "Sequence[LoRARequest] | None", most_rows: int | None = None) -> VLLMRequests:
+        """
+        Requests that are answered as they come; see [`TransformersEngine.requests`].
+
+        Args:
+            members (`list[LoRARequest]`, *optional*):
+                Adapters of the members.
+            most_rows (`int`, *optional*):
+                Without effect: vLLM chooses batches by itself, up to `max_num_seqs`.
+        """
+        return VLLMRequests(self.llm, self.tokenizer, self.sampling, members, salt=str(next(self._cache_salts)))
 
 
 def logprobs(llm: "LLM", prompt: list[int], tokens: int, salt: str) -> list[float]:

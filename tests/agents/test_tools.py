@@ -73,7 +73,9 @@ def test_a_turn_goes_on_from_the_tokens_before(calling):
     answers = run.backend.answers
     with run.backend.in_working_dtype():
         ids = answers.tokenize(run.engine, rows)
-        completions, _, _ = answers.complete(run.engine, Prompts(rows, ids, 1, seed=0), range(2), None, None)
+        completions, _, _ = answers.complete(
+            run.engine, Prompts(rows, ids, 1, seed=0), range(2), ["policy"], None, None
+        )
     for question, prompt, completion in zip(QUESTIONS, ids, completions, strict=True):
         text = tokenizer.apply_chat_template(
             conversation(question), tools=[get_json_schema(add)], tokenize=False
@@ -182,5 +184,7 @@ def test_what_cannot_work(calling, options, error, message):
 
 
 def test_servers_call_no_tools_yet(trainer):
-    with pytest.raises(ValueError, match="Tools and environments with `vllm_mode='server'` are not supported yet"):
+    with pytest.raises(
+        ValueError, match="Tools, environments and `agent_func` with `vllm_mode='server'` are not supported"
+    ):
         trainer(use_vllm=True, vllm_mode="server", tools=[add])
