@@ -156,7 +156,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             may also return one list for each prompt that it gets: if `trainer.num_generations` is larger than 1, it
             is called a second time, with each prompt as often as completions of it are missing. Other entries are
             passed to the reward functions, apart from `"logprobs"` and `"logprob_token_ids"`, which have no use here,
-            and `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`.
+            and `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`. `trainer.model`
+            does not have the member's weights with vLLM servers or `vllm_lora`: use `trainer.generate(prompts)`.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
             Makes an environment when it is called. Each rollout has an instance of its own, which begins with
             `reset(**row)`: the text that this returns stands behind the prompt's last message. Its other public
@@ -171,8 +172,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             `endpoint.base_url`, `endpoint.api_key` and `endpoint.model` are what a client needs; `endpoint.run` runs a
             subprocess with them. It returns a number, `None`, or a dict: its `"reward"` is a number, or a dict of
             numbers by name, which are added; its other entries are logged with the completions. Reward functions also
-            get what it returned as `agent_result`, and its calls as `agent_calls`; their `completions` are the model's
-            last answers.
+            get `agent_result` and `agent_calls`; their `completions` are the model's last answers.
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
@@ -227,7 +227,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes, inputs.own_rewards)
         check_arguments(args, model, optimizers, quantization_config, peft_config)
         check_mode(args, inputs)
-        train_dataset, eval_dataset = inputs.datasets(args, train_dataset, eval_dataset)
+        self._inputs = inputs
+        train_dataset, eval_dataset = inputs.train_dataset(args, train_dataset), inputs.with_prompts(eval_dataset)
         check_datasets(args, train_dataset, eval_dataset)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
@@ -448,7 +449,18 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         if of_steps:
             self.completions.write(self.state.global_step, self.callback_handler.callbacks)
 
+    def generate(self, prompts: list[Any], num_generations: int = 1) -> list[dict[str, Any]]:
+        """
+        Complete prompts in a `rollout_func`, with the weights of the member that it is called for, wherever they are;
+        see [`RolloutFuncAnswers.generate`].
+        """
+        return self.backend.answers.generate(prompts, num_generations)
+
     # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The prompts of an evaluation; see [`~transformers.Trainer.get_eval_dataloader`]."""
+        return super().get_eval_dataloader(self._inputs.with_prompts(eval_dataset))
 
     def evaluation_loop(
         self,

@@ -135,13 +135,6 @@ def test_quantized_weights_are_refused(trainer):
 def test_servers_have_the_weights(trainer):
     with pytest.raises(TypeError, match="`model` is a LlamaForCausalLM, but the weights are on the servers"):
         trainer(model=make_model(), **SERVER)
-    with pytest.raises(ValueError, match="`rollout_func` with `vllm_mode='server'`"):
-        trainer(**SERVER, rollout_func=lambda prompts, trainer: {})
-
-
-def test_rollout_functions_are_for_one_member(trainer):
-    with pytest.raises(ValueError, match="`rollout_func` with `vllm_lora=True`"):
-        trainer(use_vllm=True, vllm_lora=True, perturbation="low_rank", rollout_func=lambda prompts, trainer: {})
 
 
 def test_sampling_options():
@@ -222,8 +215,9 @@ def test_a_completion_of_a_server_is_truncated_if_the_server_says_so(servers):
 
 def test_answers_say_which_server_they_are_of(servers):
     engine = servers(Calls({"token_ids": [70], "finish_reason": "length"}), count=2)
-    evaluated = list(engine.evaluate(Population.sample(6, 42, 0, False), 0.1, [[5]], seed=0, num_generations=1))
-    assert sorted(made.member for made in evaluated) == list(range(6))
+    members = Population.sample(6, 42, 0, False).members
+    evaluated = list(engine.evaluate(members, 0.1, lambda job, on: on.generate([[5]], seed=0)))
+    assert sorted(made.job for made in evaluated) == list(range(6))
     assert {made.server for made in evaluated} <= {"http://server-0", "http://server-1"}
 
 
@@ -339,7 +333,7 @@ class FakeServer:
 def served(monkeypatch, config, tokenizer):
     """Begin a run on fake servers."""
 
-    def make(*fakes: FakeServer) -> VLLMServers:
+    def make(*fakes: FakeServer, **options) -> VLLMServers:
         urls = [f"http://server{i}:1" for i in range(len(fakes))]
         by_host = {f"server{i}": fake for i, fake in enumerate(fakes)}
         client = functools.partial(
@@ -348,7 +342,9 @@ def served(monkeypatch, config, tokenizer):
         monkeypatch.setattr("es_trainer.engines.vllm_client.httpx.Client", client)
         with torch.device("meta"):
             model = make_model()
-        engine = VLLMServers(model, tokenizer, config(use_vllm=True, vllm_mode="server", vllm_server_base_url=urls))
+        engine = VLLMServers(
+            model, tokenizer, config(use_vllm=True, vllm_mode="server", vllm_server_base_url=urls, **options)
+        )
         engine.begin(list(model.named_parameters()), set())
         return engine
 
@@ -374,7 +370,8 @@ def test_every_set_of_weights_has_a_salt_of_its_own(served):
     engine = served(fake)
     population = Population.sample(4, seed=1, step=0)
     for _ in range(2):  # the same members again: a request that was given up may have left something
-        assert len(list(engine.evaluate(population, 0.1, [[1, 2], [1, 3]], 0, 1))) == 4
+        done = engine.evaluate(population.members, 0.1, lambda job, on: on.generate([[1, 2], [1, 3]], seed=0))
+        assert len(list(done)) == 4
     engine.generate([[1, 2]], 0)
     answered = [content for path, content in fake.requests if path == "/v1/completions"]
     completions = [content for content in answered if "logprobs" not in content]
@@ -383,8 +380,7 @@ def test_every_set_of_weights_has_a_salt_of_its_own(served):
 
 def test_requests_of_a_member_share_its_salt(served):
     fake = FakeServer()
-    engine = served(fake)
-    engine.sampling = {**engine.sampling, "temperature": 1.0}
+    engine = served(fake, temperature=1.0)
     engine.generate([[1, 2], [1, 3]], 0, 2)
     completions = [content for path, content in fake.requests if path == "/v1/completions" and "seed" in content]
     assert len(completions) == 4 and len({content["cache_salt"] for content in completions}) == 1

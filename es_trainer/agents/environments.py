@@ -40,12 +40,13 @@ class Environments:
         self.factories: dict[str | None, EnvironmentFactory] = dict(factory) if self.named else {None: factory}
         self.toolboxes: dict[str | None, Toolbox] = {}
         self.kinds: list[type] = []  # those that give a reward
-        self._pools: list[dict[str | None, list[Any]]] = [{name: [] for name in self.factories} for _ in range(2)]
+        self._pools: dict[Any, list[dict[str | None, list[Any]]]] = {}
+        self._spare: dict[str | None, list[Any]] = {}
         for name, make in self.factories.items():
             if not callable(make):
                 raise TypeError(f"`environment_factory` has {make!r}, but must make an environment when it is called.")
             instance = make()
-            self._pools[0][name].append(instance)
+            self._spare[name] = [instance]
             self.toolboxes[name] = Toolbox([*tools, *_methods(instance)])
             kind = type(instance)
             if not callable(getattr(kind, "reset", None)):
@@ -83,13 +84,24 @@ class Environments:
             )
         return name
 
-    def take(self, names: Sequence[str | None]) -> list[Any]:
-        """Instances for rollouts that begin together. Those of the last call are not among them."""
-        self._pools.reverse()
+    def take(self, names: Sequence[str | None], who: Any) -> list[Any]:
+        """
+        Instances for rollouts that begin together. Those of the last call are not among them.
+
+        Args:
+            names (`Sequence[str]`):
+                Which environment each rollout wants.
+            who (`Any`):
+                Who asks: several engines work at the same time, in threads.
+        """
+        if who not in self._pools:
+            first, self._spare = self._spare, {}
+            self._pools[who] = [{name: pool.get(name, []) for name in self.factories} for pool in (first, {})]
+        self._pools[who].reverse()
         used = dict.fromkeys(self.factories, 0)
         taken = []
         for name in names:
-            pool = self._pools[0][name]
+            pool = self._pools[who][0][name]
             if used[name] == len(pool):
                 pool.append(self.factories[name]())
             taken.append(pool[used[name]])

@@ -74,23 +74,19 @@ class Programs:
             Seconds after which a program is stopped.
         errors (`str`):
             What happens if a program raises: `"raise"`, or `"none"` to go on without it.
+
+    Attributes:
         ended (`Callable`):
             Called with each program that has ended, in any thread.
     """
 
-    def __init__(
-        self,
-        function: AgentFunc,
-        concurrency: int,
-        timeout: float | None,
-        errors: str,
-        ended: Callable[[Program], None],
-    ):
+    ended: Callable[[Program], None]
+
+    def __init__(self, function: AgentFunc, concurrency: int, timeout: float | None, errors: str):
         self.function = function
         self.concurrency = concurrency
         self.timeout = timeout
         self.errors = errors
-        self.ended = ended
         self.waiting: deque[Program] = deque()
         self.running: set[Program] = set()
         self.started: list[Program] = []

@@ -97,7 +97,6 @@ class ModelServer:
         self._tokenizer: PreTrainedTokenizerBase = copy.deepcopy(engine.tokenizer)
         self._templates: dict[str, ToolTemplate] = {}
         self._sessions: dict[str, Session] = {}
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
 
     def start(self, app: "FastAPI", listening: socket.socket) -> None:
         """
@@ -128,15 +127,11 @@ class ModelServer:
 
     # ---- the thread that generates ----
 
-    def ended(self, program: Program) -> None:
-        """Take note that a program has ended; from any thread."""
-        self._inbox.put(program)
-
     def serve(
         self, requests: Requests, programs: Programs, sessions: list[Session], report: Callable[[int], None]
     ) -> None:
         """
-        Answer programs until all have ended, or one has failed.
+        Answer programs until all have ended, or one has failed. Several threads may do so at the same time.
 
         Args:
             requests ([`Requests`]):
@@ -151,11 +146,15 @@ class ModelServer:
         Raises:
             `Exception`: Whatever generating raises. Programs are told of it.
         """
-        self._sessions = {session.key: session for session in sessions}
+        inbox: queue.SimpleQueue[Request | Program] = queue.SimpleQueue()
+        programs.ended = inbox.put
+        for session in sessions:
+            session.ask = inbox.put
+            self._sessions[session.key] = session
         try:
             programs.start()
             while len(programs):
-                self._receive(requests, programs)
+                self._receive(inbox, requests, programs)
                 self._stop_overdue(programs)
                 programs.start()
                 report(len(programs))
@@ -168,14 +167,14 @@ class ModelServer:
         finally:
             for session in sessions:
                 self._close(session, "The program's rollout is over.")
-            self._sessions = {}
+                del self._sessions[session.key]
 
-    def _receive(self, requests: Requests, programs: Programs) -> None:
+    def _receive(self, inbox: "queue.SimpleQueue[Request | Program]", requests: Requests, programs: Programs) -> None:
         """Take requests, and note programs that have ended. Waits where there is nothing to generate."""
         wait = not len(requests)
         while True:
             try:
-                item = self._inbox.get(wait, programs.patience()) if wait else self._inbox.get_nowait()
+                item = inbox.get(wait, programs.patience()) if wait else inbox.get_nowait()
             except queue.Empty:
                 return
             wait = False
@@ -297,7 +296,7 @@ class ModelServer:
         )
         session.requests.add(request)
         try:
-            self._inbox.put(request)
+            session.ask(request)
             while request.finish_reason is None:
                 await updates.wait()
                 updates.clear()

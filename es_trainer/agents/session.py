@@ -6,7 +6,7 @@ import secrets
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class Session:
     completion_ids: list[list[int]] = field(default_factory=list)  # of each call
     requests: set[Request] = field(default_factory=set)  # that are being answered
     cache: Any = None  # keys and values of the last call, which the next may go on from
+    ask: Callable[[Request], None] | None = None  # of the thread that generates
     closed: str | None = None  # why no more calls are answered
     _asked: int = 0
     _children: set[subprocess.Popen] = field(default_factory=set)

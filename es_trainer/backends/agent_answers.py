@@ -126,7 +126,7 @@ class AgentAnswers(Answers):
         self, requests: Requests, server: ModelServer, sessions: list[Session], all_programs: list[Program]
     ) -> None:
         programs = Programs(
-            self.agent_func, self.args.agent_concurrency, self.args.agent_timeout, self.args.agent_errors, server.ended
+            self.agent_func, self.args.agent_concurrency, self.args.agent_timeout, self.args.agent_errors
         )
         programs.waiting.extend(all_programs)
         with tqdm(

@@ -1,14 +1,17 @@
 """Who completes prompts: the engine, or a function of the user."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import Trainer
 
+from ..agents import derived_seed
 from ..config import ESConfig
 from ..data import prompts as prompts_of
 from ..engines import Engine
+from ..engines.decoding import Row
 from ..rollout import Completion
 from .results import Prompts
 from .rollout_func import RolloutFunc, call_rollout_func
@@ -49,6 +52,13 @@ class Answers:
         """Tokens of the longest row, as far as memory goes, and most rows at once (`None`: all of them)."""
         return max(map(len, prompts.ids)) + engine.max_new_tokens, self.args.generation_batch_size
 
+    def generate(self, prompts: list[Any], num_generations: int) -> list[dict[str, Any]]:
+        """
+        Raises:
+            `RuntimeError`: As there is no `rollout_func` that asks.
+        """
+        raise RuntimeError("`trainer.generate` is for a `rollout_func`: the trainer was made without one.")
+
     def complete(
         self,
         engine: Engine,
@@ -80,6 +90,19 @@ class Answers:
         """
         completions = engine.generate(prompts.ids, prompts.seed, prompts.number, members, batch_size, self.progress)
         return completions, sum(len(prompts.ids[i]) for i in own) * prompts.number, [{}] * len(completions)
+
+
+class Generating(threading.local):
+    """
+    Who generates for the `rollout_func` that is called in this thread: an engine, which member of a group, and the
+    seed of the next call.
+    """
+
+    engine: Engine | None = None
+    member: int = 0
+    members: Any = None
+    seed: int = 0
+    calls: int = 0
 
 
 class RolloutFuncAnswers(Answers):
@@ -119,6 +142,7 @@ class RolloutFuncAnswers(Answers):
         super().__init__(args, progress=False)
         self.rollout_func = rollout_func
         self.trainer = trainer
+        self._generating = Generating()
 
     def check(self, engine, name, dataset):
         """The function makes tokens by itself."""
@@ -129,4 +153,49 @@ class RolloutFuncAnswers(Answers):
     def complete(self, engine, prompts, own, models, members, batch_size):
         engine.reset_prefix_cache()
         asked = [prompts.rows[i]["prompt"] for i in own]
-        return call_rollout_func(self.rollout_func, asked, self.trainer, prompts.number)
+        now = self._generating
+        completions, columns, num_tokens = [], [], 0
+        try:
+            for now.member in range(len(models)):
+                now.engine, now.members, now.seed, now.calls = engine, members, prompts.seed, 0
+                made, prompt_tokens, fields = call_rollout_func(self.rollout_func, asked, self.trainer, prompts.number)
+                completions += made
+                columns += fields
+                num_tokens += prompt_tokens
+        finally:
+            now.engine = now.members = None
+        return completions, num_tokens // len(models), columns
+
+    def generate(self, prompts: list[Any], num_generations: int) -> list[dict[str, Any]]:
+        """
+        Complete prompts with the weights of the member for which this thread calls the function.
+
+        Args:
+            prompts (`list`):
+                Texts or lists of messages.
+            num_generations (`int`):
+                Completions per prompt.
+
+        Returns:
+            `list[dict[str, Any]]`: the `"prompt_ids"`, `"completion_ids"` and `"text"` of each completion of the first
+            prompt, then of the second, and so on.
+
+        Raises:
+            `RuntimeError`: If this thread does not call the function.
+        """
+        now = self._generating
+        if now.engine is None:
+            raise RuntimeError(
+                "`trainer.generate` was called outside of the `rollout_func`, or in another thread: it would not be "
+                "known which member answers."
+            )
+        ids = now.engine.tokenize(prompts)
+        now.calls += 1
+        seed = derived_seed("generate", now.seed, now.calls)
+        rows = [Row(now.member, i, number) for i in range(len(ids)) for number in range(num_generations)]
+        of_rows = [ids[row.prompt] for row in rows]
+        made = now.engine.complete(of_rows, rows, seed, now.members, self.args.generation_batch_size)
+        return [
+            {"prompt_ids": ids, "completion_ids": completion.ids, "text": completion.text}
+            for ids, completion in zip(of_rows, made, strict=True)
+        ]

@@ -16,7 +16,7 @@ from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
 from .base import Backend, trained
-from .results import Prompts, Result
+from .results import Prompts, Result, results
 from .trainer_inputs import TrainerInputs
 
 
@@ -135,21 +135,11 @@ class Local(Backend):
         """
         start = time.perf_counter()
         own = self.engine.prompt_shard(len(prompts.rows))
-        completions, prompt_tokens, columns = self.answers.complete(
-            self.engine, prompts, own, list(models.values()), installed, batch_size
-        )
+        answer = self.answers.complete(self.engine, prompts, own, list(models.values()), installed, batch_size)
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
-        rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
         seconds = (time.perf_counter() - start) / len(models)
-        results = []
-        for i, number in enumerate(models):
-            part = slice(i * len(rows), (i + 1) * len(rows))
-            mine = completions[part]
-            num_tokens = prompt_tokens + sum(completion.length for completion in mine)
-            of_member = [{**row, **extra} for row, extra in zip(rows, columns[part], strict=True)]
-            results.append(Result(number, own, of_member, mine, num_tokens, seconds, self.processes.rank))
-        return results
+        return results(list(models), own, prompts, answer, seconds, self.processes.rank)
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
         """Members evaluated together, and most sequences generated at once (`None`: all of them)."""

@@ -1,6 +1,6 @@
 """What is asked of members, and what they answer."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +58,41 @@ class Result:
     num_tokens: int
     seconds: float
     generated_by: Hashable
+
+
+# Completions, the number of tokens of their prompts for one member, and further columns of each completion
+Answer = tuple[list[Completion], int, list[dict[str, Any]]]
+
+
+def results(
+    numbers: Sequence[int], own: range, prompts: Prompts, answer: Answer, seconds: float, generated_by: Hashable
+) -> list[Result]:
+    """
+    What each of some members has answered.
+
+    Args:
+        numbers (`Sequence[int]`):
+            Numbers of the members in their population.
+        own (`range`):
+            Which of the prompts they were asked.
+        prompts ([`Prompts`]):
+            All prompts.
+        answer (`Answer`):
+            What they answered, one member after the other.
+        seconds (`float`):
+            Time of the generation, for each member.
+        generated_by (`Hashable`):
+            The process or server.
+    """
+    completions, prompt_tokens, columns = answer
+    rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
+    if not rows:
+        return []
+    found = []
+    for i, number in enumerate(numbers):
+        part = slice(i * len(rows), (i + 1) * len(rows))
+        mine = completions[part]
+        num_tokens = prompt_tokens + sum(completion.length for completion in mine)
+        of_member = [{**row, **extra} for row, extra in zip(rows, columns[part], strict=True)]
+        found.append(Result(number, own, of_member, mine, num_tokens, seconds, generated_by))
+    return found

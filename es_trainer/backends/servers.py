@@ -1,7 +1,6 @@
 """vLLM servers, which hold, perturb and update the weights. The trainer's process has none."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig, launched_processes
 from ..engines import VLLMServers
-from ..evolution import EvolutionStrategy, Member, Population
+from ..engines.vllm_server_engine import VLLMServerEngine
+from ..evolution import EvolutionStrategy, Member
 from ..fields import require
-from ..rollout import Completion
 from ..run.metrics import side_by_side
 from .base import Backend, require_saved_state, trained
-from .results import Prompts, Result
+from .results import Answer, Prompts, Result, results
 from .trainer_inputs import TrainerInputs
 from .vllm_arguments import check_vllm_arguments
 
@@ -64,16 +63,6 @@ class Servers(Backend):
                 f"`model` is a {type(inputs.model).__name__}, but the weights are on the servers with "
                 "`vllm_mode='server'`: give the name or folder that the servers were started with."
             )
-        if inputs.rollout_func is not None:
-            raise ValueError(
-                "`rollout_func` with `vllm_mode='server'`: the trainer has no weights to generate with. Use "
-                "vllm_mode='colocate'."
-            )
-        if inputs.has_turns or inputs.agent_func is not None:
-            raise ValueError(
-                "Tools, environments and `agent_func` with `vllm_mode='server'` are not supported yet. Use "
-                "vllm_mode='colocate'."
-            )
 
     @property
     def has_whole_weights(self) -> bool:
@@ -97,24 +86,35 @@ class Servers(Backend):
         return self.engine.collect()
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
-        population = Population(tuple(member for _, member in members))
-        evaluated = self.engine.evaluate(population, self.optimizer.sigma, prompts.ids, prompts.seed, prompts.number)
+        def answer(job: int, engine: VLLMServerEngine) -> Answer:
+            return self._answer(engine, prompts, f"member-{members[job][0]}")
+
+        evaluated = self.engine.evaluate([member for _, member in members], self.optimizer.sigma, answer)
         noise = []
         with contextlib.closing(evaluated):
-            for done, made in enumerate(evaluated, 1):
-                noise.append((made.server, made.noise_seconds))
-                number, _ = members[made.member]
-                yield [self._result(number, prompts, made.completions, made.seconds, made.server)], done
+            for count, done in enumerate(evaluated, 1):
+                noise.append((done.server, done.noise_seconds))
+                number, _ = members[done.job]
+                own = range(len(prompts.rows))
+                yield results([number], own, prompts, done.result, done.seconds, done.server), count
         self.noise_seconds += side_by_side(noise)
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
-        start = time.perf_counter()
-        completions = self.engine.generate(prompts.ids, prompts.seed, prompts.number)
-        return [self._result(number, prompts, completions, time.perf_counter() - start, self.processes.rank)]
+        shares = self.engine.share_out(
+            lambda engine: (
+                engine.prompt_shard(len(prompts.rows)),
+                self._answer(engine, prompts, "policy"),
+            )
+        )
+        return [
+            result
+            for done in shares
+            for own, answer in [done.result]
+            for result in results([number], own, prompts, answer, done.seconds, done.server)
+        ]
 
-    def _result(
-        self, number: int, prompts: Prompts, completions: list[Completion], seconds: float, generated_by: int | str
-    ) -> Result:
-        rows = [row for row in prompts.rows for _ in range(prompts.number)]
-        num_tokens = sum(map(len, prompts.ids)) * prompts.number + sum(made.length for made in completions)
-        return Result(number, range(len(prompts.rows)), rows, completions, num_tokens, seconds, generated_by)
+    def _answer(self, engine: VLLMServerEngine, prompts: Prompts, model: str) -> Answer:
+        own = engine.prompt_shard(len(prompts.rows))
+        if not own:  # fewer prompts than servers
+            return [], 0, []
+        return self.answers.complete(engine, prompts, own, [model], None, self.args.generation_batch_size)

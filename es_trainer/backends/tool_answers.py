@@ -133,7 +133,7 @@ class ToolAnswers(Answers):
             ids = [prompts.ids[row.prompt] for row in rows]
             instances, messages = [None] * len(rows), [of_row["prompt"] for of_row in data]
         else:
-            instances = self.environments.take(names)
+            instances = self.environments.take(names, who=engine)
             messages = list(threads.map(begin, instances, own_copy(data), [self.environments.named] * len(data)))
             ids = [template.encode(prompt) for template, prompt in zip(templates, messages, strict=True)]
             engine.check_lengths(list(map(len, ids)), conversational=True, name="a step's data, with observations")

@@ -53,19 +53,26 @@ class TrainerInputs(NamedTuple):
         return bool(self.tools) or self.environments is not None
 
     @property
+    def runs_code(self) -> bool:
+        """Whether code of the user takes part in the rollouts."""
+        return self.has_turns or self.rollout_func is not None or self.agent_func is not None
+
+    @property
     def own_rewards(self) -> list[Callable]:
         """Reward functions beside those of the trainer's `reward_funcs`."""
         if self.agent_func is not None:
             return [agent_reward(self.agent_func)]
         return self.environments.reward_funcs() if self.environments is not None else []
 
-    def datasets(self, args: ESConfig, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
-        """The datasets, with prompts where rows need none, or are made by environments."""
+    def train_dataset(self, args: ESConfig, train_dataset: Any) -> Any:
+        """The dataset to train on, which environments may make."""
         if self.environments is not None and train_dataset is None:
-            train_dataset = self.environments.dataset(args)
-        if self.agent_func is not None:
-            train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
-        return train_dataset, eval_dataset
+            return self.environments.dataset(args)
+        return self.with_prompts(train_dataset)
+
+    def with_prompts(self, dataset: Any) -> Any:
+        """A dataset with prompts, where its rows need none."""
+        return with_prompts(dataset) if self.agent_func is not None else dataset
 
     @property
     def has_adapter(self) -> bool:

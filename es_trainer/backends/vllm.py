@@ -67,22 +67,13 @@ class VLLM(Local):
         check_vllm_arguments(args, inputs)
         if args.vllm_tensor_parallel_size > 1:
             require_saved_state(args)
-            cls._refuse_rollout_func(args, inputs, "vllm_tensor_parallel_size")
-            if inputs.has_turns or inputs.agent_func is not None:
+            if inputs.runs_code:
                 raise ValueError(
-                    "Tools, environments and `agent_func` with `vllm_tensor_parallel_size="
+                    "`tools`, `environment_factory`, `rollout_func` and `agent_func` with `vllm_tensor_parallel_size="
                     f"{args.vllm_tensor_parallel_size}`: each process of a group would run them. Leave "
                     "`vllm_tensor_parallel_size` out."
                 )
         check_version()
-
-    @staticmethod
-    def _refuse_rollout_func(args: ESConfig, inputs: TrainerInputs, name: str) -> None:
-        if inputs.rollout_func is not None:
-            raise ValueError(
-                f"`rollout_func` with `{name}={getattr(args, name)}`: it gets the weights of one member in one "
-                f"process. Leave `{name}` out."
-            )
 
     def __init__(self, args: ESConfig, processes: Processes, answers: Answers, source: str | None):
         super().__init__(args, processes, answers, source)
@@ -115,7 +106,6 @@ class VLLMLoRA(VLLM):
             "perturbation_rank",
             f"vLLM's adapters have a rank of at most {MOST_RANK}.",
         )
-        cls._refuse_rollout_func(args, inputs, "vllm_lora")
         super().check_arguments(args, inputs)
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

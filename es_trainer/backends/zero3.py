@@ -79,15 +79,10 @@ class Lockstep(Gathered):
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         super().check_arguments(args, inputs)
-        if inputs.rollout_func is not None:
+        if inputs.runs_code:
             raise ValueError(
-                "`rollout_func` with `ds3_gather_for_generation=False`: processes would have to run the model equally "
-                "often. Set `ds3_gather_for_generation=True`."
-            )
-        if inputs.has_turns or inputs.agent_func is not None:
-            raise ValueError(
-                "Tools, environments and `agent_func` with `ds3_gather_for_generation=False`: processes would have to "
-                "answer in equally many turns. Set `ds3_gather_for_generation=True`."
+                "`tools`, `environment_factory`, `rollout_func` and `agent_func` with "
+                "`ds3_gather_for_generation=False`: processes would have to run the model equally often. Set `ds3_gather_for_generation=True`."
             )
 
     @property

@@ -75,13 +75,13 @@ class VLLMClient:
         return self._send("GET", "/v1/models", key="data")[0]
 
     def complete(
-        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None]
+        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None], salt: str | None = None
     ) -> list[dict[str, Any]]:
         """
         Complete prompts. Prompts with a seed are sent one by one, as a request has one seed.
 
-        The weights have to stay the same until this returns. Each call has a salt of its own in vLLM's prefix cache,
-        so that no later call reads its keys and values, even if this call failed.
+        The weights have to stay the same until this returns. A salt in vLLM's prefix cache keeps calls with other
+        weights from reading its keys and values, even if this call failed.
 
         Args:
             prompts (`list[list[int]]`):
@@ -90,11 +90,13 @@ class VLLMClient:
                 What `sampling_options` returned.
             seeds (`list[int | None]`):
                 Seed of each completion, or `None` for all of them if decoding is greedy.
+            salt (`str`, *optional*):
+                The salt, which calls with the same weights may share. If `None`, one that no other call has.
 
         Returns:
             `list[dict[str, Any]]`: The `"token_ids"` and `"finish_reason"` of each completion.
         """
-        options = {**options, "cache_salt": uuid.uuid4().hex}
+        options = {**options, "cache_salt": salt or uuid.uuid4().hex}
         if seeds[0] is None:
             return self._complete(prompts, options)
         with ThreadPoolExecutor(len(prompts)) as requests:

@@ -1,8 +1,10 @@
 """Completions by vLLM servers, which hold, perturb and update the weights. Only numbers and tokens travel."""
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
-from ..evolution import Population
+from ..evolution import Member
 from ..rollout import Completion
 from ..run.history import describe, make_optimizer, run_config
 from .base import Engine
@@ -18,31 +20,35 @@ from .live_weights import find_unused_weights
 from .remote_strategy import RemoteStrategy
 from .vllm_dispatch import dispatch
 from .vllm_replicas import Replica, Replicas
-from .vllm_sampling import common_seed, sampling_options
+from .vllm_sampling import sampling_options
+from .vllm_server_engine import VLLMServerEngine
 from .vllm_weights import load_error
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class MemberCompletions:
+class Done(Generic[T]):
     """
-    What a member completed on a server.
+    What was done with a member on a server.
 
     Args:
-        member (`int`):
-            Number of the member in its population.
+        job (`int`):
+            Number of the member among those given.
         server (`str`):
             URL of the server.
-        completions (`list[Completion]`):
-            Completions of the first prompt, then of the second, and so on.
+        result (`T`):
+            What came of it.
         seconds (`float`):
-            Time for the completions.
+            Time that it took.
         noise_seconds (`float`):
             Time for the perturbation.
     """
 
-    member: int
+    job: int
     server: str
-    completions: list[Completion]
+    result: T
     seconds: float
     noise_seconds: float
 
@@ -67,9 +73,9 @@ class VLLMServers(Engine):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
         super().__init__(model, tokenizer, args)
         self.args = args
-        self.sampling = sampling_options(args, self.eos_token_ids)
-        self.max_new_tokens = self.sampling["max_tokens"]
+        self.max_new_tokens = sampling_options(args, self.eos_token_ids)["max_tokens"]
         self.replicas = Replicas(args)
+        self._engines: dict[tuple[str, int, int], VLLMServerEngine] = {}
         self.context = min(server.model_info()["max_model_len"] for server in self.replicas.servers)
 
     # ---- the run ----
@@ -109,38 +115,60 @@ class VLLMServers(Engine):
     # ---- completions ----
 
     def evaluate(
-        self, population: Population, sigma: float, prompt_ids: list[list[int]], seed: int, num_generations: int
-    ) -> Iterator[MemberCompletions]:
+        self, members: Sequence[Member], sigma: float, do: Callable[[int, VLLMServerEngine], T]
+    ) -> Iterator[Done[T]]:
         """
-        Have every member complete the prompts.
+        Do something with each member.
 
         Args:
-            population ([`Population`]):
+            members (`Sequence[Member]`):
                 The members.
             sigma (`float`):
                 Standard deviation of the noise.
-            prompt_ids (`list[list[int]]`):
-                What `tokenize` returned.
-            seed (`int`):
-                Seed of the random numbers, common to the members.
-            num_generations (`int`):
-                Completions per prompt.
+            do (`Callable`):
+                Gets the number of a member and a server that has its weights, in a thread of the server. It is called
+                again, with another server, if that one is lost meanwhile.
 
         Returns:
-            `Iterator[MemberCompletions]`: Members in the order in which servers are done with them.
+            `Iterator[Done]`: members in the order in which servers are done with them.
         """
-        rows = [(prompt, number) for prompt in range(len(prompt_ids)) for number in range(num_generations)]
 
-        def evaluate_on(number: int, server: Replica) -> MemberCompletions:
+        def evaluate_on(job: int, server: Replica) -> Done[T]:
             start = time.perf_counter()
-            member = population.members[number]
-            server.call("perturb", member.seed, member.sign, sigma)
+            server.call("perturb", members[job].seed, members[job].sign, sigma)
             perturbed = time.perf_counter()
-            completions = self._complete(server, rows, prompt_ids, seed)
-            seconds = time.perf_counter() - perturbed
-            return MemberCompletions(number, server.url, completions, seconds, perturbed - start)
+            result = do(job, self._engine(server, (0, 1)))
+            return Done(job, server.url, result, time.perf_counter() - perturbed, perturbed - start)
 
-        yield from dispatch(self.replicas, len(population), evaluate_on)
+        yield from dispatch(self.replicas, len(members), evaluate_on)
+
+    def share_out(self, do: Callable[[VLLMServerEngine], T]) -> list[Done[T]]:
+        """
+        Do something with the unperturbed weights, a share of it on each server.
+
+        Args:
+            do (`Callable`):
+                Gets a server, whose `share` says which share of the prompts it completes.
+
+        Returns:
+            `list[Done]`: what came of each share.
+        """
+        count = len(self.replicas.servers)
+
+        def do_on(job: int, server: Replica) -> Done[T]:
+            server.call("restore")
+            start = time.perf_counter()
+            result = do(self._engine(server, (job, count)))
+            return Done(job, server.url, result, time.perf_counter() - start, 0.0)
+
+        return sorted(dispatch(self.replicas, count, do_on), key=lambda done: done.job)
+
+    def _engine(self, server: Replica, share: tuple[int, int]) -> VLLMServerEngine:
+        key = (server.url, *share)
+        if key not in self._engines:
+            tokenizer = copy.deepcopy(self.tokenizer)
+            self._engines[key] = VLLMServerEngine(self.model, tokenizer, self.args, server, self.context, share)
+        return self._engines[key]
 
     def generate(
         self,
@@ -155,24 +183,8 @@ class VLLMServers(Engine):
         Complete the prompts with the unperturbed weights, on all servers together; see
         [`TransformersEngine.generate`].
         """
-        rows = [(prompt, number) for prompt in range(len(prompt_ids)) for number in range(num_generations)]
-        size = -(-len(rows) // len(self.replicas.servers))
-        shares = [rows[start : start + size] for start in range(0, len(rows), size)]
-
-        def generate_on(number: int, server: Replica) -> tuple[int, list[Completion]]:
-            server.call("restore")
-            return number, self._complete(server, shares[number], prompt_ids, seed)
-
-        completions = dict(dispatch(self.replicas, len(shares), generate_on))
-        return [completion for number in range(len(shares)) for completion in completions[number]]
-
-    def _complete(
-        self, server: Replica, rows: list[tuple[int, int]], prompt_ids: list[list[int]], seed: int
-    ) -> list[Completion]:
-        samples = self.sampling["temperature"] > 0
-        seeds = [common_seed(seed, *row) if samples else None for row in rows]
-        choices = server.complete([prompt_ids[prompt] for prompt, _ in rows], self.sampling, seeds)
-        return [self._completion(choice["token_ids"], choice["finish_reason"] == "length") for choice in choices]
+        shares = self.share_out(lambda engine: engine.generate(prompt_ids, seed, num_generations))
+        return [completion for done in shares for completion in done.result]
 
     # ---- saving ----
 

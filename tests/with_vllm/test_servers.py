@@ -29,7 +29,8 @@ STARTING = 120  # seconds
 class Process:
     """A server, in a process group of its own."""
 
-    def __init__(self, *options: str, token: str | None = None):
+    def __init__(self, *options: str, token: str | None = None, model: str | None = None):
+        self.model = model or tiny.tiny_folder()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.options = options
@@ -38,7 +39,7 @@ class Process:
 
     def start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"VLLM_API_KEY": self.token} if self.token else {})}
-        command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", tiny.tiny_folder()]
+        command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", self.model]
         command += ["--dtype", "float32", "--max-model-len", "256", "--port", str(self.port), *self.options]
         environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
