@@ -82,7 +82,8 @@ class Lockstep(Gathered):
         if inputs.runs_code:
             raise ValueError(
                 "`tools`, `environment_factory`, `rollout_func` and `agent_func` with "
-                "`ds3_gather_for_generation=False`: processes would have to run the model equally often. Set `ds3_gather_for_generation=True`."
+                "`ds3_gather_for_generation=False`: processes would have to run the model equally often. Set "
+                "`ds3_gather_for_generation=True`."
             )
 
     @property

@@ -471,9 +471,9 @@ def test_evaluation_asks_the_policy(agent):
 
     run = agent(program, eval_dataset={"held_out": ROWS}, **LOW_RANK)
     metrics = run.evaluate()
-    assert (
-        models == ["policy"] * 4 and metrics["eval_held_out_reward"] == metrics["eval_held_out_rewards/program/mean"]
-    )
+    assert metrics["eval_held_out_reward"] == metrics["eval_held_out_rewards/program/mean"]
+    assert run.evaluate(ROWS)["eval_reward"] == metrics["eval_held_out_reward"]
+    assert models == ["policy"] * 8
 
 
 @pytest.mark.parametrize(
