@@ -15,8 +15,11 @@ from ..scripts.arguments import GenerationArguments, Parser, RewardArguments
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..agents import AgentFunc
     from ..config import ESConfig
     from ..rewards.scorer import Scorer
+    from ..rollout import Completion
+    from .generation import Generator
 
 
 @dataclass
@@ -122,17 +125,19 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
     Raises:
         `ValueError`: If something given cannot work.
     """
+    from ..agents import reward_func as of_agent
     from ..rewards.scorer import Scorer
-    from ..scripts.data import check_data, load_data
+    from ..scripts.data import check_data, load_agent, load_data
 
     mixture = DatasetMixtureConfig()
     check_data(arguments, mixture)
     config = arguments.to_config()
     splits, reward_funcs = load_data(arguments, mixture)
     rows = _rows(splits, arguments)
-    scorer = Scorer(reward_funcs, arguments.reward_weights)
+    agent = load_agent(arguments.agent)
+    scorer = Scorer(reward_funcs, arguments.reward_weights, of_environments=[] if agent is None else [of_agent(agent)])
     scorer.load_models(config)
-    return [_evaluate_model(name, rows, scorer, config, arguments) for name in arguments.models]
+    return [_evaluate_model(name, rows, scorer, config, arguments, agent) for name in arguments.models]
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -161,19 +166,27 @@ def mean_and_error(values: "np.ndarray") -> tuple[float, float]:
 
 
 def _rows(splits: Any, arguments: EvalArguments) -> list[dict[str, Any]]:
+    from ..data import NO_PROMPT
     from ..scripts.data import pick_split
 
     name = arguments.dataset_split or (next(iter(splits)) if len(splits) == 1 else "test")
     rows = list(islice(pick_split(splits, "dataset_split", name), arguments.limit))
     if not rows:
         raise ValueError(f"There is nothing to evaluate: the split {name!r} has no rows.")
+    if arguments.agent is not None:
+        return [{"prompt": NO_PROMPT, **row} for row in rows]
     if "prompt" not in rows[0]:
         raise ValueError(f"The dataset has no column 'prompt'; its columns are {list(rows[0])}. Rename one of them.")
     return rows
 
 
 def _evaluate_model(
-    name: str, rows: list[dict[str, Any]], scorer: "Scorer", config: "ESConfig", arguments: EvalArguments
+    name: str,
+    rows: list[dict[str, Any]],
+    scorer: "Scorer",
+    config: "ESConfig",
+    arguments: EvalArguments,
+    agent: "AgentFunc | None",
 ) -> Results:
     import numpy as np
     from transformers import TrainerState
@@ -182,11 +195,15 @@ def _evaluate_model(
     from .generation import Generator
 
     number = arguments.num_samples
-    completions = Generator(name, config).answer([row["prompt"] for row in rows], number)
-    messages: list[Any] = [completion.text for completion in completions]
-    if is_conversational({"prompt": rows[0]["prompt"]}):
-        messages = [[{"role": "assistant", "content": text}] for text in messages]
+    generator = Generator(name, config)
     repeated = [row for row in rows for _ in range(number)]
+    if agent is None:
+        completions = generator.answer([row["prompt"] for row in rows], number)
+    else:
+        completions, repeated = _run_agent(generator, agent, rows, number)
+    messages: list[Any] = [completion.text for completion in completions]
+    if is_conversational({"prompt": repeated[0]["prompt"]}):
+        messages = [[{"role": "assistant", "content": text}] for text in messages]
     parts = []
     for start in range(0, len(repeated), arguments.batch_size):
         part = slice(start, start + arguments.batch_size)
@@ -209,14 +226,32 @@ def _evaluate_model(
     by_prompt["completions/clipped_ratio"] = _mean(clipped.reshape(shape))
     recorded = [
         {
-            "prompt": row["prompt"],
+            "prompt": repeated[i * number]["prompt"],
             "completions": [completion.text for completion in completions[i * number : (i + 1) * number]],
             "reward": _json(total[i]),
             "rewards": {key: _json(values[i]) for key, values in rewards.items()},
         }
-        for i, row in enumerate(rows)
+        for i in range(len(rows))
     ]
     return Results(name, recorded, by_prompt)
+
+
+def _run_agent(
+    generator: "Generator", agent: "AgentFunc", rows: list[dict[str, Any]], number: int
+) -> tuple[list["Completion"], list[dict[str, Any]]]:
+    """What a program's calls were answered, and its rows with what reward functions get beside them."""
+    from ..backends import Prompts
+    from ..backends.agent_answers import AgentAnswers
+    from ..run.processes import Processes
+
+    answers = AgentAnswers(generator.config, agent, Processes())
+    answers.check(generator, "dataset", None)
+    prompts = Prompts(rows, [[] for _ in rows], number, generator.config.seed)
+    completions, _, columns = answers.complete(
+        generator, prompts, range(len(rows)), ["policy"], None, generator.config.generation_batch_size
+    )
+    repeated = [row for row in rows for _ in range(number)]
+    return completions, [{**row, **extra} for row, extra in zip(repeated, columns, strict=True)]
 
 
 def _mean(values: "np.ndarray") -> "np.ndarray":

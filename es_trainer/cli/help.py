@@ -30,7 +30,8 @@ GROUPS = {
         *("agent_errors", "agent_port"),
     ),
     "rewards and data": (
-        *("task", "reward_funcs", "reward_model_name_or_path", "reward_weights", "mask_truncated_completions"),
+        *("task", "agent", "reward_funcs", "reward_model_name_or_path", "reward_weights"),
+        "mask_truncated_completions",
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
         *("datasets", "system_prompt", "shuffle_dataset", "remove_unused_columns"),
     ),

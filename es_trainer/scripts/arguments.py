@@ -101,6 +101,9 @@ class RewardArguments:
             - any dotted import path, such as `"my_lib.rewards.custom_reward"`
         reward_model_name_or_path (`str`, *optional*):
             Reward model: name, or folder, of a model for sequence classification.
+        agent (`str`, *optional*):
+            Dotted path of a function `agent(example, endpoint)`, a program that asks the model for completions and
+            returns the reward, such as `"my_agent.solve"`. Rows need no prompt then, and rewards may be left out.
     """
 
     task: str | None = field(
@@ -116,6 +119,14 @@ class RewardArguments:
     )
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reward model: name, or folder, of a model for sequence classification."}
+    )
+
+    agent: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path of a function `agent(example, endpoint)`, a program that asks the model for "
+            "completions and returns the reward, such as my_agent.solve."
+        },
     )
 
     def __post_init__(self):

@@ -48,6 +48,7 @@ class DataArguments(Protocol):
     system_prompt: str | None
     reward_funcs: list[str] | None
     reward_model_name_or_path: str | None
+    agent: str | None
 
 
 def check_data(arguments: DataArguments, mixture: DatasetMixtureConfig) -> None:
@@ -66,11 +67,16 @@ def check_data(arguments: DataArguments, mixture: DatasetMixtureConfig) -> None:
         _task_function(arguments.task, arguments.dataset_name, arguments.dataset_config)
     elif not mixture.datasets and arguments.dataset_name is None:
         raise ValueError(f"Nothing says which data to take: set `task` ({', '.join(_tasks())}) or `dataset_name`.")
-    elif not arguments.reward_funcs and not arguments.reward_model_name_or_path:
+    elif not (arguments.reward_funcs or arguments.reward_model_name_or_path or arguments.agent):
         raise ValueError(
             "Nothing says how completions are rewarded: set `reward_funcs` (ready-made: "
-            f"{', '.join(_ready_made())}) or `reward_model_name_or_path`."
+            f"{', '.join(_ready_made())}), `reward_model_name_or_path` or `agent`."
         )
+    if arguments.agent is not None:
+        if "." not in arguments.agent:
+            raise ValueError(f"`agent={arguments.agent!r}` is no dotted path of a function, such as my_agent.solve.")
+        if arguments.system_prompt is not None:
+            raise ValueError("`system_prompt` is set together with `agent`, which writes the messages itself.")
     for name in arguments.reward_funcs or []:
         if ":" not in name and "." not in name and name not in _ready_made():
             raise ValueError(
@@ -227,10 +233,20 @@ def _load_reward_func(name: str) -> Callable:
         if name == "get_soft_overlong_punishment":
             return function(max_completion_len=1280, soft_punish_cache=256)
         return function
-    return _import(name)
+    return _import("reward_funcs", name)
 
 
-def _import(path: str) -> Callable:
+def load_agent(path: str | None) -> Callable | None:
+    """
+    The program of a dotted path, if there is one.
+
+    Raises:
+        `ValueError`: If there is no such function.
+    """
+    return None if path is None else _import("agent", path)
+
+
+def _import(option: str, path: str) -> Callable:
     module_name, _, name = path.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -240,11 +256,11 @@ def _import(path: str) -> Callable:
         if not f"{module_name}.".startswith(f"{error.name}."):  # something that the module imports
             raise
         raise ValueError(
-            f"`reward_funcs` has {path!r}, but there is no module {error.name!r}, neither in {os.getcwd()} nor among "
+            f"`{option}` has {path!r}, but there is no module {error.name!r}, neither in {os.getcwd()} nor among "
             "the installed packages."
         ) from error
     if not hasattr(module, name):
         raise ValueError(
-            f"`reward_funcs` has {path!r}, but {module.__file__} has no {name!r}{suggestion(name, dir(module))}"
+            f"`{option}` has {path!r}, but {module.__file__} has no {name!r}{suggestion(name, dir(module))}"
         )
     return getattr(module, name)

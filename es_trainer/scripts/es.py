@@ -21,7 +21,7 @@ from dataclasses import field, make_dataclass
 
 from es_trainer.paths import check_local
 from es_trainer.scripts.arguments import Parser
-from es_trainer.scripts.data import ESScriptArguments, check_data, load_data, pick_split
+from es_trainer.scripts.data import ESScriptArguments, check_data, load_agent, load_data, pick_split
 from es_trainer.scripts.mistakes import error_in_one_line
 
 
@@ -46,7 +46,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     quantization_config, peft_config = get_quantization_config(model_args), get_peft_config(model_args)
     check_mode(training_args, TrainerInputs(model_args.model_name_or_path, quantization_config, peft_config))
 
-    # Load the datasets and the reward functions
+    # Load the datasets, the reward functions and the program
     dataset, reward_funcs = load_data(script_args, dataset_args)
     train_dataset = pick_split(dataset, "dataset_train_split", script_args.dataset_train_split)
     eval_dataset = None
@@ -61,6 +61,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         eval_dataset=eval_dataset,
         quantization_config=quantization_config,
         peft_config=peft_config,
+        agent_func=load_agent(script_args.agent),
     )
 
 

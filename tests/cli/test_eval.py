@@ -29,6 +29,15 @@ def is_message(completions, **kwargs):
 
 def of_two(prompts, completions, **kwargs):
     return [1.0 if prompt.endswith("two") else None for prompt in prompts]
+
+
+def solve(example, endpoint):
+    import openai
+
+    with openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key) as client:
+        messages = [{"role": "user", "content": example["question"]}]
+        reply = client.chat.completions.create(model=endpoint.model, messages=messages)
+    return {"reward": float(len(reply.choices[0].message.content)), "asked": endpoint.model}
 """
 
 
@@ -245,3 +254,19 @@ def test_an_unknown_option_names_the_nearest(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "--model_name_or_path", "x", "--num_sample", "3"])
     assert "unknown option '--num_sample': did you mean '--num_samples'?" in capsys.readouterr().err
+
+
+def test_a_program_asks_the_model(folder, model_folder, capsys):
+    rows = [{"question": f"Say {word}"} for word in WORDS]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--agent", "my_eval_rewards.solve", "--dataset_name", "questions.jsonl", "--max_completion_length", "8"]
+    options += ["--model_name_or_path", model_folder, "--use_cpu", "--output", "agent.json"]
+    main(["eval", *options])
+    (report,) = json.loads((folder / "agent.json").read_text())["models"]
+    for row, question in zip(report["rows"], rows, strict=True):
+        assert row["prompt"] == [{"role": "user", "content": question["question"]}]
+        assert row["reward"] == [float(len(row["completions"][0]))]
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", *options, "--agent", "my_eval_rewards.solved"])
+    assert exit.value.code == 2
+    assert "`agent` has 'my_eval_rewards.solved'" in capsys.readouterr().err

@@ -46,6 +46,14 @@ def letters(completions, trainer_state, **kwargs):
 def fail(completions, **kwargs):
     Path("threads-" + os.environ.get("OMP_NUM_THREADS", "free")).touch()
     raise OSError("out of ink")
+
+
+def solve(example, endpoint):
+    import openai
+
+    with openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key) as client:
+        reply = client.completions.create(model=endpoint.model, prompt=example["question"])
+    return float(len(reply.choices[0].text))
 """
 
 
@@ -184,6 +192,14 @@ def test_an_adapter(folder, run, model_folder):
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 2
 
 
+def test_a_program(folder, options):
+    (folder / "questions.jsonl").write_text('{"question": "Say one"}\n{"question": "Say two"}\n')
+    given = {name: value for name, value in options.items() if name not in ("task", "reward_funcs")}
+    config = write(folder / "agent.yaml", **given | {"dataset_name": "questions.jsonl", "eval_strategy": "no"})
+    run_here(config, "--agent", "my_rewards.solve", "--output_dir", "agent", "--max_steps", "1")
+    assert "rewards/solve/mean" in logs(folder / "agent")[0]
+
+
 def test_a_dataset_without_held_out_prompts(folder, options):
     (folder / "rows.jsonl").write_text('{"prompt": "Say one"}\n{"prompt": "Say two"}\n')
     config = write(folder / "rows.yaml", **{**options, "task": None, "dataset_name": "rows.jsonl", "max_steps": 1})
@@ -234,6 +250,7 @@ def test_values(refused):
     assert "did you mean 'countdown'?" in refused("--task", "countdwn")
     assert "did you mean 'conciseness_reward'?" in refused("--reward_funcs", "concisness_reward")
     assert "`model_name_or_path` is not set" in refused(model_name_or_path=None)
+    assert "`agent='solve'` is no dotted path of a function" in refused("--agent", "solve")
     assert "set `task`" in refused(task=None)
     assert "`accelerate_config='zero_3'` is neither a file nor one of cpu_two_processes" in refused(
         *("--accelerate_config", "zero_3")
