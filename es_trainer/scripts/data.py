@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -163,7 +164,7 @@ def load_task(name: str, dataset_name: str | None = None, dataset_config: str | 
 
     Args:
         name (`str`):
-            A task of `es_trainer.tasks`.
+            A task of `es_trainer.tasks`, such as `"countdown"` or `"reasoning_gym:mini_sudoku"`.
         dataset_name (`str`, *optional*):
             Dataset that the task's rows come from. If `None`, the task's own choice.
         dataset_config (`str`, *optional*):
@@ -183,17 +184,26 @@ def _tasks() -> dict[str, Callable[..., "Task"]]:
     return {name: getattr(tasks, name) for name in tasks.__all__ if inspect.isfunction(getattr(tasks, name))}
 
 
-def _task_function(name: str, dataset_name: str | None, dataset_config: str | None) -> Callable[..., "Task"]:
+def _task_function(task: str, dataset_name: str | None, dataset_config: str | None) -> Callable[..., "Task"]:
+    """The function of `"name"` or `"name:argument"`, where the argument is a first one without a default."""
     tasks = _tasks()
+    name, colon, argument = task.partition(":")
     if name not in tasks:
-        raise ValueError(f"`task={name!r}` is not one of {', '.join(tasks)}{suggestion(name, tasks)}")
+        raise ValueError(f"`task={task!r}` is not one of {', '.join(tasks)}{suggestion(name, tasks)}")
+    parameters = inspect.signature(tasks[name]).parameters
+    first = next(iter(parameters.values()))
+    takes_argument = first.default is first.empty
+    if takes_argument and not argument:
+        raise ValueError(f"`task={task!r}` does not say which {first.name}: set `task` to {f'{name}:NAME'!r}.")
+    if colon and not takes_argument:
+        raise ValueError(f"`task={task!r}` has a colon, but {name!r} takes nothing after it: set `task` to {name!r}.")
     for option, value in (("dataset_name", dataset_name), ("dataset_config", dataset_config)):
-        if value is not None and option not in inspect.signature(tasks[name]).parameters:
+        if value is not None and option not in parameters:
             raise ValueError(
-                f"`{option}={value!r}` has no meaning for `task={name!r}`. Leave out `{option}`, or leave out `task` "
+                f"`{option}={value!r}` has no meaning for `task={task!r}`. Leave out `{option}`, or leave out `task` "
                 "and set `reward_funcs`."
             )
-    return tasks[name]
+    return partial(tasks[name], argument) if takes_argument else tasks[name]
 
 
 def load_reward_funcs(names: list[str]) -> list[Callable]:

