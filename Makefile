@@ -15,7 +15,7 @@ VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constra
 quickstart: $(VENV)/quickstart
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/dev
+test: $(VENV)/dev $(VENV)/tasks
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/with_vllm --ignore tests/gpu
 
 # With the oldest versions that setup.py allows
@@ -71,6 +71,11 @@ $(VENV)/torch: constraints.txt | $(BIN)/pip
 
 $(VENV)/quickstart $(VENV)/dev: $(VENV)/%: setup.py $(VENV)/torch
 	$(PIP) --editable '.[$*]'
+	touch $@
+
+# A dependency of reasoning-gym (pycosat) has to be compiled: without a C compiler, tests of its tasks are skipped
+$(VENV)/tasks: setup.py $(VENV)/dev
+	-$(PIP) --editable '.[tasks]'
 	touch $@
 
 $(LOWEST)/installed: setup.py constraints-lowest.txt

@@ -19,7 +19,6 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["deepspeed"],
     *EXTRAS["math"],
-    *EXTRAS["tasks"],
     *EXTRAS["agents"],
     *EXTRAS["quantization"],
     *EXTRAS["trackers"],

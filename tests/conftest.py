@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib.util import find_spec
 from inspect import signature
 
 
@@ -16,6 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from es_trainer import ESConfig, ESTrainer
 
+
+needs_reasoning_gym = pytest.mark.skipif(
+    find_spec("reasoning_gym") is None,
+    reason="its dependency pycosat was not compiled",
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

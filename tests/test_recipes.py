@@ -11,7 +11,7 @@ import conftest
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, needs_reasoning_gym
 from transformers import AutoModelForCausalLM
 
 from es_trainer import tasks
@@ -160,7 +160,11 @@ def test_every_recipe_of_a_paper_task_is_checked():
     assert {name for name in RECIPES if name.startswith(("countdown/", "conciseness/"))} <= set(OF_THE_PAPER)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def marked(name: str):
+    return pytest.param(name, marks=[needs_reasoning_gym] if name.startswith(("arc/", "sudoku/")) else [])
+
+
+@pytest.mark.parametrize("name", map(marked, RECIPES))
 def test_run(name, tiny_run, folder, tmp_path, monkeypatch):
     arguments = es.make_parser().parse_args_and_config(tiny_run(name))
     script_args = arguments[0]

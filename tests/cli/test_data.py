@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_reasoning_gym
 from datasets import Dataset, IterableDataset
 from trl import DatasetMixtureConfig
 from trl.rewards import think_format_reward
@@ -143,6 +144,7 @@ def test_an_unknown_task_is_an_error_that_names_the_nearest():
     assert message.endswith(": did you mean 'countdown'?")
 
 
+@needs_reasoning_gym
 def test_a_task_with_an_argument():
     splits, (reward,) = load(task="reasoning_gym:mini_sudoku")
     assert splits["train"].to_list() == reasoning_gym("mini_sudoku").train_dataset.to_list()

@@ -1,8 +1,12 @@
 import json
 
 import pytest
+from conftest import needs_reasoning_gym
 
 from es_trainer.tasks import arc
+
+
+pytestmark = needs_reasoning_gym
 
 
 @pytest.fixture(scope="module")

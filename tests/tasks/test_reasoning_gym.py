@@ -5,11 +5,15 @@ import sys
 
 import pytest
 from datasets import Dataset
-from reasoning_gym.composite import DatasetSpec
-from reasoning_gym.utils import SYSTEM_PROMPTS
 
 from es_trainer.tasks import arc, reasoning_gym, sudoku
 from es_trainer.tasks.reasoning_gym import RUN_THE_ANSWER
+
+
+pytest.importorskip("reasoning_gym", reason="its dependency pycosat was not compiled")
+
+from reasoning_gym.composite import DatasetSpec
+from reasoning_gym.utils import SYSTEM_PROMPTS
 
 
 def questions(dataset: Dataset) -> list[str]:
