@@ -64,6 +64,7 @@ class Session:
             output, errors = child.communicate(input_, timeout)
         finally:
             _kill(child)  # what is left of its process group, too
+            child.wait()
             self._children.discard(child)
         if check and child.returncode:
             raise subprocess.CalledProcessError(child.returncode, command, output, errors)

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig, launched_processes
-from ..engines import VLLMServers
-from ..engines.vllm_server_engine import VLLMServerEngine
+from ..engines import VLLMServerEngine, VLLMServers
 from ..evolution import EvolutionStrategy, Member
 from ..fields import require
 from ..run.metrics import side_by_side

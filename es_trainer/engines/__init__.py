@@ -5,6 +5,7 @@ from .base import Engine
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
 from .vllm_engine import LoRAAdapters, VLLMEngine
+from .vllm_server_engine import VLLMServerEngine
 from .vllm_servers import VLLMServers
 
 
@@ -16,5 +17,6 @@ __all__ = [
     "Rows",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
     "VLLMServers",
 ]

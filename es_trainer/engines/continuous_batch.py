@@ -67,6 +67,8 @@ class ContinuousBatch:
             `FloatingPointError`: If logits are NaN.
         """
         self._drop_cancelled()
+        if self._rows:
+            self._logits = self._logits[self._compact()]
         self._let_join()
         running = [request for request in self._rows if request is not None]
         if not running:

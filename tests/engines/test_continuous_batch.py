@@ -126,6 +126,18 @@ def test_cancelled_requests_leave(engine):
     assert requests[1].new == alone(batch.engine, request(5)).new
 
 
+def test_who_waits_takes_the_place_of_who_is_cancelled(engine):
+    batch = ContinuousBatch(engine(), None, most_rows=2)
+    requests = [request(4 + i) for i in range(4)]
+    for each in requests:
+        batch.add(each)
+    batch.step()
+    requests[0].cancelled = requests[1].cancelled = True
+    for _ in range(40):
+        batch.step()
+    assert len(batch) == 0 and [len(each.new) for each in requests] == [1, 1, 12, 12]
+
+
 def test_a_conversation_goes_on_from_what_was_read(engine):
     engine = engine()
     first = alone(engine, request(20))
