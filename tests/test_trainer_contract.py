@@ -30,6 +30,7 @@ PUBLIC = {
     "evaluation_loop",
     "floating_point_ops",
     "get_batch_samples",
+    "get_eval_dataloader",
     "get_total_train_batch_size",
     "log",
     "save_model",

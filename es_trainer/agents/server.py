@@ -167,7 +167,6 @@ class ModelServer:
         finally:
             for session in sessions:
                 self._close(session, "The program's rollout is over.")
-                del self._sessions[session.key]
 
     def _receive(self, inbox: "queue.SimpleQueue[Request | Program]", requests: Requests, programs: Programs) -> None:
         """Take requests, and note programs that have ended. Waits where there is nothing to generate."""
@@ -196,6 +195,11 @@ class ModelServer:
         for request in list(session.requests):
             request.cancelled = True
             request.told(request)
+
+    def forget(self, sessions: list[Session]) -> None:
+        """Know the keys of sessions no longer, whose programs have ended."""
+        for session in sessions:
+            self._sessions.pop(session.key, None)
 
     # ---- the thread that listens ----
 

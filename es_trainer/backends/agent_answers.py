@@ -142,6 +142,7 @@ class AgentAnswers(Answers):
             finally:
                 requests.close()
                 programs.close()
+                server.forget(sessions)
 
 
 def example_of(row: dict[str, Any]) -> dict[str, Any]:
