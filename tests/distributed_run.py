@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from conftest import TINY_RUN, letters, make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 
 from es_trainer import ESConfig, ESTrainer
+from es_trainer.agents import Endpoint
 from es_trainer.run import fingerprint
 
 
@@ -38,6 +40,7 @@ class Run:
     adapter: bool = False
     judge: bool = False  # a reward model, too
     stream: bool = False  # an iterable dataset
+    program: bool = False  # that asks the model, in place of the trainer
     resume: str | None = None
     evaluate: bool = False
     spoil_at: int | None = None  # after this step, last changes a weight
@@ -74,12 +77,13 @@ def train(model: str, run: Run) -> None:
         make_model(seed=RANK, **run.model_options, **(run.model_of_last if last else {}))
         if run.model_object
         else model,
-        [reward(run, last, members), *([f"{model}/judge"] if run.judge else [])],
+        None if run.program else [reward(run, last, members), *([f"{model}/judge"] if run.judge else [])],
         args,
         other.to_iterable_dataset() if run.stream else other,
         dataset,
         make_tokenizer() if run.model_object else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if run.adapter else None,
+        agent_func=ask_twice if run.program else None,
     )
     if last and run.delay_of_last:
         delay(trainer, run.delay_of_last)
@@ -105,6 +109,15 @@ def reward(run: Run, last: bool, members: list[int]) -> Callable[..., list[float
 
     scored.__name__ = "letters"
     return scored
+
+
+def ask_twice(example: dict[str, Any], endpoint: Endpoint) -> float:
+    text = example["prompt"]
+    with httpx.Client(headers={"Authorization": f"Bearer {endpoint.api_key}"}, timeout=60) as client:
+        for _ in range(2):
+            reply = client.post(f"{endpoint.base_url}/completions", json={"model": endpoint.model, "prompt": text})
+            text += reply.json()["choices"][0]["text"]
+    return float(sum(map(str.islower, text)))
 
 
 def delay(trainer: ESTrainer, seconds: float) -> None:

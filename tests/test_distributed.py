@@ -66,7 +66,7 @@ def without_clock(log: dict) -> dict:
     clock = ("seconds", "per_second", "runtime", "step_time")
     log = {key: value for key, value in log.items() if not key.endswith(clock)}
     # The Trainer averages the loss over processes in float32, and sums of parts depend on the parts
-    inexact = ("train_loss", "update_norm", "mean", "std", "reward", "eval_loss")
+    inexact = ("train_loss", "update_norm", "mean", "std", "reward", "eval_loss", "calls")
     log = {key: pytest.approx(value, rel=1e-6) if key.endswith(inexact) else value for key, value in log.items()}
     if "distance_from_start" in log:  # a large model's is measured on a sample of each part
         log["distance_from_start"] = pytest.approx(log["distance_from_start"], rel=1e-3)
@@ -122,6 +122,7 @@ RUNS = {
     "adapter": {"adapter": True, "config": {"learning_rate": 0.2, "bf16": True}},
     "judge": {"judge": True, "config": {"reward_weights": [1.0, 0.5]}, "evaluate": True},
     "object": {"model_object": True, "evaluate": True},
+    "program": {"program": True, "evaluate": True},
     "best": {
         "config": {
             **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
@@ -173,7 +174,7 @@ def gathered(folder, model_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def lockstep(folder, model_folder) -> Path:
-    runs = several(folder / "lockstep")
+    runs = [run for run in several(folder / "lockstep") if not run.get("program")]  # which it refuses
     for run in runs:
         run["config"] = {**run.get("config", {}), **in_lockstep(run), "ds3_gather_for_generation": False}
     failing = {"output_dir": str(folder / "lockstep" / "failing"), "fail_at": 2}
@@ -200,7 +201,7 @@ def test_runs_are_the_same_on_one_process_and_on_several(request, one, way, name
         assert all(metric == without_clock(records(one / name)[0]["evaluation"]) for metric in metrics)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "program"])
 def test_runs_are_the_same_in_lockstep(lockstep, one, folder, model_folder, name):
     reference = one / name
     if name == "judge":

@@ -123,7 +123,7 @@ class Lockstep(Gathered):
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
         with self._forward_passes():
-            return self._complete([number], prompts, None, self.args.generation_batch_size)
+            return self._complete({number: "policy"}, prompts, None, self.args.generation_batch_size)
 
     def texts(self, prompt_ids: list[list[int]]) -> list[str]:
         with self._forward_passes():
