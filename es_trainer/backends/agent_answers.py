@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..agents import AgentFunc, Endpoint, ModelServer, Program, Programs, Session, derived_seed, listen
 from ..config import ESConfig
@@ -20,8 +19,6 @@ from .answers import Answers
 from .results import Prompts
 from .trainer_inputs import TrainerInputs
 
-
-logger = logging.get_logger(__name__)
 
 TOKENS = 2048  # of a program's longest call, as far as memory goes
 
@@ -100,31 +97,21 @@ class AgentAnswers(Answers):
         members: Any,
         batch_size: int | None,
     ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
-        server = self._server
-        sessions, all_programs = [], []
+        sessions, programs, rows = [], [], []
         for member, model in enumerate(models):
             for i in own:
                 for number in range(prompts.number):
                     session = Session(model, member, derived_seed("agent", prompts.seed, i, number))
                     sessions.append(session)
-                    all_programs.append(Program(example_of(prompts.rows[i]), Endpoint(server.base_url, session)))
-        self._run(engine.requests(members, batch_size), server, sessions, all_programs)
-        completions = [_completion(engine, session) for session in sessions]
-        columns = [
-            _columns(session, program, prompts.rows[row])
-            for session, program, row in zip(
-                sessions,
-                all_programs,
-                [i for _ in models for i in own for _ in range(prompts.number)],
-                strict=True,
-            )
-        ]
+                    programs.append(Program(example_of(prompts.rows[i]), Endpoint(self._server.base_url, session)))
+                    rows.append(prompts.rows[i])
+        self._run(engine.requests(members, batch_size), sessions, programs)
+        completions = [_completion(session) for session in sessions]
+        columns = list(map(_columns, sessions, programs, rows))
         prompt_tokens = sum(call["usage"]["prompt_tokens"] for session in sessions for call in session.calls)
         return completions, prompt_tokens // len(models), columns
 
-    def _run(
-        self, requests: Requests, server: ModelServer, sessions: list[Session], all_programs: list[Program]
-    ) -> None:
+    def _run(self, requests: Requests, sessions: list[Session], all_programs: list[Program]) -> None:
         programs = Programs(
             self.agent_func, self.args.agent_concurrency, self.args.agent_timeout, self.args.agent_errors
         )
@@ -138,11 +125,13 @@ class AgentAnswers(Answers):
             disable=not self.progress,
         ) as bar:
             try:
-                server.serve(requests, programs, sessions, report=lambda left: bar.update(bar.total - left - bar.n))
+                self._server.serve(
+                    requests, programs, sessions, report=lambda left: bar.update(bar.total - left - bar.n)
+                )
             finally:
                 requests.close()
                 programs.close()
-                server.forget(sessions)
+                self._server.forget(sessions)
 
 
 def example_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +139,7 @@ def example_of(row: dict[str, Any]) -> dict[str, Any]:
     return own_copy({key: value for key, value in row.items() if key != "prompt" or value != NO_PROMPT})
 
 
-def _completion(engine: Engine, session: Session) -> Completion:
+def _completion(session: Session) -> Completion:
     """What a member has answered in all calls of a program."""
     ids = [token for of_call in session.completion_ids for token in of_call]
     if not session.calls:

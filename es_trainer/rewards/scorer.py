@@ -44,7 +44,7 @@ RESERVED = frozenset(
         *("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
         *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
         *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),
-        *("tools/call_frequency", "tools/failure_frequency"),
+        *("tools/call_frequency", "tools/failure_frequency", "tools/turns"),
     )
 )
 

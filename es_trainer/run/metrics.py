@@ -96,11 +96,15 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
 
 
 def _own_metrics(rollout: Rollout) -> dict[str, list[float]]:
-    """What reward functions gave to `log_metric`, and how often tools were called and failed."""
+    """What reward functions gave to `log_metric`, how often tools were called and failed, and the model's turns."""
     if rollout.completions[0].tool_calls is None:
         return rollout.scores.metrics
     calls = [completion.tool_calls or [] for completion in rollout.completions]
+    turns = [
+        sum(message["role"] == "assistant" for message in completion.messages) for completion in rollout.completions
+    ]
     return rollout.scores.metrics | {
+        "tools/turns": list(map(float, turns)),
         "tools/call_frequency": [float(len(of_one)) for of_one in calls],
         "tools/failure_frequency": [float(failed) for of_one in calls for failed in of_one],
     }

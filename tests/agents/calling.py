@@ -20,6 +20,38 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+class Sums:
+    """Rewards the sum of all that was added since the last reset."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.results = None
+
+    def reset(self, **row):
+        self.results = []
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Add two numbers.
+
+        Args:
+            a: The first.
+            b: The second.
+        """
+        self.results.append(a + b)
+        return a + b
+
+    def get_reward(self) -> float:
+        (result,) = self.results  # of this rollout alone
+        return float(result)
+
+    @property
+    def broken(self):
+        raise AssertionError("properties are no tools")
+
+
 QUESTIONS = {"two and three?": (2, 3), "one and one?": (1, 1)}
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 

@@ -4,45 +4,13 @@ import asyncio
 import itertools
 
 import pytest
-from calling import PROMPTS, QUESTIONS, add, calling_model, calling_tokenizer, trained_weights
+from calling import PROMPTS, QUESTIONS, Sums, add, calling_model, calling_tokenizer, trained_weights
 from datasets import Dataset
 
 from es_trainer.agents import Environments
 
 
 EMPTY = [{"role": "user", "content": ""}]
-
-
-class Sums:
-    """Rewards the sum of all that was added since the last reset."""
-
-    made = 0
-
-    def __init__(self):
-        type(self).made += 1
-        self.results = None
-
-    def reset(self, **row):
-        self.results = []
-
-    def add(self, a: int, b: int) -> int:
-        """
-        Add two numbers.
-
-        Args:
-            a: The first.
-            b: The second.
-        """
-        self.results.append(a + b)
-        return a + b
-
-    def get_reward(self) -> float:
-        (result,) = self.results  # of this rollout alone
-        return float(result)
-
-    @property
-    def broken(self):
-        raise AssertionError("properties are no tools")
 
 
 class Asking(Sums):

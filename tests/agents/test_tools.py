@@ -62,6 +62,7 @@ def test_members_call_tools_and_answer_with_their_results(calling, mode):
     assert all(messages in wanted for messages in found) and wanted[0] in found and wanted[1] in found
     (log,) = [log for log in run.state.log_history if "reward" in log]
     assert log["tools/call_frequency"] == 1.0 and log["tools/failure_frequency"] == 0.0
+    assert log["tools/turns"] == 2.0
     assert log["reward"] == 0.5
 
 

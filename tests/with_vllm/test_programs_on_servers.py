@@ -104,29 +104,10 @@ def test_programs_start_again_on_another_server(servers, start):
 
 
 def test_tools_and_environments(start, tmp_path):
-    from calling import PROMPTS, add, calling_model, calling_tokenizer, trained_weights
+    from calling import PROMPTS, Sums, add, calling_model, calling_tokenizer, trained_weights
 
     calling_model().save_pretrained(tmp_path)
     calling_tokenizer().save_pretrained(tmp_path)
-
-    class Sums:
-        def reset(self, **row):
-            self.results = []
-
-        def add(self, a: int, b: int) -> int:
-            """
-            Add two numbers.
-
-            Args:
-                a: The first.
-                b: The second.
-            """
-            self.results.append(a + b)
-            return a + b
-
-        def get_reward(self) -> float:
-            (result,) = self.results
-            return float(result)
 
     _, length = trained_weights()
     given = {"model": str(tmp_path), "processing_class": calling_tokenizer(), "sigma": 1e-4}
