@@ -2,11 +2,21 @@
 
 import functools
 
+import pytest
 import torch
+import trl
 from conftest import make_model, make_tokenizer
+from packaging.version import Version
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
-from trl.chat_template_utils import qwen2_5_chat_template
+from trl import chat_template_utils
+
+from es_trainer.agents.conversation import TRL_NEEDED
+
+
+needs_tools = pytest.mark.skipif(
+    Version(trl.__version__) < Version(TRL_NEEDED), reason=f"TRL parses calls of tools since {TRL_NEEDED}"
+)
 
 
 def add(a: int, b: int) -> int:
@@ -63,7 +73,7 @@ SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "max_posit
 def calling_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
-    tokenizer.chat_template = qwen2_5_chat_template
+    tokenizer.chat_template = chat_template_utils.qwen2_5_chat_template
     return tokenizer
 
 

@@ -4,11 +4,13 @@ import asyncio
 import itertools
 
 import pytest
-from calling import PROMPTS, QUESTIONS, Sums, add, calling_model, calling_tokenizer, trained_weights
+from calling import PROMPTS, QUESTIONS, Sums, add, calling_model, calling_tokenizer, needs_tools, trained_weights
 from datasets import Dataset
 
 from es_trainer.agents import Environments
 
+
+pytestmark = needs_tools
 
 EMPTY = [{"role": "user", "content": ""}]
 

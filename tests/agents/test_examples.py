@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from calling import calling_model, calling_tokenizer
+from calling import calling_model, calling_tokenizer, needs_tools
 from hub_server import File, Repo, serve
 
 
+pytestmark = needs_tools
 TESTS = Path(__file__).parents[1]
 SCRIPTS = sorted((TESTS.parent / "examples" / "agents").glob("*.py"))
 

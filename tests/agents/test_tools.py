@@ -5,13 +5,24 @@ import re
 
 import pytest
 import torch
-from calling import PROMPTS, QUESTIONS, add, calling_model, calling_tokenizer, conversation, trained_weights
+from calling import (
+    PROMPTS,
+    QUESTIONS,
+    add,
+    calling_model,
+    calling_tokenizer,
+    conversation,
+    needs_tools,
+    trained_weights,
+)
 from conftest import letters, make_tokenizer
 from datasets import Dataset
 from transformers.utils import get_json_schema
 
 from es_trainer.backends import Prompts
 
+
+pytestmark = needs_tools
 
 DATA = Dataset.from_dict({"prompt": PROMPTS})
 
