@@ -164,7 +164,7 @@ def marked(name: str):
     return pytest.param(name, marks=[needs_reasoning_gym] if name.startswith(("arc/", "sudoku/")) else [])
 
 
-@pytest.mark.parametrize("name", map(marked, RECIPES))
+@pytest.mark.parametrize("name", list(map(marked, RECIPES)))
 def test_run(name, tiny_run, folder, tmp_path, monkeypatch):
     arguments = es.make_parser().parse_args_and_config(tiny_run(name))
     script_args = arguments[0]

@@ -24,7 +24,7 @@ from transformers import (
 from es_trainer import ESTrainer, replay
 from es_trainer.backends.servers import Servers
 from es_trainer.engines import population_batch
-from es_trainer.engines.vllm_servers import MemberCompletions
+from es_trainer.engines.vllm_servers import Done
 
 
 # ---- training ----
@@ -312,12 +312,9 @@ def test_seconds_of_servers_that_work_side_by_side(trainer, monkeypatch):
     run = trainer(population_size=8)
 
     class Engine(type(run.engine)):
-        def evaluate(self, population, sigma, prompt_ids, seed, num_generations):
-            for member in range(len(population)):
-                completions = self.generate(prompt_ids, seed, num_generations)
-                yield MemberCompletions(
-                    member, f"http://server-{member % 4}", completions, seconds=10.0, noise_seconds=1.0
-                )
+        def evaluate(self, members, sigma, do):
+            for job in range(len(members)):
+                yield Done(job, f"http://server-{job % 4}", do(job, self), seconds=10.0, noise_seconds=1.0)
 
     run.engine.__class__ = Engine
     run.backend.__class__ = Servers
