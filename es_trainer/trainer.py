@@ -156,8 +156,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             may also return one list for each prompt that it gets: if `trainer.num_generations` is larger than 1, it
             is called a second time, with each prompt as often as completions of it are missing. Other entries are
             passed to the reward functions, apart from `"logprobs"` and `"logprob_token_ids"`, which have no use here,
-            and `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`. `trainer.model`
-            does not have the member's weights with vLLM servers or `vllm_lora`: use `trainer.generate(prompts)`.
+            and `"env_mask"`, which tells the model's own tokens (1) from others in `completion_ids`. Not on
+            every backend does `trainer.model` have the member's weights; `trainer.generate(prompts)` always does.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
             Makes an environment when it is called. Each rollout has an instance of its own, which begins with
             `reset(**row)`: the text that this returns stands behind the prompt's last message. Its other public
