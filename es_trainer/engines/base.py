@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 class Engine:
     """
-    Generates completions. An engine has a method `generate`, like [`TransformersEngine.generate`]; one that members are
-    evaluated with also has `complete` and `requests`.
+    Generates completions. An engine has a method `generate`, like [`TransformersEngine.generate`]. One that members
+    are evaluated with also has `complete` and `requests`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
