@@ -193,10 +193,3 @@ def test_weights_do_not_depend_on_how_members_are_evaluated(calling):
 def test_what_cannot_work(calling, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         calling(reward_funcs=letters, **options)
-
-
-def test_servers_call_no_tools_yet(trainer):
-    with pytest.raises(
-        ValueError, match="Tools, environments and `agent_func` with `vllm_mode='server'` are not supported"
-    ):
-        trainer(use_vllm=True, vllm_mode="server", tools=[add])
