@@ -1,6 +1,7 @@
 """Programs that ask members for completions, by real clients."""
 
 import asyncio
+import gc
 import json
 import socket
 import sys
@@ -46,12 +47,17 @@ def lengths(example, endpoint) -> float:
 @pytest.fixture
 def agent(trainer):
     """Make a trainer of programs."""
+    servers = []
 
     def make(agent_func, **options):
         given = {"agent_func": agent_func, "reward_funcs": None, "train_dataset": ROWS, "eval_dataset": None}
-        return trainer(**given | {"max_steps": 1, "max_completion_length": 8} | options)
+        made = trainer(**given | {"max_steps": 1, "max_completion_length": 8} | options)
+        servers.append(made.backend.answers._server)
+        return made
 
-    return make
+    yield make
+    for server in servers:
+        server.stop()
 
 
 def logged(run) -> dict:
@@ -388,6 +394,21 @@ def test_a_step_leaves_nothing_behind(agent):
     run.add_callback(Count())
     run.train()
     assert len(counts) == 4 and len(set(counts[1:])) == 1
+
+
+def test_a_trainer_that_is_gone_leaves_no_server(agent):
+    run = agent(lengths, **LOW_RANK)
+    run.train()
+    port = int(run.backend.answers._server.base_url.split(":")[2].removesuffix("/v1"))
+    del run
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        gc.collect()
+        with socket.socket() as connecting:
+            if connecting.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.1)
+    raise AssertionError("the server still listens")
 
 
 def test_a_failing_engine_fails_programs_and_training(agent):

@@ -162,16 +162,18 @@ def test_a_function_that_exits_does_not_end_training_as_if_it_were_done(trainer)
 
 def test_async_functions_end_with_the_training_that_waits_for_them(trainer):
     """Four members generate together: one fails, and the others are not asked about any more."""
-    begun, ended = [], threading.Event()
+    begun, running, ended = [], threading.Event(), threading.Event()
 
     async def judge(completions, **kwargs):
         begun.append(completions)
+        running.set()
         try:
             await asyncio.sleep(3600)
         finally:
             ended.set()
 
     def fragile(completions, **kwargs):
+        assert running.wait(10)  # it may take its thread a while to begin
         assert len(scored) < 3, "no more"
         scored.append(completions)
         return [0.0] * len(completions)
@@ -181,7 +183,11 @@ def test_async_functions_end_with_the_training_that_waits_for_them(trainer):
     with pytest.raises(RuntimeError, match="'fragile' raised AssertionError: no more"):
         run.train()
     assert len(scored) == 3 and ended.wait(10)
-    assert len(begun) == 1 and not run.scorer._running
+    assert len(begun) == 1
+    deadline = time.monotonic() + 10
+    while run.scorer._running and time.monotonic() < deadline:  # its loop takes note of it in another thread
+        time.sleep(0.01)
+    assert not run.scorer._running
 
 
 def test_what_is_public_as_in_grpo(trainer, judge_folder):
