@@ -141,7 +141,7 @@ class Scorer:
         self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
-        self._running: set[Future] = set()
+        self._running: dict[Future, None] = {}  # in the order of the calls
         self._patience = [PATIENCE] * len(self.functions)
         self._warned_of_unscored = False
 
@@ -200,8 +200,8 @@ class Scorer:
         if waiting:
             coroutine = self._await_together({i: calls[i] for i in waiting})
             running = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop())
-            self._running.add(running)
-            running.add_done_callback(self._running.discard)
+            self._running[running] = None
+            running.add_done_callback(lambda done: self._running.pop(done, None))
         try:
             results = {i: self._call(i, call) for i, call in enumerate(calls) if i not in waiting}
         except BaseException:
@@ -225,7 +225,7 @@ class Scorer:
 
     def cancel(self) -> None:
         """Cancel the functions that are still running: nobody will ask for their rewards."""
-        for running in list(self._running):
+        for running in reversed(list(self._running)):  # or the next would begin when the one before it ends
             running.cancel()
 
     def _call(self, i: int, call: Call) -> Any:
