@@ -211,11 +211,11 @@ class ModelServer:
             [`Refused`]: If there is none, or it was closed.
         """
         known = next((own for own in list(self._sessions) if secrets.compare_digest(own.encode(), key.encode())), None)
-        if known is None:
+        session = self._sessions.get(known)
+        if session is None:
             raise Refused(
                 401, "The API key is not that of a program that runs: use `endpoint.api_key`.", "invalid_api_key"
             )
-        session = self._sessions[known]
         if session.closed is not None:
             raise Refused(403, session.closed, "session_closed")
         return session
@@ -245,6 +245,7 @@ class ModelServer:
     async def text(self, session: Session, prompt: str | list[int], **options: Any) -> AsyncIterator[Reply]:
         """Go on with a text or tokens; see [`complete`](ModelServer.complete)."""
         ids = self._tokenizer(text=prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        self._check_ids(ids)
         text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
         async for reply in self.complete(session, ids, [{"role": "user", "content": text}], None, **options):
             yield reply
@@ -282,6 +283,7 @@ class ModelServer:
         Raises:
             [`Refused`]: If the tokens do not fit, or the session is closed meanwhile.
         """
+        self._check_ids(ids)
         loop, updates, started = asyncio.get_running_loop(), asyncio.Event(), time.perf_counter()
         sampling = dict(self.sampling)
         sampling |= {
@@ -300,6 +302,8 @@ class ModelServer:
         )
         session.requests.add(request)
         try:
+            if session.closed is not None:  # meanwhile: nobody would answer
+                raise Refused(403, session.closed, "session_closed")
             session.ask(request)
             while request.finish_reason is None:
                 await updates.wait()
@@ -324,6 +328,11 @@ class ModelServer:
         finally:
             request.cancelled = request.finish_reason is None  # who asked has gone
             session.requests.discard(request)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        unknown = [token for token in ids if not 0 <= token < self.engine.embedding_rows]
+        if unknown:
+            raise Refused(400, f"The model has no embedding for the token {unknown[0]}.", "invalid_request")
 
     def _room(self, length: int, wanted: int | None) -> int:
         """How many tokens an answer may have."""

@@ -117,6 +117,9 @@ def test_a_program_without_a_client_of_its_own(agent):
             models = http.get(f"{endpoint.base_url}/models").json()
             body = {"model": endpoint.model, "prompt": "Say", "max_tokens": 3}
             forms.append((models, http.post(f"{endpoint.base_url}/completions", json=body).json()))
+            for tokens in ([5, 10**6], [-1], []):  # which would end training
+                reply = http.post(f"{endpoint.base_url}/completions", json=body | {"prompt": tokens})
+                assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
         return 1.0 + example["number"]
 
     agent(program, **LOW_RANK).train()
