@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from trl.data_utils import is_conversational
 
 from .evolution.fitness import mean
 
@@ -40,6 +41,13 @@ class Completion:
     def length(self) -> int:
         """Number of tokens that the model wrote."""
         return len(self.ids) - self.others
+
+
+def for_rewards(completions: list[Completion], prompt: Any) -> list[Any]:
+    """The completions as reward functions get them: messages if the prompts are conversational, like this one."""
+    if not is_conversational({"prompt": prompt}):
+        return [completion.text for completion in completions]
+    return [completion.messages or [{"role": "assistant", "content": completion.text}] for completion in completions]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from .environments import EnvironmentFactory, Environments, begin
 from .programs import AgentFunc, Program, Programs
 from .results import reward_func
 from .server import ModelServer, listen
-from .session import Endpoint, Session, derived_seed
+from .session import Endpoint, Session
 from .toolbox import Toolbox
 
 
@@ -25,7 +25,6 @@ __all__ = [
     "ToolTemplate",
     "Toolbox",
     "begin",
-    "derived_seed",
     "listen",
     "reward_func",
 ]

@@ -56,6 +56,7 @@ class CommonBody(BaseModel):
             "top_p": self.top_p,
             "seed": self.seed,
             "stop": stop,
+            "stream": bool(self.stream),
         }
 
 
@@ -178,8 +179,8 @@ async def _respond(
             while reply is not None:
                 for chunk in form.chunks(reply, sent, usage):
                     yield f"data: {json.dumps(chunk)}\n\n"
-                sent, last = reply.text, reply
-                reply = None if last.finish_reason else await anext(replies, None)
+                sent = reply.text
+                reply = None if reply.finish_reason else await anext(replies, None)
             yield "data: [DONE]\n\n"
         except Refused as error:
             yield f"data: {_error(error.status, error.message, error.code).body.decode()}\n\n"

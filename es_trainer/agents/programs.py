@@ -2,7 +2,6 @@
 
 import asyncio
 import ctypes
-import inspect
 import threading
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..rewards.scorer import is_async
 from .session import Endpoint
 
 
@@ -102,7 +102,7 @@ class Programs:
             self.running.add(program)
             self.started.append(program)
             program.started = time.monotonic()
-            if _is_async(self.function):
+            if is_async(self.function):
                 program._future = asyncio.run_coroutine_threadsafe(self._run_async(program), self._event_loop())
             else:
                 name = f"es_trainer-agent-{program.endpoint.model}"
@@ -199,7 +199,3 @@ def _running(programs: list[Program], patience: float) -> list[Program]:
 def name_of(function: Callable) -> str:
     """Under which name a function's rewards are logged."""
     return getattr(function, "__name__", type(function).__name__)
-
-
-def _is_async(function: Callable) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

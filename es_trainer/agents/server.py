@@ -239,6 +239,7 @@ class ModelServer:
                 )
         except Exception as error:  # whatever a template raises of messages that it cannot write
             raise Refused(400, f"The chat template cannot write the messages: {error}", "invalid_request") from error
+        self._check_ids(ids)
         async for reply in self.complete(session, ids, messages, template, **options):
             yield reply
 
@@ -261,6 +262,7 @@ class ModelServer:
         top_p: float | None,
         seed: int | None,
         stop: list[str],
+        stream: bool,
     ) -> AsyncIterator[Reply]:
         """
         Complete tokens.
@@ -276,14 +278,15 @@ class ModelServer:
                 Parses calls of tools.
             max_tokens, temperature, top_p, seed, stop:
                 As in OpenAI's API. What is `None` is that of the run.
+            stream (`bool`):
+                Whether the answer is wanted as it grows, where nothing has to be known of its end.
 
         Yields:
-            [`Reply`]: what there is of the answer, as it grows.
+            [`Reply`]: what there is of the answer, and in the end all of it.
 
         Raises:
             [`Refused`]: If the tokens do not fit, or the session is closed meanwhile.
         """
-        self._check_ids(ids)
         loop, updates, started = asyncio.get_running_loop(), asyncio.Event(), time.perf_counter()
         sampling = dict(self.sampling)
         sampling |= {
@@ -298,6 +301,7 @@ class ModelServer:
             own_seed if seed is None else seed,
             stop,
             told=lambda _: loop.call_soon_threadsafe(updates.set),
+            every_token=stream and template is None and not stop,
             cache=session.cache,
         )
         session.requests.add(request)
@@ -310,7 +314,7 @@ class ModelServer:
                 updates.clear()
                 if request.cancelled:
                     raise Refused(403, session.closed or "The request was cancelled.", "session_closed")
-                if request.finish_reason is None and template is None and not request.stop:
+                if request.finish_reason is None:
                     yield self._reply(request, request.text.rstrip("\ufffd"))  # half a character
             session.cache = request.cache
             reply = self._last_reply(request, template)

@@ -1,6 +1,5 @@
 """What one program does with one model."""
 
-import hashlib
 import os
 import secrets
 import signal
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..engines.requests import Request
+from ..engines.sampling import derived_seed
 
 
 @dataclass(eq=False)
@@ -128,12 +128,6 @@ class Endpoint:
             `subprocess.CompletedProcess`: what [`subprocess.run`] returns.
         """
         return self._session.run(command, self.environment, options)
-
-
-def derived_seed(*parts: Any) -> int:
-    """A seed that follows from others."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # a positive int64
 
 
 def _kill(child: subprocess.Popen) -> None:

@@ -47,7 +47,7 @@ def pick(args: ESConfig, inputs: TrainerInputs, processes: Processes, trainer: T
     if inputs.rollout_func is not None:
         answers = RolloutFuncAnswers(args, inputs.rollout_func, trainer)
     elif inputs.agent_func is not None:
-        answers = AgentAnswers(args, inputs.agent_func, processes)
+        answers = AgentAnswers(args, inputs.agent_func, processes, progress)
     elif inputs.has_turns:
         answers = ToolAnswers(args, inputs.tools, inputs.environments, progress)
     else:

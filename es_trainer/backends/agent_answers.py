@@ -7,12 +7,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..agents import AgentFunc, Endpoint, ModelServer, Program, Programs, Session, derived_seed, listen
+from ..agents import AgentFunc, Endpoint, ModelServer, Program, Programs, Session, listen
 from ..config import ESConfig
 from ..copies import own_copy
 from ..data import NO_PROMPT
 from ..engines import Engine
 from ..engines.requests import Requests
+from ..engines.sampling import derived_seed
 from ..rollout import Completion
 from ..run.processes import Processes
 from .answers import Answers
@@ -34,6 +35,8 @@ class AgentAnswers(Answers):
             The program.
         processes ([`Processes`]):
             Those of the run. Each has a server of its own.
+        progress (`bool`):
+            Whether to show a bar of the programs.
     """
 
     has_prompts = False
@@ -60,10 +63,9 @@ class AgentAnswers(Answers):
         if missing:
             raise ImportError(f"`agent_func` needs {missing[0]}: pip install 'es-trainer[agents]'.")
 
-    def __init__(self, args: ESConfig, agent_func: AgentFunc, processes: Processes):
-        super().__init__(args, progress=not args.disable_tqdm and processes.rank == 0)
+    def __init__(self, args: ESConfig, agent_func: AgentFunc, processes: Processes, progress: bool):
+        super().__init__(args, progress)
         self.agent_func = agent_func
-        self.processes = processes
         # Now, as its port may be taken
         self._listening = listen(args.agent_port and args.agent_port + processes.rank)
         self._server: ModelServer | None = None

@@ -7,11 +7,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
-from ..agents import derived_seed
 from ..config import ESConfig
 from ..data import prompts as prompts_of
 from ..engines import Engine
 from ..engines.decoding import Row
+from ..engines.sampling import derived_seed
 from ..rollout import Completion
 from .results import Prompts
 from .rollout_func import RolloutFunc, call_rollout_func

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import TrainerState
-from trl.data_utils import is_conversational
 
 from ..evolution import Member, Population
 from ..rewards.scorer import Scorer
-from ..rollout import Rollout
+from ..rollout import Rollout, for_rewards
 from ..run.metrics import Summary, summarize
 from .base import Backend
 from .results import Prompts, Result
@@ -179,12 +178,7 @@ def evaluate_batches(
 
 def _begin(backend: Backend, scorer: Scorer, result: Result, state: TrainerState) -> Callable[[], Rollout]:
     """Begin to score a result; what is returned waits for the scores."""
-    messages: list[Any] = [completion.text for completion in result.completions]
-    if is_conversational({"prompt": result.rows[0]["prompt"]}):
-        messages = [
-            completion.messages or [{"role": "assistant", "content": completion.text}]
-            for completion in result.completions
-        ]
+    messages = for_rewards(result.completions, result.rows[0]["prompt"])
     finish = scorer.begin(result.rows, messages, [completion.ids for completion in result.completions], state)
 
     def scored() -> Rollout:

@@ -86,8 +86,6 @@ def results(
     """
     completions, prompt_tokens, columns = answer
     rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
-    if not rows:
-        return []
     found = []
     for i, number in enumerate(numbers):
         part = slice(i * len(rows), (i + 1) * len(rows))

@@ -85,7 +85,7 @@ class Servers(Backend):
         return self.engine.collect()
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
-        def answer(job: int, engine: VLLMServerEngine) -> Answer:
+        def answer(job: int, engine: VLLMServerEngine) -> tuple[range, Answer | None]:
             return self._answer(engine, prompts, f"member-{members[job][0]}")
 
         evaluated = self.engine.evaluate([member for _, member in members], self.optimizer.sigma, answer)
@@ -94,26 +94,19 @@ class Servers(Backend):
             for count, done in enumerate(evaluated, 1):
                 noise.append((done.server, done.noise_seconds))
                 number, _ = members[done.job]
-                own = range(len(prompts.rows))
-                yield results([number], own, prompts, done.result, done.seconds, done.server), count
+                own, answered = done.result
+                yield results([number], own, prompts, answered, done.seconds, done.server), count
         self.noise_seconds += side_by_side(noise)
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
-        shares = self.engine.share_out(
-            lambda engine: (
-                engine.prompt_shard(len(prompts.rows)),
-                self._answer(engine, prompts, "policy"),
-            )
-        )
-        return [
-            result
-            for done in shares
-            for own, answer in [done.result]
-            for result in results([number], own, prompts, answer, done.seconds, done.server)
-        ]
+        found = []
+        for done in self.engine.share_out(lambda engine: self._answer(engine, prompts, "policy")):
+            own, answer = done.result
+            if own:  # or there are fewer prompts than servers
+                found += results([number], own, prompts, answer, done.seconds, done.server)
+        return found
 
-    def _answer(self, engine: VLLMServerEngine, prompts: Prompts, model: str) -> Answer:
-        own = engine.prompt_shard(len(prompts.rows))
-        if not own:  # fewer prompts than servers
-            return [], 0, []
-        return self.answers.complete(engine, prompts, own, [model], None, self.args.generation_batch_size)
+    def _answer(self, engine: VLLMServerEngine, prompts: Prompts, model: str) -> tuple[range, Answer | None]:
+        """Which of the prompts a server completes, and how."""
+        own, size = engine.prompt_shard(len(prompts.rows)), self.args.generation_batch_size
+        return own, self.answers.complete(engine, prompts, own, [model], None, size) if own else None

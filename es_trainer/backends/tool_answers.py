@@ -1,6 +1,5 @@
 """Completions by the engine, which calls tools while it answers."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..copies import own_copy
 from ..data import prompts as prompts_of
 from ..engines import Engine
 from ..engines.decoding import Row
+from ..engines.sampling import derived_seed
 from ..rollout import Completion
 from .answers import Answers
 from .results import Prompts
@@ -187,7 +187,4 @@ class Rollout:
 
 def _seed_of_turn(seed: int, turn: int) -> int:
     """Seed of the random numbers of a turn, common to all members; that of the first turn is the step's."""
-    if turn == 0:
-        return seed
-    digest = hashlib.blake2b(f"turn/{seed}/{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # a positive int64
+    return derived_seed("turn", seed, turn) if turn else seed

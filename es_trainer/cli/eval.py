@@ -190,8 +190,8 @@ def _evaluate_model(
 ) -> Results:
     import numpy as np
     from transformers import TrainerState
-    from trl.data_utils import is_conversational
 
+    from ..rollout import for_rewards
     from .generation import Generator
 
     number = arguments.num_samples
@@ -201,9 +201,7 @@ def _evaluate_model(
         completions = generator.answer([row["prompt"] for row in rows], number)
     else:
         completions, repeated = _run_agent(generator, agent, rows, number)
-    messages: list[Any] = [completion.text for completion in completions]
-    if is_conversational({"prompt": repeated[0]["prompt"]}):
-        messages = [[{"role": "assistant", "content": text}] for text in messages]
+    messages = for_rewards(completions, repeated[0]["prompt"])
     parts = []
     for start in range(0, len(repeated), arguments.batch_size):
         part = slice(start, start + arguments.batch_size)
@@ -242,16 +240,16 @@ def _run_agent(
     """What a program's calls were answered, and its rows with what reward functions get beside them."""
     from ..backends import Prompts
     from ..backends.agent_answers import AgentAnswers
+    from ..backends.results import results
     from ..run.processes import Processes
 
-    answers = AgentAnswers(generator.config, agent, Processes())
+    answers = AgentAnswers(generator.config, agent, Processes(), progress=not generator.config.disable_tqdm)
     answers.check(generator, "dataset", None)
     prompts = Prompts(rows, [[] for _ in rows], number, generator.config.seed)
-    completions, _, columns = answers.complete(
-        generator, prompts, range(len(rows)), ["policy"], None, generator.config.generation_batch_size
-    )
-    repeated = [row for row in rows for _ in range(number)]
-    return completions, [{**row, **extra} for row, extra in zip(repeated, columns, strict=True)]
+    own, size = range(len(rows)), generator.config.generation_batch_size
+    answer = answers.complete(generator, prompts, own, ["policy"], None, size)
+    (result,) = results([0], own, prompts, answer, seconds=0.0, generated_by=generator.name)
+    return result.completions, result.rows
 
 
 def _mean(values: "np.ndarray") -> "np.ndarray":

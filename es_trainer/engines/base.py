@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..rollout import Completion
+from .decoding import Row
 from .vocabulary import check_token_ids, embedding_rows
 
 
@@ -16,8 +17,7 @@ logger = logging.get_logger(__name__)
 
 class Engine:
     """
-    Generates completions. An engine has a method `generate`, like [`TransformersEngine.generate`]. One that members
-    are evaluated with also has `complete` and `requests`.
+    Generates completions. An engine has a method `complete`, like [`TransformersEngine.complete`], and `requests`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -141,6 +141,52 @@ class Engine:
     def prompt_shard(self, num_prompts: int) -> range:
         """Numbers of the prompts that this process completes."""
         return range(num_prompts)
+
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        seed: int,
+        num_generations: int = 1,
+        members: Any = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """
+        Complete the prompts, or this process's share of them.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                What `tokenize` returned.
+            seed (`int`):
+                Seed of the random numbers; without effect if decoding is greedy.
+            num_generations (`int`, *optional*, defaults to `1`):
+                Completions per prompt.
+            members (`Any`, *optional*):
+                The group of members that is installed. `None` generates with the weights as they are.
+            batch_size (`int`, *optional*):
+                Most sequences generated at once. If `None`, all. Without effect with vLLM, which chooses batches by
+                itself.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a bar of the tokens.
+
+        Returns:
+            `list[Completion]`: `num_generations` completions of the first prompt, then of the second, and so on; all
+            of the first member, then of the second, and so on.
+
+        Raises:
+            `FloatingPointError`: If logits are NaN.
+        """
+        rows = self._rows(len(prompt_ids), num_generations, members)
+        return self.complete([prompt_ids[row.prompt] for row in rows], rows, seed, members, batch_size, progress)
+
+    def _rows(self, num_prompts: int, num_generations: int, members: Any) -> list[Row]:
+        """The completions to be made of this process's share of the prompts."""
+        return [
+            Row(member, prompt, number)
+            for member in range(1 if members is None else len(members))
+            for prompt in self.prompt_shard(num_prompts)
+            for number in range(num_generations)
+        ]
 
     def _completion(self, ids: list[int], truncated: bool) -> Completion:
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), truncated)

@@ -78,8 +78,7 @@ class ContinuousBatch:
             if request is not None:
                 self._take(row, request, token)
         for request in running:
-            if request.told is not None:
-                request.told(request)
+            request.tell(self.engine.tokenizer)
         tokens = tokens[self._compact()]
         if len(self._rows):
             self._logits = self._batch.step(tokens)
@@ -132,7 +131,8 @@ class ContinuousBatch:
     def _take(self, row: int, request: Request, token: int) -> None:
         """Go on with a token, or end."""
         request.new.append(token)
-        if request.decode(self.engine.tokenizer) or token in self.engine.eos_token_ids:
+        stopped = bool(request.stop) and request.decode(self.engine.tokenizer)
+        if stopped or token in self.engine.eos_token_ids:
             request.finish_reason = "stop"
         elif len(request.new) == request.max_tokens:
             request.finish_reason = "length"

@@ -26,7 +26,9 @@ class Request:
         stop (`list[str]`, *optional*):
             Texts that end the completion, and are not part of it.
         told (`Callable`, *optional*):
-            Called after each token, in the thread that generates.
+            Called in the end, in the thread that generates.
+        every_token (`bool`, *optional*, defaults to `False`):
+            Whether it is called after each token.
         cache ([`RowCache`], *optional*):
             Keys and values of the beginning of `ids`. In the end, those of the whole text.
     """
@@ -38,11 +40,19 @@ class Request:
     seed: int
     stop: list[str] = field(default_factory=list)
     told: Callable[["Request"], None] | None = None
+    every_token: bool = False
     cache: Any = None
     new: list[int] = field(default_factory=list)  # tokens of the completion
     text: str = ""
     finish_reason: str | None = None  # "stop" or "length", by OpenAI's names
     cancelled: bool = False
+
+    def tell(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tell who asked, if there is something that they want to know."""
+        if self.every_token or self.finish_reason is not None:
+            self.decode(tokenizer)
+            if self.told is not None:
+                self.told(self)
 
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Make the text of the tokens. Returns whether it has a text that ends it."""

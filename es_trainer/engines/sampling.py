@@ -1,5 +1,8 @@
 """Sampling with common random numbers."""
 
+import hashlib
+from typing import Any
+
 import torch
 from transformers import (
     LogitsProcessor,
@@ -11,6 +14,12 @@ from transformers import (
 )
 
 from ..noise import noise
+
+
+def derived_seed(*parts: Any) -> int:
+    """A seed that follows from others, and from what it is for."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # a positive int64
 
 
 class CommonRandomNumbers(LogitsProcessor):

@@ -123,36 +123,8 @@ class TransformersEngine(Engine):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """
-        Complete the prompts, or this process's share of them.
-
-        Args:
-            prompt_ids (`list[list[int]]`):
-                What `tokenize` returned.
-            seed (`int`):
-                Seed of the random numbers; without effect if decoding is greedy.
-            num_generations (`int`, *optional*, defaults to `1`):
-                Completions per prompt.
-            members ([`Rows`], *optional*):
-                The group of members that is installed in the model. `None` generates with the weights as they are.
-            batch_size (`int`, *optional*):
-                Most sequences generated at once. If `None`, all.
-            progress (`bool`, *optional*, defaults to `False`):
-                Whether to show a bar of the tokens.
-
-        Returns:
-            `list[Completion]`: `num_generations` completions of the first prompt, then of the second, and so on; all
-            of the first member, then of the second, and so on.
-
-        Raises:
-            `FloatingPointError`: If logits are NaN.
-        """
-        rows = [
-            Row(member, prompt, number)
-            for member in range(1 if members is None else len(members))
-            for prompt in self.prompt_shard(len(prompt_ids))
-            for number in range(num_generations)
-        ]
+        """Complete the prompts; see [`Engine.generate`]."""
+        rows = self._rows(len(prompt_ids), num_generations, members)
         wanted = len(rows)
         if self.lockstep:
             # As many rows as the others, or they would wait for this process

@@ -198,32 +198,6 @@ class VLLMEngine(Engine):
         self.llm.wake_up(tags=["weights"])
         self._sleeping = True
 
-    def generate(
-        self,
-        prompt_ids: list[list[int]],
-        seed: int,
-        num_generations: int = 1,
-        members: "Sequence[LoRARequest] | None" = None,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> list[Completion]:
-        """
-        Complete the prompts; see [`TransformersEngine.generate`].
-
-        Args:
-            members (`list[LoRARequest]`, *optional*):
-                Adapters to generate with, at the same time.
-            batch_size (`int`, *optional*):
-                Without effect: vLLM chooses batches by itself, up to `max_num_seqs`.
-        """
-        rows = [
-            Row(member, prompt, number)
-            for member in range(1 if members is None else len(members))
-            for prompt in range(len(prompt_ids))
-            for number in range(num_generations)
-        ]
-        return self.complete([prompt_ids[row.prompt] for row in rows], rows, seed, members, batch_size, progress)
-
     def complete(
         self,
         ids: list[list[int]],

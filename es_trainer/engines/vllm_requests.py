@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from .requests import Request
+from .vllm_sampling import request_options
 
 
 if TYPE_CHECKING:
@@ -54,19 +55,16 @@ class VLLMRequests:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        sampling = {**request.sampling, "min_p": request.sampling["min_p"] or 0.0}
-        options = {**self.options, **sampling, "max_tokens": request.max_tokens}
-        options["stop"] = [*options.get("stop", []), *request.stop]
+        options, seed = request_options(self.options, request)
         if "structured_outputs" in options:
             options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
-        samples = options["temperature"] > 0
         self._added += 1
         name = f"{self.salt}/{self._added}"
         self._requests[name] = request
         self.llm.llm_engine.add_request(
             name,
             {"prompt_token_ids": request.ids, "cache_salt": self.salt},
-            SamplingParams(**options, seed=request.seed if samples else None),
+            SamplingParams(**options, seed=seed),
             lora_request=None if self.members is None else self.members[request.member],
         )
 
@@ -83,12 +81,10 @@ class VLLMRequests:
                 continue
             made = output.outputs[0]
             request.new = list(made.token_ids)
-            request.decode(self.tokenizer)  # vLLM's own text leaves out characters that have not ended
             if output.finished:
                 request.finish_reason = made.finish_reason
                 del self._requests[output.request_id]
-            if request.told is not None:
-                request.told(request)
+            request.tell(self.tokenizer)  # not of vLLM's own text, which leaves out characters that have not ended
 
     def close(self) -> None:
         """Drop the requests that have not ended."""

@@ -1,9 +1,10 @@
 """What vLLM is told about how to sample."""
 
-import hashlib
 from typing import Any
 
 from ..config import ESConfig
+from .requests import Request
+from .sampling import derived_seed
 
 
 # What of `generation_kwargs` vLLM takes
@@ -70,6 +71,22 @@ def sampling_options(args: ESConfig, eos_token_ids: list[int]) -> dict[str, Any]
     return options
 
 
+def request_options(options: dict[str, Any], request: Request) -> tuple[dict[str, Any], int | None]:
+    """
+    Sampling parameters of a request, by vLLM's names, and its seed; `None` if decoding is greedy.
+
+    Args:
+        options (`dict[str, Any]`):
+            Those of the run.
+        request ([`Request`]):
+            The request.
+    """
+    options = {**options, **request.sampling, "max_tokens": request.max_tokens}
+    options["min_p"] = options["min_p"] or 0.0
+    options["stop"] = [*options.get("stop", []), *request.stop]
+    return options, request.seed if options["temperature"] > 0 else None
+
+
 def common_seed(step: int, prompt: int, number: int) -> int:
     """
     Seed of a completion: the same for every member, which sample with common random numbers.
@@ -82,5 +99,4 @@ def common_seed(step: int, prompt: int, number: int) -> int:
         number (`int`):
             Which of the prompt's completions it is.
     """
-    digest = hashlib.blake2b(f"sample/{step}/{prompt}/{number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # a positive int64
+    return derived_seed("sample", step, prompt, number)

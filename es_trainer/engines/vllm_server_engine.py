@@ -13,7 +13,7 @@ from .base import Engine
 from .decoding import Row
 from .requests import Request
 from .vllm_client import VLLMClient
-from .vllm_sampling import common_seed, sampling_options
+from .vllm_sampling import common_seed, request_options, sampling_options
 
 
 PATIENCE = 0.01  # seconds that a step waits for an answer
@@ -60,20 +60,6 @@ class VLLMServerEngine(Engine):
         number, count = self.share
         size = -(-num_prompts // count)
         return range(min(number * size, num_prompts), min((number + 1) * size, num_prompts))
-
-    def generate(
-        self,
-        prompt_ids: list[list[int]],
-        seed: int,
-        num_generations: int = 1,
-        members: None = None,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> list[Completion]:
-        """Complete its share of the prompts; see [`TransformersEngine.generate`]."""
-        own = self.prompt_shard(len(prompt_ids))
-        rows = [Row(0, prompt, number) for prompt in own for number in range(num_generations)]
-        return self.complete([prompt_ids[row.prompt] for row in rows], rows, seed)
 
     def complete(
         self,
@@ -140,10 +126,7 @@ class ServerRequests:
             if request.cancelled:
                 answer: Any = None
             else:
-                options = {**self.engine.sampling, **request.sampling, "max_tokens": request.max_tokens}
-                options["min_p"] = options["min_p"] or 0.0
-                options["stop"] = [*options.get("stop", []), *request.stop]
-                seed = request.seed if options["temperature"] > 0 else None
+                options, seed = request_options(self.engine.sampling, request)
                 (answer,) = self.engine.server.complete([request.ids], options, [seed], self._salt)
         except Exception as error:
             answer = error
@@ -164,11 +147,8 @@ class ServerRequests:
         if isinstance(answer, Exception):
             raise answer
         if answer is not None and not request.cancelled:
-            request.new = answer["token_ids"]
-            request.decode(self.engine.tokenizer)
-            request.finish_reason = answer["finish_reason"]
-            if request.told is not None:
-                request.told(request)
+            request.new, request.finish_reason = answer["token_ids"], answer["finish_reason"]
+            request.tell(self.engine.tokenizer)
 
     def close(self) -> None:
         """Drop the requests that have not been sent, and wait for the others: their weights must stay till then."""

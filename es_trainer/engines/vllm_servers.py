@@ -181,7 +181,7 @@ class VLLMServers(Engine):
     ) -> list[Completion]:
         """
         Complete the prompts with the unperturbed weights, on all servers together; see
-        [`TransformersEngine.generate`].
+        [`Engine.generate`].
         """
         shares = self.share_out(lambda engine: engine.generate(prompt_ids, seed, num_generations))
         return [completion for done in shares for completion in done.result]

@@ -195,7 +195,7 @@ class Scorer:
         """
         calls = [Call(_keywords(rows, completions, completion_ids, trainer_state)) for _ in self.functions]
         start = time.perf_counter()
-        waiting = [i for i, function in enumerate(self.functions) if _is_async(function)]
+        waiting = [i for i, function in enumerate(self.functions) if is_async(function)]
         running = None
         if waiting:
             coroutine = self._await_together({i: calls[i] for i in waiting})
@@ -422,7 +422,8 @@ def _is_model(function: Any) -> bool:
     return isinstance(function, nn.Module) and (isinstance(function, PreTrainedModel) or is_peft_model(function))
 
 
-def _is_async(function: Callable) -> bool:
+def is_async(function: Callable) -> bool:
+    """Whether what a function returns has to be awaited."""
     function = _unwrapped(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
