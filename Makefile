@@ -32,7 +32,7 @@ test-vllm: $(VLLM)/installed
 	# In a process of its own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
 	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
 
-slow: $(VENV)/dev $(VLLM)/installed
+slow: $(VENV)/dev $(VENV)/openenv $(VLLM)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
 	$(VLLM)/bin/python -m pytest -m slow tests/with_vllm
 
@@ -78,6 +78,11 @@ $(VENV)/quickstart $(VENV)/dev: $(VENV)/%: setup.py $(VENV)/torch
 # A dependency of reasoning-gym (pycosat) has to be compiled: without a C compiler, tests of its tasks are skipped
 $(VENV)/tasks: setup.py $(VENV)/dev
 	-$(PIP) --editable '.[tasks]'
+	touch $@
+
+# It brings some fifty packages along, so `make test` does without
+$(VENV)/openenv: constraints.txt $(VENV)/dev
+	$(PIP) openenv
 	touch $@
 
 $(LOWEST)/installed: setup.py constraints-lowest.txt

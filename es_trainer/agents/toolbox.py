@@ -3,10 +3,12 @@
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from transformers.utils import get_json_schema
+
+from ..event_loop import event_loop
 
 
 class ToolResult(NamedTuple):
@@ -71,7 +73,8 @@ class Toolbox:
         results = [self._begin(call, environment) for call in calls]
         waiting = [i for i, (_, value) in enumerate(results) if inspect.isawaitable(value)]
         if waiting:
-            values = asyncio.run(_all(results[i][1] for i in waiting))
+            together = _all([results[i] for i in waiting])
+            values = asyncio.run_coroutine_threadsafe(together, event_loop()).result()
             for i, value in zip(waiting, values, strict=True):
                 results[i] = (results[i][0], value)
         return [_result(name, value) for name, value in results]
@@ -95,8 +98,18 @@ class Toolbox:
             return name, error
 
 
-async def _all(values: Any) -> list[Any]:
-    return await asyncio.gather(*values, return_exceptions=True)
+async def _all(calls: Sequence[tuple[str, Awaitable[Any]]]) -> list[Any]:
+    return await asyncio.gather(*(_returned(name, value) for name, value in calls))
+
+
+async def _returned(name: str, value: Awaitable[Any]) -> Any:
+    """What a tool returned or raised."""
+    try:
+        return await value
+    except SystemExit as error:
+        raise RuntimeError(f"The tool `{name}` raised SystemExit: {error}") from error
+    except Exception as error:
+        return error
 
 
 def _result(name: str, value: Any) -> ToolResult:

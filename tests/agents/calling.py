@@ -1,6 +1,7 @@
 """A tiny model that calls a tool and answers with what that returned: it was trained on nothing else."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -88,24 +89,28 @@ def conversation(question: str) -> list[dict]:
     ]
 
 
-@functools.cache
-def trained_weights() -> tuple[LlamaForCausalLM, int]:
-    """The model, and how many tokens a whole conversation has behind its prompt."""
+def train(lessons: list[tuple[list[Callable], list[dict]]]) -> tuple[LlamaForCausalLM, int]:
+    """
+    A model that has learned some conversations by heart, each with its tools, and how many tokens the longest of them
+    has behind its prompt.
+    """
     tokenizer = calling_tokenizer()
     model = make_model(vocab_size=len(tokenizer), initializer_range=0.02, **SHAPE)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-    schemas = [get_json_schema(add)]
-    texts = [tokenizer.apply_chat_template(conversation(q), tools=schemas, return_dict=False) for q in QUESTIONS]
-    prompts = [
-        tokenizer.apply_chat_template(prompt, tools=schemas, add_generation_prompt=True, return_dict=False)
-        for prompt in PROMPTS
-    ]
+    texts, prompts = [], []
+    for tools, messages in lessons:
+        schemas = [get_json_schema(tool) for tool in tools]
+        texts.append(tokenizer.apply_chat_template(messages, tools=schemas, return_dict=False))
+        first = tokenizer.apply_chat_template(
+            messages[:1], tools=schemas, add_generation_prompt=True, return_dict=False
+        )
+        prompts.append(len(first))
     width = max(map(len, texts))
     ids = torch.tensor([text + [tokenizer.pad_token_id] * (width - len(text)) for text in texts])
     labels = torch.full_like(ids, -100)
     for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-        labels[row, len(prompt) : len(text)] = ids[row, len(prompt) : len(text)]
+        labels[row, prompt : len(text)] = ids[row, prompt : len(text)]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(400):
         loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
@@ -116,7 +121,13 @@ def trained_weights() -> tuple[LlamaForCausalLM, int]:
         if loss < 2e-3:
             break
     assert loss < 0.05, f"the model has not learned to call tools: {loss}"
-    return model, max(len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True))
+    return model, max(len(text) - prompt for text, prompt in zip(texts, prompts, strict=True))
+
+
+@functools.cache
+def trained_weights() -> tuple[LlamaForCausalLM, int]:
+    """The model, and how many tokens a whole conversation has behind its prompt."""
+    return train([([add], conversation(question)) for question in QUESTIONS])
 
 
 def calling_model() -> LlamaForCausalLM:

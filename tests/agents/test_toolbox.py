@@ -35,6 +35,20 @@ def test_calls_give_messages_in_their_order():
     assert time.perf_counter() - started < 0.39  # those that are async wait together
 
 
+def test_async_tools_have_one_event_loop_for_good():
+    """What they keep open, like a connection, belongs to it."""
+    loops = []
+
+    async def where() -> str:
+        """Where it runs."""
+        loops.append(asyncio.get_running_loop())
+        return "here"
+
+    for _ in range(2):
+        Toolbox([where]).call([call("where")])
+    assert loops[0] is loops[1] and loops[0].is_running()
+
+
 @pytest.mark.parametrize(
     ("called", "said"),
     [
@@ -55,8 +69,13 @@ def test_a_tool_does_not_end_the_program():
         """Leave."""
         raise SystemExit(3)
 
-    with pytest.raises(RuntimeError, match="The tool `leave` raised SystemExit: 3"):
-        Toolbox([leave]).call([call("leave")])
+    async def leave_later() -> None:
+        """Leave."""
+        leave()
+
+    for tool in (leave, leave_later):
+        with pytest.raises(RuntimeError, match=f"The tool `{tool.__name__}` raised SystemExit: 3"):
+            Toolbox([tool]).call([call(tool.__name__)])
 
 
 def unclear(a):
