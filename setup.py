@@ -24,7 +24,7 @@ EXTRAS["test"] = [
     *EXTRAS["trackers"],
     *EXTRAS["quickstart"],
     *["openai>=2.0", "smolagents[openai]>=1.20"],  # agents of the examples
-    *["pytest>=9.0", "scipy>=1.15", "tensorboard>=2.20", "triton>=3.5"],
+    *["pytest>=9.0", "tensorboard>=2.20", "triton>=3.5"],
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "import-linter>=2.11", "ruff>=0.17"]
 
@@ -54,6 +54,7 @@ setup(
         "packaging>=24.0",
         "psutil>=6.0,<8",
         "rich>=14.0,<16",
+        "scipy>=1.15,<2",
     ],
     extras_require=EXTRAS,
     classifiers=[

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.evolution import Member
+from es_trainer.rollout import Generations
 from es_trainer.run.metrics import summarize
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import conciseness
@@ -75,7 +76,9 @@ class SplitPrompts(ESTrainer):
             with self.optimizer.weights.gathered(masters=False):
                 (score,) = self._generate(rows, prompt_ids, seed=0)
             rollout = score()()
-            parts = self.processes.exchange(lambda rollout=rollout: summarize(rollout, rollout.prompt_rewards(1)))
+            parts = self.processes.exchange(
+                lambda rollout=rollout: summarize(rollout, rollout.prompt_rewards(Generations(), 1))
+            )
             rewards.append([reward for part in parts for reward in part.rewards])
             summaries += parts
         return np.array(rewards), summaries

@@ -1,5 +1,6 @@
 """The values that settings can have."""
 
+import re
 from typing import Literal
 
 
@@ -7,3 +8,17 @@ PerturbationName = Literal["gaussian", "low_rank"]
 FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "prompt_centered", "none"]
 MasterWeights = Literal["device", "host", "none"]
 Rule = Literal["sgd", "momentum", "adam"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+
+PASS_AT = re.compile(r"pass@([1-9][0-9]*)")
+
+
+def is_generation_reward(name: str) -> bool:
+    """Whether this is how completions can make the reward of their prompt: by name, or `"pass@k"`."""
+    return name in ("mean", "max", "majority") or PASS_AT.fullmatch(name) is not None
+
+
+def completions_needed(generation_reward: str) -> int:
+    """How many completions of a prompt there have to be at least: k of `"pass@k"`."""
+    found = PASS_AT.fullmatch(generation_reward)
+    return int(found[1]) if found else 1

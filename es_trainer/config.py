@@ -12,7 +12,15 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from trl import GRPOConfig
 
 from . import deepspeed_config
-from .choices import FitnessShaping, MasterWeights, PerturbationName, Rule
+from .choices import (
+    Aggregation,
+    FitnessShaping,
+    MasterWeights,
+    PerturbationName,
+    Rule,
+    completions_needed,
+    is_generation_reward,
+)
 from .fields import (
     AT_LEAST_1,
     NOT_NEGATIVE,
@@ -51,6 +59,7 @@ LEAST_LEARNING_RATE = 1e-5  # a lower one is GRPO's
 # Beside which other settings fields have an effect
 LOW_RANK: Needs = (lambda c: c.perturbation == "low_rank"), "perturbation='low_rank'"
 SAMPLED: Needs = (lambda c: c.samples), "temperature > 0"
+SEVERAL_GENERATIONS: Needs = (lambda c: c.num_generations > 1), "num_generations > 1"
 LOGGED: Needs = (lambda c: c.log_completions), "log_completions=True"
 LOGGING_BY_STEPS: Needs = (lambda c: c.logging_strategy == "steps"), "logging_strategy='steps'"
 SAVING_BY_STEPS: Needs = (lambda c: c.save_strategy == "steps"), "save_strategy='steps'"
@@ -141,6 +150,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             Decay towards the initial weights, against drifting away from what the model could do before: Anchored
             Weight Decay with the l2 penalty ([paper](https://huggingface.co/papers/2605.30148)), weights -=
             learning_rate * anchor_decay * (weights - initial weights). Keeps a copy of the initial weights.
+        evaluate_center (`bool`, *optional*, defaults to `True`):
+            Evaluate the unperturbed weights on the prompts of each step, too, like one more member. What the update
+            did and what sigma costs is logged then (`reward/center`, `gain`, `sigma_cost`). The update does not depend
+            on it.
         num_prompts_per_step (`int`, *optional*):
             Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
             `per_device_train_batch_size * gradient_accumulation_steps`, which is 8 if neither is set. ES has no
@@ -274,6 +287,21 @@ class ESConfig(GRPOFields, TrainingArguments):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. Must match the number of reward functions. If `None`, all are 1.0.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            How several reward functions become one reward:
+
+            - `"sum_then_normalize"`: they are weighed and summed. One with a wide range counts more.
+            - `"normalize_then_sum"`: each is brought to one scale first, by which the standard deviation of the
+              members' fitness is 1. `reward` is logged as the weighted sum nevertheless.
+        generation_reward (`str`, *optional*, defaults to `"mean"`):
+            How the rewards of the `num_generations` completions of a prompt become the prompt's reward:
+
+            - `"mean"`: their mean.
+            - `"max"`: the best of them.
+            - `"pass@k"`, for instance `"pass@4"`: the best of k of them, expected; of rewards that are 0 or 1, the
+              unbiased [pass@k](https://huggingface.co/papers/2107.03374). Needs `num_generations >= k`.
+            - `"majority"`: the reward of the answer that most of them give. `majority_key` of the [`ESTrainer`] says
+              what the answer of a completion is.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Leave completions that did not end within `max_completion_length` out of the fitness.
 
@@ -445,6 +473,10 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
     anchor_decay: float = field(
         default=0.0, metadata=about("Decay towards the initial weights.", "run", valid=NOT_NEGATIVE)
+    )
+    evaluate_center: bool = field(
+        default=True,
+        metadata=about("Whether to evaluate the unperturbed weights on the prompts of each step, too.", "processes"),
     )
     num_prompts_per_step: int | None = field(
         default=None,
@@ -696,6 +728,24 @@ class ESConfig(GRPOFields, TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None,
         metadata=about("Weight of each reward function. Must match the number of reward functions.", "run"),
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata=about(
+            "Several rewards to one: 'sum_then_normalize' or 'normalize_then_sum'.",
+            "run",
+            valid=one_of(get_args(Aggregation)),
+        ),
+    )
+    generation_reward: str = field(
+        default="mean",
+        metadata=about(
+            "Rewards of a prompt's completions to that of the prompt: 'mean', 'max', 'pass@k' (such as 'pass@4') or "
+            "'majority'.",
+            "run",
+            valid=(is_generation_reward, "choose 'mean', 'max', 'majority' or 'pass@k', such as 'pass@4'."),
+            needs=SEVERAL_GENERATIONS,
+        ),
     )
     mask_truncated_completions: bool = field(
         default=False,
@@ -996,6 +1046,14 @@ class ESConfig(GRPOFields, TrainingArguments):
             "population_size",
             "antithetic sampling evaluates members in pairs; use an even number or antithetic=False.",
         )
+        for name in ("num_generations", "num_generations_eval"):
+            number = getattr(self, name)
+            require(
+                self,
+                number is None or number >= completions_needed(self.generation_reward),
+                "generation_reward",
+                f"it needs as many completions of a prompt, but {name}={number} (more than 1 need temperature > 0).",
+            )
         require(
             self,
             self.log_completions_hub_repo is None or self.log_completions,

@@ -207,7 +207,6 @@ WITHOUT_EFFECT = {
     "num_iterations": _PASSES,
     "steps_per_generation": _PASSES,
     "scale_rewards": "`fitness_shaping` is how rewards are compared",
-    "multi_objective_aggregation": "rewards are summed with `reward_weights` before members are compared",
     "router_aux_loss_coef": _GRADIENTS,
     "disable_dropout": "dropout is off while members are evaluated",
     "cast_lm_head_to_fp32": "`bf16=False` computes in the dtype of the model",

@@ -1,13 +1,13 @@
 """What came of prompts: completions and their scores."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from trl.data_utils import is_conversational
 
-from .evolution.fitness import mean
+from .evolution.generations import prompt_rewards
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,34 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Generations:
+    """
+    How the completions of a prompt make its reward.
+
+    Args:
+        way (`str`):
+            See [`~evolution.generations.prompt_rewards`].
+        key (`Callable`, *optional*):
+            Answer that a completion gives, for the majority. If `None`, its text.
+    """
+
+    way: str = "mean"
+    key: Callable[[Any], Hashable] | None = None
+
+    def keys(self, completions: list[Any], number: int) -> list[list[Hashable]] | None:
+        """The answers of each prompt's completions, if they are of interest."""
+        if self.way != "majority":
+            return None
+        key = self.key or _text
+        found = [key(completion) for completion in completions]
+        return [found[start : start + number] for start in range(0, len(found), number)]
+
+
+def _text(completion: Any) -> str:
+    return (completion if isinstance(completion, str) else completion[-1]["content"]).strip()
+
+
+@dataclass(frozen=True)
 class Rollout:
     """What came of one set of weights: completions of a batch of rows, and their scores."""
 
@@ -88,10 +116,17 @@ class Rollout:
     generated_by: Hashable  # the process or server, of which several work side by side
     scored_by: Hashable
 
-    def prompt_rewards(self, num_generations: int, mask_truncated: bool = False) -> np.ndarray:
-        """Mean reward of each prompt, of shape (prompts,); NaN where no completion counts."""
-        rewards = self.scores.total
-        if mask_truncated:
-            truncated = np.array([completion.truncated for completion in self.completions])
-            rewards = np.where(truncated, np.nan, rewards)
-        return mean(rewards.reshape(-1, num_generations), axis=1)
+    def completion_rewards(self, mask_truncated: bool = False) -> np.ndarray:
+        """
+        Rewards of shape (1 + functions, completions): the total, and those of each function. NaN where a completion
+        does not count.
+        """
+        rewards = np.vstack([self.scores.total, self.scores.by_function.T])
+        truncated = np.array([completion.truncated for completion in self.completions])
+        return np.where(truncated, np.nan, rewards) if mask_truncated else rewards
+
+    def prompt_rewards(self, generations: Generations, number: int, mask_truncated: bool = False) -> np.ndarray:
+        """Rewards of shape (1 + functions, prompts), of `number` completions of each prompt."""
+        rewards = self.completion_rewards(mask_truncated)
+        keys = generations.keys(self.messages, number)
+        return np.array([prompt_rewards(of_all.reshape(-1, number), generations.way, keys) for of_all in rewards])

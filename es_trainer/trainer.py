@@ -1,7 +1,7 @@
 """ESTrainer: evolution strategies in the loop of the Transformers Trainer. `training_step` is the method."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from .report.completions import BestCompletions
 from .report.progress import MemberProgressCallback
 from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
+from .rollout import Generations
 from .run import fingerprint
 from .run.consistency import check_same_weights
 from .run.history import tell_again
@@ -173,6 +174,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             subprocess with them. It returns a number, `None`, or a dict: its `"reward"` is a number, or a dict of
             numbers by name, which are added; its other entries are logged with the completions. Reward functions also
             get `agent_result` and `agent_calls`; their `completions` are the model's last answers.
+        majority_key (`Callable`, *optional*):
+            With `args.generation_reward="majority"`: the answer that a completion (text or messages) gives. If `None`,
+            it is the text.
 
     Raises:
         `ValueError`, `TypeError` or `FileNotFoundError`: If something given cannot work; before the model is loaded
@@ -207,6 +211,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         rollout_func: RolloutFunc | None = None,
         environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
         agent_func: AgentFunc | None = None,
+        majority_key: Callable[[Any], Hashable] | None = None,
     ):
         if isinstance(model, os.PathLike):
             model = os.fspath(model)
@@ -224,7 +229,10 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         inputs = TrainerInputs(
             model, quantization_config, peft_config, rollout_func, self.tools, environments, agent_func
         )
-        self.scorer = Scorer(reward_funcs, args.reward_weights, reward_processing_classes, inputs.own_rewards)
+        generations = Generations(args.generation_reward, majority_key)
+        self.scorer = Scorer(
+            reward_funcs, args.reward_weights, reward_processing_classes, inputs.own_rewards, generations
+        )
         check_arguments(args, model, optimizers, quantization_config, peft_config)
         check_mode(args, inputs)
         self._inputs = inputs
@@ -402,30 +410,30 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
                 prompts = self._prompts(rows, self.num_generations, seed=population.members[0].seed)
                 if not isinstance(self.train_dataset, Dataset):
                     self.processes.agree_if_several(lambda: fingerprint.of_prompts(rows, self.state.global_step + 1))
-                rewards, summaries = evaluate_population(
+                evaluation = evaluate_population(
                     self.backend,
                     self.scorer,
                     population,
                     prompts,
                     self.state,
-                    self.args.mask_truncated_completions,
                     report=self._report_members,
                     keep=self.completions.keep,
                 )
         except FloatingPointError as error:
             raise self.recorder.divergence(str(error), self.state) from error
         self._report_members(len(population))
-        utilities = self.optimizer.tell(population, rewards)
+        utilities = self.optimizer.tell(population, evaluation.compared)
         self.completions.choose(utilities)
-        self.state.num_input_tokens_seen += sum(summary.num_tokens for summary in summaries)
+        self.state.num_input_tokens_seen += evaluation.num_tokens
         step = self.state.global_step + 1
-        return self.recorder.evaluated(rewards, utilities, summaries, self.backend.noise_seconds, step)
+        return self.recorder.evaluated(evaluation, utilities, self.backend.noise_seconds, step)
 
     def _prompts(self, rows: list[dict[str, Any]], number: int, seed: int) -> Prompts:
         return Prompts(rows, self.backend.answers.tokenize(self.engine, rows), number, seed)
 
     def _report_members(self, done: int) -> None:
         """Tell callbacks of members that are done, here or elsewhere."""
+        done = min(done, self.args.population_size)  # the unperturbed weights are none
         for _ in range(self._reported, done):
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self._reported = done

@@ -103,6 +103,7 @@ TINY_RUN = {
     "use_cpu": True,
     "bf16": False,
     "population_size": 4,
+    "evaluate_center": False,  # tests/run/test_learning.py is about it
     "sigma": 0.05,
     "learning_rate": 0.02,
     "per_device_train_batch_size": 2,

@@ -1,6 +1,7 @@
 """Training runs in processes of a launcher: `distributed_run.py MODEL RUNS`, where RUNS is a JSON list of `Run`s."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from peft import LoraConfig
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.agents import Endpoint
+from es_trainer.rewards import per_member
 from es_trainer.run import fingerprint
 
 
@@ -39,6 +41,7 @@ class Run:
     model_options: dict[str, Any] = field(default_factory=dict)  # of that
     adapter: bool = False
     judge: bool = False  # a reward model, too
+    of_set: bool = False  # a reward of all completions of a member, too
     stream: bool = False  # an iterable dataset
     program: bool = False  # that asks the model, in place of the trainer
     resume: str | None = None
@@ -77,7 +80,13 @@ def train(model: str, run: Run) -> None:
         make_model(seed=RANK, **run.model_options, **(run.model_of_last if last else {}))
         if run.model_object
         else model,
-        None if run.program else [reward(run, last, members), *([f"{model}/judge"] if run.judge else [])],
+        None
+        if run.program
+        else [
+            reward(run, last, members),
+            *([f"{model}/judge"] if run.judge else []),
+            *([distinct] if run.of_set else []),
+        ],
         args,
         other.to_iterable_dataset() if run.stream else other,
         dataset,
@@ -109,6 +118,13 @@ def reward(run: Run, last: bool, members: list[int]) -> Callable[..., list[float
 
     scored.__name__ = "letters"
     return scored
+
+
+@per_member
+def distinct(completions, **kwargs) -> float:
+    """Pairs of equal neighbours tell the order, too."""
+    texts = "".join(completions)
+    return len(set(texts)) + sum(a == b for a, b in itertools.pairwise(texts)) / 100
 
 
 def ask_twice(example: dict[str, Any], endpoint: Endpoint) -> float:

@@ -201,6 +201,11 @@ class Backend(ABC):
         self.noise_seconds += time.perf_counter() - start
 
 
+def model_name(number: int, member: Member) -> str:
+    """The name under which programs find a member."""
+    return "policy" if member.is_center else f"member-{number}"
+
+
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters to train."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -2,18 +2,23 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import TrainerState
 
 from ..evolution import Member, Population
+from ..evolution.fitness import mean, normalized_sum
 from ..rewards.scorer import Scorer
-from ..rollout import Rollout, for_rewards
-from ..run.metrics import Summary, summarize
+from ..rollout import Rollout, Scores, for_rewards
+from ..run.learning import Evaluation
+from ..run.metrics import Summary, pass_metrics, summarize
 from .base import Backend
-from .results import Prompts, Result
+from .results import Prompts, Result, joined, one_after_another
 
+
+T = TypeVar("T")
 
 MANY_BATCHES = 1 << 40  # more than an evaluation has
 
@@ -32,12 +37,12 @@ def evaluate_population(
     population: Population,
     prompts: Prompts,
     state: TrainerState,
-    mask_truncated: bool,
     report: Callable[[int], None],
     keep: Callable[[int, Rollout], None],
-) -> tuple[np.ndarray, list[Summary]]:
+) -> Evaluation:
     """
-    Evaluate the members of a population.
+    Evaluate the members of a population. If the config says so, the unperturbed weights are one more member, so that
+    they are asked the same in the same way.
 
     Args:
         backend ([`Backend`]):
@@ -50,31 +55,41 @@ def evaluate_population(
             What they complete.
         state ([`~transformers.TrainerState`]):
             What reward functions get.
-        mask_truncated (`bool`):
-            Whether truncated completions do not count.
         report (`Callable`):
             Told how many members are done, as they are.
         keep (`Callable`):
             Given the rollouts that were scored here, with the members' numbers.
-
-    Returns:
-        `tuple[np.ndarray, list[Summary]]`: rewards of shape `(members, prompts)`, NaN where no completion counts, and
-        what to log, in the order of the members.
     """
+    size, center = len(population), backend.args.evaluate_center
     members = list(enumerate(population))
+    if center:
+        members.append((size, population.members[0].center()))
     # Where processes go through forward passes together, a failure has to end all of them before the next
     rounds = [[member] for member in members] if backend.in_lockstep else [members]
     shares: list[Share] = []
     with backend.ready(for_members=True):
         for some in rounds:
+            if backend.in_lockstep and scorer.has_sets:
+                shares += _evaluate_sets(backend, scorer, some, prompts, state, report, keep)
+                continue
 
             def work(some: list[tuple[int, Member]] = some) -> list[Share]:
-                return _evaluate_members(backend, scorer, some, prompts, state, mask_truncated, report, keep)
+                return _evaluate_members(backend, scorer, some, prompts, state, report, keep)
 
-            shares += [share for part in backend.processes.exchange(work) for share in part]
+            shares += _flat(backend.processes.exchange(work))
     of_members = _by_number(shares)
-    rewards = np.array([_rewards(of_members[number]) for number, _ in members])
-    return rewards, [summary for number, _ in members for summary in _summaries(of_members[number])]
+    found = [_rewards(of_members[number]) for number in range(size)]
+    rewards = np.array([rewards for rewards, _ in found])
+    by_function = np.array([by_function for _, by_function in found]).swapaxes(0, 1)
+    normalized = backend.args.multi_objective_aggregation == "normalize_then_sum"
+    return Evaluation(
+        rewards=rewards,
+        by_prompt=scorer.without_sets(rewards, by_function),
+        compared=normalized_sum(by_function, scorer.weights.numpy()) if normalized else rewards,
+        center=mean(_rewards(of_members[size])[0]) if center else None,
+        summaries=[summary for number in range(size) for summary in _summaries(of_members[number])],
+        num_tokens=sum(share.summary.num_tokens for share in shares),
+    )
 
 
 def _evaluate_members(
@@ -83,7 +98,6 @@ def _evaluate_members(
     members: Sequence[tuple[int, Member]],
     prompts: Prompts,
     state: TrainerState,
-    mask_truncated: bool,
     report: Callable[[int], None],
     keep: Callable[[int, Rollout], None],
 ) -> list[Share]:
@@ -93,9 +107,8 @@ def _evaluate_members(
     def finish() -> None:
         for result, scored in scoring:
             rollout = scored()
-            rewards = rollout.prompt_rewards(prompts.number, mask_truncated)
-            shares.append(Share(result.member, result.prompts, summarize(rollout, rewards)))
-            keep(result.member, rollout)
+            shares.append(_of_member(backend, scorer, result, rollout))
+            keep(result.number, rollout)
 
     # Both end at once if something fails, so that nobody does what is in vain
     with contextlib.ExitStack() as stack:
@@ -111,6 +124,32 @@ def _evaluate_members(
             report(done)
         finish()
     return shares
+
+
+def _evaluate_sets(
+    backend: Backend,
+    scorer: Scorer,
+    members: Sequence[tuple[int, Member]],
+    prompts: Prompts,
+    state: TrainerState,
+    report: Callable[[int], None],
+    keep: Callable[[int, Rollout], None],
+) -> list[Share]:
+    """The same where each process has some of the prompts, but a reward is about all completions of a member."""
+
+    def generate() -> list[Result]:
+        return _flat(results for results, _ in backend.evaluate(members, prompts))
+
+    whole = joined(_flat(backend.processes.exchange(generate)))
+
+    def score() -> Share:
+        rollout = _begin(backend, scorer, whole, state)()
+        keep(whole.number, rollout)
+        return _of_member(backend, scorer, whole, rollout)
+
+    (share, *_) = backend.processes.exchange(lambda: score() if backend.processes.rank == 0 else None)
+    report(members[-1][0] + 1)
+    return [share]
 
 
 def evaluate_batches(
@@ -142,44 +181,63 @@ def evaluate_batches(
         `list[tuple[np.ndarray, list[Summary]]]`: rewards of each batch, of shape `(prompts,)`, and what to log.
     """
 
-    def answer(number: int, rows: list[dict[str, Any]]) -> list[Share]:
-        prompts = prompts_of(rows, number)
-        shares = []
-        for result in backend.answer(prompts, number):
-            if backend.scores:
-                rollout = _begin(backend, scorer, result, state)()
-                summary = summarize(rollout, rollout.prompt_rewards(prompts.number))
-                shares.append(Share(number, result.prompts, summary))
-        return shares
+    # Rewards that are about the completions of all batches come at the end; others, as soon as they can
+    others = ~scorer.of_sets if scorer.has_sets else None
+    mine: list[tuple[Result, Rollout]] = []
 
-    def those_that_no_other_process_takes() -> list[Share]:
-        shares = []
+    def answer(number: int, rows: list[dict[str, Any]]) -> None:
+        results = backend.answer(prompts_of(rows, number), number)
+        if backend.scores:
+            mine.extend((result, _begin(backend, scorer, result, state, others)()) for result in results)
+
+    def those_that_no_other_process_takes() -> None:
         with backend.processes.queue(MANY_BATCHES, backend.group_size) as queue:
-            mine = queue.take()
+            taken = queue.take()
             for number, rows in enumerate(dataloader):
-                if number in mine:
-                    shares += answer(number, rows)
-                    mine = queue.take()
+                if number in taken:
+                    answer(number, rows)
+                    taken = queue.take()
                 report()
-        return shares
 
-    parts: list[list[Share]] = []
     if backend.in_lockstep:
         for number, rows in enumerate(dataloader):
-            parts += backend.processes.exchange(lambda number=number, rows=rows: answer(number, rows))
+            backend.processes.exchange(lambda number=number, rows=rows: answer(number, rows))
             report()
     else:
         with backend.ready(for_members=False):
-            parts = backend.processes.exchange(those_that_no_other_process_takes)
-    of_batches = _by_number(share for part in parts for share in part)
+            backend.processes.exchange(those_that_no_other_process_takes)
+    if scorer.has_sets:
+        mine = _with_sets(backend, scorer, mine, state)
+    parts = backend.processes.exchange(lambda: [_of_batch(scorer, result, rollout) for result, rollout in mine])
+    of_batches = _by_number(_flat(parts))
     batches = [of_batches[number] for number in range(len(of_batches))]
-    return [(_rewards(shares), _summaries(shares)) for shares in batches]
+    return [(_rewards(shares)[0], _summaries(shares)) for shares in batches]
 
 
-def _begin(backend: Backend, scorer: Scorer, result: Result, state: TrainerState) -> Callable[[], Rollout]:
-    """Begin to score a result; what is returned waits for the scores."""
+def _with_sets(
+    backend: Backend, scorer: Scorer, mine: list[tuple[Result, Rollout]], state: TrainerState
+) -> list[tuple[Result, Rollout]]:
+    """Rollouts of this process with the rewards that are about those of all processes together."""
+    found = _flat(backend.processes.exchange(lambda: [result for result, _ in mine]))
+    if not found:
+        return mine
+    of_batches = _by_number(found)
+    whole = one_after_another([joined(of_batches[number]) for number in range(len(of_batches))])
+
+    def score() -> Scores:
+        return _begin(backend, scorer, whole, state, scorer.of_sets)().scores
+
+    (of_set, *_) = backend.processes.exchange(lambda: score() if backend.processes.rank == 0 else None)
+    return [(result, replace(rollout, scores=scorer.with_sets(rollout.scores, of_set))) for result, rollout in mine]
+
+
+def _begin(
+    backend: Backend, scorer: Scorer, result: Result, state: TrainerState, functions: np.ndarray | None = None
+) -> Callable[[], Rollout]:
+    """Begin to score a result, by all functions or some; what is returned waits for the scores."""
     messages = for_rewards(result.completions, result.rows[0]["prompt"])
-    finish = scorer.begin(result.rows, messages, [completion.ids for completion in result.completions], state)
+    ids = [completion.ids for completion in result.completions]
+    finish = scorer.begin(result.rows, messages, ids, state, functions)
 
     def scored() -> Rollout:
         return Rollout(
@@ -196,19 +254,35 @@ def _begin(backend: Backend, scorer: Scorer, result: Result, state: TrainerState
     return scored
 
 
-def _by_number(shares: Iterable[Share]) -> dict[int, list[Share]]:
-    found: dict[int, list[Share]] = {}
-    for share in shares:
-        found.setdefault(share.number, []).append(share)
+def _of_member(backend: Backend, scorer: Scorer, result: Result, rollout: Rollout) -> Share:
+    rewards = rollout.prompt_rewards(scorer.generations, result.generations, backend.args.mask_truncated_completions)
+    return Share(result.number, result.prompts, summarize(rollout, rewards))
+
+
+def _of_batch(scorer: Scorer, result: Result, rollout: Rollout) -> Share:
+    summary = summarize(rollout, rollout.prompt_rewards(scorer.generations, result.generations))
+    own = summary.own | pass_metrics(rollout, result.generations)
+    return Share(result.number, result.prompts, summary._replace(own=own))
+
+
+def _flat(parts: Iterable[Iterable[T]]) -> list[T]:
+    return [item for part in parts for item in part]
+
+
+def _by_number(items: Iterable[Any]) -> dict[int, list[Any]]:
+    """Shares or results by the member, or the batch, that they are of."""
+    found: dict[int, list[Any]] = {}
+    for item in items:
+        found.setdefault(item.number, []).append(item)
     return found
 
 
-def _rewards(shares: list[Share]) -> np.ndarray:
-    """Those of all prompts, of which each share has some."""
-    rewards = np.empty(sum(len(share.prompts) for share in shares))
+def _rewards(shares: list[Share]) -> tuple[np.ndarray, np.ndarray]:
+    """Those of all prompts, of which each share has some: of shapes (prompts,) and (functions, prompts)."""
+    found = np.empty((1 + len(shares[0].summary.by_function), sum(len(share.prompts) for share in shares)))
     for share in shares:
-        rewards[list(share.prompts)] = share.summary.rewards
-    return rewards
+        found[:, list(share.prompts)] = [share.summary.rewards, *share.summary.by_function]
+    return found[0], found[1:]
 
 
 def _summaries(shares: list[Share]) -> list[Summary]:

@@ -15,7 +15,7 @@ from ..engines.generation_config import check_generation_kwargs
 from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
-from .base import Backend, trained
+from .base import Backend, model_name, trained
 from .results import Prompts, Result, results
 from .trainer_inputs import TrainerInputs
 
@@ -101,13 +101,17 @@ class Local(Backend):
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
         size, batch_size = self._batch_sizes(prompts)
-        with self.processes.queue(len(members), self.group_size) as queue:
+        # The unperturbed weights go with the last members: a batch of their own could take as long as another
+        along = int(self.population_batch is not None and members[-1][1].is_center)
+        count = len(members) - along
+        with self.processes.queue(count, self.group_size) as queue:
             while taken := queue.take(size):
-                group = members[taken.start : taken.stop]
+                stop = taken.stop + along if taken.stop == count else taken.stop
+                group = members[taken.start : stop]
                 with self._installed([member for _, member in group]) as installed:
-                    models = {number: f"member-{number}" for number, _ in group}
+                    models = {number: model_name(number, member) for number, member in group}
                     results = self._complete(models, prompts, installed, batch_size)
-                yield results, taken.stop
+                yield results, stop
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
         _, batch_size = self._batch_sizes(prompts)

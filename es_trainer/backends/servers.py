@@ -12,7 +12,7 @@ from ..engines import VLLMServerEngine, VLLMServers
 from ..evolution import EvolutionStrategy, Member
 from ..fields import require
 from ..run.metrics import side_by_side
-from .base import Backend, require_saved_state, trained
+from .base import Backend, model_name, require_saved_state, trained
 from .results import Answer, Prompts, Result, results
 from .trainer_inputs import TrainerInputs
 from .vllm_arguments import check_vllm_arguments
@@ -86,7 +86,7 @@ class Servers(Backend):
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
         def answer(job: int, engine: VLLMServerEngine) -> tuple[range, Answer | None]:
-            return self._answer(engine, prompts, f"member-{members[job][0]}")
+            return self._answer(engine, prompts, model_name(*members[job]))
 
         evaluated = self.engine.evaluate([member for _, member in members], self.optimizer.sigma, answer)
         noise = []

@@ -273,20 +273,22 @@ class LoRAAdapters:
         self._made = 0  # an adapter's number is never used again
 
     @contextlib.contextmanager
-    def install(self, members: Sequence[Member], sigma: float) -> "Iterator[list[LoRARequest]]":
-        """Inside, there is an adapter for each member."""
+    def install(self, members: Sequence[Member], sigma: float) -> "Iterator[list[LoRARequest | None]]":
+        """Inside, there is an adapter for each member; the unperturbed weights need none."""
         from vllm.lora.request import LoRARequest
 
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
         with tempfile.TemporaryDirectory(prefix="es_trainer-", dir=memory) as folder:
-            requests = []
-            for number, tensors in enumerate(self._tensors(members, sigma)):
+            requests: list[LoRARequest | None] = [None] * len(members)
+            perturbed = [i for i, member in enumerate(members) if not member.is_center]
+            adapters = self._tensors([members[i] for i in perturbed], sigma)
+            for number, tensors in zip(perturbed, adapters, strict=True):
                 self._made += 1
                 path = Path(folder) / str(number)
                 path.mkdir()
                 save_file(tensors, path / "adapter_model.safetensors")
                 (path / "adapter_config.json").write_text(json.dumps(self._config()))
-                requests.append(LoRARequest(str(self._made), self._made, str(path)))
+                requests[number] = LoRARequest(str(self._made), self._made, str(path))
             yield requests
 
     def _tensors(self, members: Sequence[Member], sigma: float) -> list[dict[str, torch.Tensor]]:

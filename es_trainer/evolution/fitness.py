@@ -72,6 +72,32 @@ def total_reward(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, total)
 
 
+def normalized_sum(by_function: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """
+    Weighted sum of reward functions of which each was brought to the scale of the others before: less its mean over
+    the population on each prompt, and divided by the standard deviation of the members' [`fitness`] by it. (GDPO,
+    arXiv 2601.05242, whose groups are the completions of one prompt.)
+
+    Args:
+        by_function (`np.ndarray`):
+            Shape `(functions, members, prompts)`; NaN where a function does not apply.
+        weights (`np.ndarray`):
+            Shape `(functions,)`.
+
+    Returns:
+        `np.ndarray`: Shape `(members, prompts)`; NaN where no function applies. A function by which all members have
+        the same fitness counts nothing.
+    """
+    total = np.zeros(by_function.shape[1:])
+    for rewards, weight in zip(by_function, weights, strict=True):
+        scale = _scale(rewards)
+        rewards = rewards / scale
+        values = fitness(rewards)
+        if not _all_equal(values):
+            total += np.nan_to_num(weight * (rewards - mean(rewards, axis=0)) / deviation(values))
+    return np.where(np.isnan(by_function).all(axis=0), np.nan, total)
+
+
 def fitness(rewards: np.ndarray, magnitudes: np.ndarray | None = None) -> np.ndarray:
     """
     How good the members are: the mean of a member's rewards, less how much easier its prompts were than all prompts.

@@ -107,7 +107,7 @@ class CheckpointTrainer(Trainer):
 
     def _begin_or_resume(self, checkpoint: str | None) -> None:
         """Let the optimizer, its schedule and the history begin, or go on from a checkpoint or from where they are."""
-        self.recorder.begin()
+        self.recorder.begin(self.optimizer.updates)
         if checkpoint is not None:
             self._load_optimizer_and_scheduler(checkpoint)
         elif self.optimizer.updates > 0:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
+from ..choices import PASS_AT
 from ..copies import own_copy
+from ..event_loop import event_loop
 from ..evolution.fitness import total_reward
 
 
 if TYPE_CHECKING:
     from ..config import ESConfig
-from ..rollout import Scores
+from ..rollout import Generations, Scores
+from .scope import SCOPES
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +45,8 @@ RESERVED = frozenset(
         *("noise_seconds", "generation_seconds", "reward_seconds", "update_seconds", "step_time"),
         *("tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
         *("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
+        *("signal", "signal_low", "signal_high", "frac_reward_zero_std", "reward/center", "sigma_cost"),
+        *("expected_gain", "gain", "random_walk_distance", "relative_update_norm"),
         *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
         *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),
         *("tools/call_frequency", "tools/failure_frequency", "tools/turns"),
@@ -83,7 +88,8 @@ class Scorer:
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Functions are called with `prompts`, `completions`, `completion_ids`, every other column of the dataset,
             `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)` as keyword arguments. Each
-            returns a number for every completion, or `None` where it does not apply. Lists, dicts and sets that they
+            returns a number for every completion, or `None` where it does not apply; or, if its attribute
+            `reward_scope` is `"member"`, one for all of them: see [`per_member`]. Lists, dicts and sets that they
             get are their own, so they may change them; images, tensors and arrays are shared. Models, and names of
             models, are of sequence classification: see [`RewardModel`].
         weights (`list[float]`, *optional*):
@@ -93,11 +99,13 @@ class Scorer:
             are ignored.
         of_environments (`Sequence[RewardFunc]`, *optional*):
             Further functions, with a weight of 1.
+        generations ([`Generations`], *optional*):
+            How the rewards of the completions of a prompt make that of the prompt.
 
     Raises:
         `TypeError`: If a reward function cannot be called.
-        `ValueError`: If there is no reward function, or the number of weights or tokenizers is not that of the
-            functions.
+        `ValueError`: If there is no reward function, a `reward_scope` is unknown, or the number of weights or
+            tokenizers is not that of the functions.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class Scorer:
         weights: list[float] | None = None,
         processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         of_environments: Sequence[RewardFunc] = (),
+        generations: Generations | None = None,
     ):
         if reward_funcs is None or reward_funcs == []:
             if not of_environments:
@@ -123,6 +132,7 @@ class Scorer:
                     "number for each completion, or a model of Transformers for sequence classification, or its name."
                 )
         self.names = distinct([_name(function) for function in (*self.functions, *of_environments)])
+        self.of_sets = np.array([_is_of_set(function) for function in (*self.functions, *of_environments)])
         if processing_classes is None:
             processing_classes = [None] * len(self.functions)
         self.processing_classes = (
@@ -135,15 +145,54 @@ class Scorer:
                     f"({', '.join(self.names[: len(self.functions)])}): give one for each."
                 )
         weights = [1.0] * len(self.functions) if weights is None else weights
+        self.generations = generations or Generations()
         self.functions += of_environments
         self.processing_classes += [None] * len(of_environments)
         weights = [*weights, *[1.0] * len(of_environments)]
         self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
         self._running: dict[Future, None] = {}  # in the order of the calls
         self._patience = [PATIENCE] * len(self.functions)
         self._warned_of_unscored = False
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether a reward is about all completions of a member."""
+        return bool(self.of_sets.any())
+
+    def _total(self, by_function: np.ndarray) -> np.ndarray:
+        try:
+            return total_reward(by_function, self.weights.numpy())
+        except ValueError as error:
+            raise ValueError(f"Reward functions {', '.join(self.names)}: {error}") from None
+
+    def with_sets(self, scores: Scores, of_set: Scores) -> Scores:
+        """Scores of some completions with the rewards that are about all of them, which `of_set` has."""
+        by_function = np.where(self.of_sets, of_set.by_function[0], scores.by_function)
+        metrics = {
+            name: scores.metrics.get(name, []) + of_set.metrics.get(name, [])
+            for name in (*scores.metrics, *of_set.metrics)
+        }
+        return replace(scores, by_function=by_function, total=self._total(by_function), metrics=metrics)
+
+    def without_sets(self, rewards: np.ndarray, by_function: np.ndarray) -> np.ndarray:
+        """
+        The rewards without those that are about all completions of a member.
+
+        Args:
+            rewards (`np.ndarray`):
+                Shape `(members, prompts)`.
+            by_function (`np.ndarray`):
+                Shape `(functions, members, prompts)`.
+
+        Returns:
+            `np.ndarray`: Shape `(members, prompts)`; NaN if there are no other rewards.
+        """
+        if not self.has_sets:
+            return rewards
+        others = by_function[~self.of_sets]
+        weighted = others * self.weights.numpy()[~self.of_sets, None, None]
+        return np.where(np.isnan(others).all(axis=0), np.nan, np.nansum(weighted, axis=0))
 
     def load_models(self, args: "ESConfig") -> None:
         """Load the reward models that are given by name, and put all of them on the device."""
@@ -188,22 +237,25 @@ class Scorer:
         completions: list[str] | list[list[dict[str, str]]],
         completion_ids: list[list[int]],
         trainer_state: TrainerState,
+        which: np.ndarray | None = None,
     ) -> Callable[[], Scores]:
         """
         Call the functions, and leave those that are `async` running. What is returned waits for them and gives the
-        scores. Those of one call at a time run, in the order of the calls.
+        scores. Those of one call at a time run, in the order of the calls. `which` says of each function whether to
+        call it; others do not apply.
         """
+        which = np.ones(len(self.functions), bool) if which is None else which
         calls = [Call(_keywords(rows, completions, completion_ids, trainer_state)) for _ in self.functions]
         start = time.perf_counter()
-        waiting = [i for i, function in enumerate(self.functions) if is_async(function)]
+        waiting = [i for i, function in enumerate(self.functions) if which[i] and is_async(function)]
         running = None
         if waiting:
             coroutine = self._await_together({i: calls[i] for i in waiting})
-            running = asyncio.run_coroutine_threadsafe(coroutine, self._event_loop())
+            running = asyncio.run_coroutine_threadsafe(coroutine, event_loop())
             self._running[running] = None
             running.add_done_callback(lambda done: self._running.pop(done, None))
         try:
-            results = {i: self._call(i, call) for i, call in enumerate(calls) if i not in waiting}
+            results = {i: self._call(i, call) for i, call in enumerate(calls) if which[i] and i not in waiting}
         except BaseException:
             if running is not None:
                 running.cancel()
@@ -219,7 +271,7 @@ class Scorer:
                     running.cancel()
                 results.update(others)
                 seconds += max(0.0, async_end - max(async_start, end))
-            return self._scores(rows, completions, calls, [results[i] for i in range(len(calls))], seconds)
+            return self._scores(rows, completions, calls, results, seconds)
 
         return finish
 
@@ -283,17 +335,13 @@ class Scorer:
         finally:
             done.set()
 
-    def _event_loop(self) -> asyncio.AbstractEventLoop:
-        # One for good, as connections that a function keeps open belong to the loop they were opened in
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(
-                target=_run_for_good, args=(self._loop,), name="es_trainer-async-rewards", daemon=True
-            ).start()
-        return self._loop
-
     def _scores(
-        self, rows: list[dict[str, Any]], completions: list[Any], calls: list[Call], results: list[Any], seconds: float
+        self,
+        rows: list[dict[str, Any]],
+        completions: list[Any],
+        calls: list[Call],
+        results: dict[int, Any],
+        seconds: float,
     ) -> Scores:
         extra: list[tuple[str, list[Any]]] = []
         metrics: dict[str, list[float]] = {}
@@ -312,19 +360,18 @@ class Scorer:
                         f"give the metric another name, such as {f'own/{metric}'!r}."
                     )
                 metrics.setdefault(metric, []).extend(values)
-        columns = [_numbers(name, result, len(rows)) for name, result in zip(self.names, results, strict=True)]
-        by_function = np.array(columns, dtype=np.float64).T
-        unscored = np.flatnonzero(np.isnan(by_function).all(axis=1))
+        by_function = np.full((len(rows), len(calls)), np.nan)
+        for i, result in results.items():
+            name = self.names[i]
+            by_function[:, i] = _number_of_set(name, result) if self.of_sets[i] else _numbers(name, result, len(rows))
+        unscored = np.flatnonzero(np.isnan(by_function).all(axis=1) & (len(results) == len(calls)))
         if unscored.size and not self._warned_of_unscored:
             self._warned_of_unscored = True
             logger.warning(
                 f"No reward function applies to some completions, for instance to {completions[unscored[0]]!r} of the "
                 f"prompt {rows[unscored[0]]['prompt']!r}: they do not count. (Shown once.)"
             )
-        try:
-            total = total_reward(by_function, self.weights.numpy())
-        except ValueError as error:
-            raise ValueError(f"Reward functions {', '.join(self.names)}: {error}") from None
+        total = self._total(by_function)
         names = distinct([column for column, _ in extra])
         return Scores(
             by_function,
@@ -337,9 +384,8 @@ class Scorer:
     def _is_logged(self, metric: str) -> bool:
         """Whether logs have something else of that name."""
         metric = metric.removeprefix("eval_")
-        return metric in RESERVED or metric in {
-            f"rewards/{name}/{of}" for name in self.names for of in ("mean", "std")
-        }
+        of_functions = {f"rewards/{name}/{of}" for name in self.names for of in ("mean", "std")}
+        return metric in RESERVED or metric in of_functions or PASS_AT.fullmatch(metric) is not None
 
 
 def _keywords(
@@ -355,13 +401,6 @@ def _keywords(
     }
 
 
-def _run_for_good(loop: asyncio.AbstractEventLoop) -> None:
-    while True:
-        # Where a task that a function began exits, asyncio ends the loop, too; whoever waits for the task is told
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):
-            loop.run_forever()
-
-
 def _listed(rewards: Any) -> Any:
     return list(rewards) if isinstance(rewards, Iterator) else rewards
 
@@ -375,17 +414,22 @@ def _numbers(name: str, rewards: Any, count: int) -> list[float]:
         rewards = list(rewards)
     except TypeError:
         raise ValueError(
-            f"Reward function {name!r} returned {rewards!r} instead of a list of {count} numbers, one per completion."
+            f"Reward function {name!r} returned {rewards!r} instead of a list of {count} numbers, one per completion. "
+            "If it is one number for all completions, decorate the function with `es_trainer.rewards.per_member`."
         ) from None
     if len(rewards) != count:
         raise ValueError(
             f"Reward function {name!r} returned {len(rewards)} rewards for {count} completions: it must return one "
             "number (or None) for each."
         )
-    return [_number(name, row, reward) for row, reward in enumerate(rewards)]
+    return [_number(name, reward, f"for completion {row}") for row, reward in enumerate(rewards)]
 
 
-def _number(name: str, row: int, reward: Any) -> float:
+def _number_of_set(name: str, reward: Any) -> float:
+    return _number(name, reward, "for all completions (it is one of `reward_scope = 'member'`)")
+
+
+def _number(name: str, reward: Any, what_for: str) -> float:
     if reward is None:
         return math.nan
     value = reward
@@ -399,8 +443,8 @@ def _number(name: str, row: int, reward: Any) -> float:
         if math.isfinite(value):
             return value
     raise ValueError(
-        f"Reward function {name!r} returned {_shortened(reward)} for completion {row}: it must be a number that is "
-        "finite as a float, or None where the reward does not apply."
+        f"Reward function {name!r} returned {_shortened(reward)} {what_for}: it must be a number that is finite as a "
+        "float, or None where the reward does not apply."
     )
 
 
@@ -420,6 +464,20 @@ def _name(function: RewardFunc) -> str:
 
 def _is_model(function: Any) -> bool:
     return isinstance(function, nn.Module) and (isinstance(function, PreTrainedModel) or is_peft_model(function))
+
+
+def _is_of_set(function: RewardFunc) -> bool:
+    """
+    Raises:
+        `ValueError`: If the function's `reward_scope` is unknown.
+    """
+    scope = getattr(_unwrapped(function), "reward_scope", "completion")
+    if scope not in SCOPES:
+        raise ValueError(
+            f"Reward function {_name(function)!r} has `reward_scope={scope!r}`: it is one of "
+            f"{', '.join(map(repr, SCOPES))}."
+        )
+    return scope == "member"
 
 
 def is_async(function: Callable) -> bool:

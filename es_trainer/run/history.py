@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from ..adapters import add_adapter, from_json
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Member
 from ..evolution.optimizer import UpdateRecord
-from ..fields import same_in
+from ..fields import default, same_in
 from ..noise import noise
 from ..noise.shapes import SHAPES
 from ..precision import kept_in_float32
@@ -76,13 +77,20 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     }
 
 
+def with_defaults(header: dict[str, Any]) -> dict[str, Any]:
+    """The header of a run of an earlier version with the fields that it had not: their defaults change nothing."""
+    defaults = {item.name: default(item) for item in fields(ESConfig) if item.name in same_in(ESConfig, "run")}
+    return {**header, "config": defaults | header.get("config", {})}
+
+
 def differences(header: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """How two runs differ, a sentence each; empty if one can go on from the other's checkpoint."""
+    header = with_defaults(header)
     found = [_other_noise(header)] if _other_noise(header) else []
     found += [
-        f"`{name}` is {other['config'][name]!r} but was {header['config'].get(name)!r}"
+        f"`{name}` is {other['config'][name]!r} but was {header['config'][name]!r}"
         for name in same_in(ESConfig, "run")
-        if other["config"][name] != header["config"].get(name)
+        if other["config"][name] != header["config"][name]
     ]
     mine, theirs = other["parameters"], header["parameters"]
     for name in sorted(mine.keys() | theirs.keys()):

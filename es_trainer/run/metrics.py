@@ -1,5 +1,6 @@
 """What is logged about completions, under GRPOTrainer's names, from a few numbers for each member."""
 
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..evolution.fitness import deviation, mean
+from ..evolution.generations import pass_at
 from ..rollout import Rollout
 
 
 # Metrics of which a log shows the last value instead of the mean since the last log
-LAST_VALUE = ("num_tokens", "distance_from_start")
+LAST_VALUE = ("num_tokens", "distance_from_start", "random_walk_distance")
 
 
 class Moments(NamedTuple):
@@ -44,6 +46,7 @@ class Summary(NamedTuple):
     """The few numbers about a rollout that processes tell each other."""
 
     rewards: list[float]  # of the prompts; NaN where no completion counts
+    by_function: list[list[float]]  # of each reward function, the same
     functions: list[Moments]  # of each reward function
     completions: int
     truncated: int
@@ -78,7 +81,8 @@ def summarize(rollout: Rollout, rewards: np.ndarray) -> Summary:
     lengths = [completion.length for completion in rollout.completions]
     ended = [completion.length for completion in rollout.completions if not completion.truncated]
     return Summary(
-        rewards=rewards.tolist(),
+        rewards=rewards[0].tolist(),
+        by_function=rewards[1:].tolist(),
         functions=[Moments.of(column) for column in rollout.scores.by_function.T],
         completions=len(lengths),
         truncated=sum(completion.truncated for completion in rollout.completions),
@@ -107,6 +111,20 @@ def _own_metrics(rollout: Rollout) -> dict[str, list[float]]:
         "tools/turns": list(map(float, turns)),
         "tools/call_frequency": [float(len(of_one)) for of_one in calls],
         "tools/failure_frequency": [float(failed) for of_one in calls for failed in of_one],
+    }
+
+
+def pass_metrics(rollout: Rollout, number: int) -> dict[str, Moments]:
+    """
+    `pass@k` over the prompts, of `number` completions of each, for k = 1, 2, 4, ... and `number`; see [`pass_at`].
+    Nothing if there is one completion of each.
+    """
+    rewards = rollout.scores.total.reshape(-1, number)
+    tries = [*itertools.takewhile(lambda k: k < number, (1 << i for i in itertools.count())), number]
+    return {
+        f"pass@{k}": Moments.of(np.array([pass_at(of_prompt, k) for of_prompt in rewards]))
+        for k in tries
+        if number > 1
     }
 
 

@@ -12,7 +12,8 @@ from transformers.utils import logging
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy
 from ..evolution.fitness import deviation, fitness, mean
-from .metrics import Summary, average, completion_metrics, json_number
+from .learning import Evaluation, Learning
+from .metrics import average, completion_metrics, json_number
 from .processes import Processes
 from .run_history import RunHistory
 
@@ -46,11 +47,13 @@ class Recorder:
         self._member_rewards: list[float | None] = []
         self._repeated: dict[str, Any] | None = None  # line of the step under way, if it was done before
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
+        self._learning = Learning()
         self._warned_of_equal_fitness = False
 
-    def begin(self) -> None:
-        """Begin a run."""
+    def begin(self, updates: int) -> None:
+        """Begin a run, or go on after so many updates."""
         self._pending = []
+        self._learning.go_back(updates)
 
     def resume(self, checkpoint: str, steps: list[dict[str, Any]], updates: int, state: TrainerState) -> None:
         """Go on from a checkpoint: metrics of the `steps` of its history that are in no log will be in the next."""
@@ -59,6 +62,7 @@ class Recorder:
         # The history counts all updates, and the logs the steps of this call of train()
         logged += updates - state.global_step
         self._pending = [line["metrics"] for line in steps if line["step"] > logged]
+        self._learning.resume(steps)
 
     def begin_step(self) -> None:
         """Begin to measure a step."""
@@ -72,19 +76,15 @@ class Recorder:
         reward = line["metrics"]["reward"]
         return math.nan if reward is None else reward
 
-    def evaluated(
-        self, rewards: np.ndarray, utilities: np.ndarray, summaries: list[Summary], noise_seconds: float, step: int
-    ) -> float:
+    def evaluated(self, evaluation: Evaluation, utilities: np.ndarray, noise_seconds: float, step: int) -> float:
         """
         Record what came of the members.
 
         Args:
-            rewards (`np.ndarray`):
-                Shape `(members, prompts)`.
+            evaluation ([`Evaluation`]):
+                Their rewards.
             utilities (`np.ndarray`):
                 Shape `(members,)`.
-            summaries (`list[Summary]`):
-                Of the completions.
             noise_seconds (`float`):
                 Time in which members got into the model.
             step (`int`):
@@ -95,9 +95,11 @@ class Recorder:
         """
         if not utilities.any():
             self._warn_of_equal_fitness(step)
-        by_member = fitness(rewards)
+        self._evaluation, self._utilities = evaluation, utilities
+        by_member = fitness(evaluation.rewards)
         self._member_rewards = [json_number(value) for value in by_member.tolist()]
-        self._metrics |= completion_metrics(summaries, self.reward_names)
+        self._metrics |= completion_metrics(evaluation.summaries, self.reward_names)
+        self._metrics |= self._learning.evaluated(evaluation)
         self._metrics |= {
             "noise_seconds": noise_seconds,
             "reward": mean(by_member),
@@ -119,6 +121,8 @@ class Recorder:
     def begin_update(self, optimizer: EvolutionStrategy) -> None:
         """Begin to measure the update."""
         self._update_record = optimizer.update_record
+        if self._repeated is None:
+            self._metrics |= self._learning.updating(self._evaluation, self._utilities, optimizer)
         self._update_start = time.perf_counter()
 
     def updated(self, optimizer: EvolutionStrategy, state: TrainerState, in_place: bool) -> None:
@@ -158,6 +162,7 @@ class Recorder:
                 }
             )
         self._pending.append(metrics)
+        self._learning.done(metrics, optimizer.updates)
 
     def _measure_update(self, optimizer: EvolutionStrategy) -> None:
         """Norm of the update, distance from the start, and whether both and the weights are finite."""
@@ -167,6 +172,7 @@ class Recorder:
         norms, distances, broken = zip(*parts, strict=True)
         self._metrics["update_norm"] = math.hypot(*norms)
         self._metrics["distance_from_start"] = math.hypot(*distances)
+        self._metrics |= self._learning.walked(self._metrics["update_norm"])
         if any(broken):
             self.diverged = f"The update made weights of `{next(filter(None, broken))}` NaN or infinite."
         elif not math.isfinite(self._metrics["update_norm"] + self._metrics["distance_from_start"]):

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .history import agree, differences
+from .history import agree, differences, with_defaults
 from .history_file import History
 from .processes import Processes
 
@@ -72,7 +72,7 @@ class RunHistory(History):
             except ValueError as error:
                 logger.warning(str(error))
                 there, lines = {}, []
-            if there == header and agree(steps, lines):
+            if with_defaults(there) == with_defaults(header) and agree(steps, lines):
                 later = lines[len(steps) :]
             if later and go_on:
                 self.write(header, lines)  # without a torn last line
@@ -149,7 +149,7 @@ class RunHistory(History):
             return False
         there, _ = self.read()
         mine = header()
-        if there != mine:
+        if with_defaults(there) != mine:
             found = differences(there, mine) or ["it started with other weights"]
             raise ValueError(
                 f"`resume_from_checkpoint=True`: No valid checkpoint found in {folder}, and {self.path.name} there is "

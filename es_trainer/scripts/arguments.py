@@ -98,7 +98,9 @@ class RewardArguments:
               `"reasoning_accuracy_reward"`, `"think_format_reward"` and `"get_soft_overlong_punishment"` (used values
               are `max_completion_len=1280`, `soft_punish_cache=256`)
             - `"evaluate:exact_match"`: a metric of the `evaluate` library, by name or path, against the column
-              `answer`; `"evaluate:rouge:rougeL"` picks one of several scores
+              `answer`; `"evaluate:rouge:rougeL"` picks one of several scores, and
+              `"evaluate:f1,average=macro,reference_column=label,postprocess=my_lib.to_label"` has arguments of
+              [`~rewards.evaluate_reward`] and of the metric
             - any dotted import path, such as `"my_lib.rewards.custom_reward"`
         reward_model_name_or_path (`str`, *optional*):
             Reward model: name, or folder, of a model for sequence classification.

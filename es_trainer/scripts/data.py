@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -235,8 +236,9 @@ def _load_reward_func(name: str) -> Callable:
     from ..rewards import evaluate_reward
 
     if name.startswith("evaluate:"):
-        metric, _, score = name.removeprefix("evaluate:").partition(":")
-        return evaluate_reward(metric, score=score or None)
+        named, *arguments = name.removeprefix("evaluate:").split(",")
+        metric, _, score = named.partition(":")
+        return evaluate_reward(metric, score=score or None, **_metric_arguments(name, arguments))
     ready_made = _ready_made()
     if name in ready_made:
         function = getattr(ready_made[name], name)
@@ -244,6 +246,25 @@ def _load_reward_func(name: str) -> Callable:
             return function(max_completion_len=1280, soft_punish_cache=256)
         return function
     return _import("reward_funcs", name)
+
+
+def _metric_arguments(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Arguments of `evaluate_reward` as they stand behind a metric: `key=value`, of which values may be JSON."""
+    found = {}
+    for argument in arguments:
+        key, is_given, text = argument.partition("=")
+        if not is_given:
+            raise ValueError(
+                f"`reward_funcs` has {name!r}: {argument!r} is not `key=value`. Write arguments of "
+                "`es_trainer.rewards.evaluate_reward` like 'evaluate:f1,average=macro,reference_column=label'."
+            )
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    if "postprocess" in found:
+        found["postprocess"] = _import("reward_funcs", found["postprocess"])
+    return found
 
 
 def load_agent(path: str | None) -> Callable | None:

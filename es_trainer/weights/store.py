@@ -106,10 +106,12 @@ class Weights:
         return Shard(part, layout, original.dtype, working, master, working.dtype)
 
     def perturb(self, member: Member, sigma: float) -> None:
-        """Make the working weights those of `member`, whatever member they held before."""
+        """Make the working weights those of `member`, whatever member they held before; of a center, as `restore`."""
         self.to_working_dtype()
-        if self._inside is not None and self.drifts:
+        if member.is_center or (self._inside is not None and self.drifts):
             self.restore()
+        if member.is_center:
+            return
         # Set before the first weight changes: if this is interrupted, there is something to restore
         self._inside = (member, sigma)
         if self.drifts:
@@ -195,8 +197,11 @@ class Weights:
             return factors
         dtype = _dtype_of_values(shard)
         values = torch.empty(len(members), working.numel(), dtype=dtype, device=working.device)
-        for row, seed, coefficient in zip(values, seeds, coefficients, strict=True):
-            self._write(shard, row, seed, coefficient)
+        for row, member in zip(values, members, strict=True):
+            if member.is_center:
+                row.copy_(working)
+            else:
+                self._write(shard, row, member.seed, sigma * member.sign)
         return values.view(len(members), *shard.shape)
 
     def member_bytes(self) -> int:

@@ -217,5 +217,14 @@ def test_metrics_of_evaluate():
 
 
 @pytest.mark.parametrize("arguments", [ESScriptArguments, lambda **options: EvalArguments("model", **options)])
+def test_arguments_of_a_metric_stand_behind_it():
+    name = f"evaluate:{METRIC}:same,scope=member,reference_column=label,postprocess=textwrap.dedent"
+    (reward,) = load_reward_funcs([name])
+    assert reward.reward_scope == "member"
+    assert reward(completions=[" A", " b", "c"], label=["A", "b", "d"]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="'average' is not `key=value`. Write arguments of .*average=macro"):
+        load_reward_funcs([f"evaluate:{METRIC},average"])
+
+
 def test_one_reward_in_yaml_without_brackets(arguments):
     assert arguments(reward_funcs="think_format_reward").reward_funcs == ["think_format_reward"]

@@ -116,3 +116,23 @@ def test_evaluate_is_imported_only_to_load_a_metric(metric, monkeypatch):
     assert evaluate_metric.evaluate_reward(metric).__name__ == "same_text"
     with pytest.raises(ImportError):
         evaluate_metric.evaluate_reward("same_text")
+
+
+def test_all_completions_of_a_member_together(metric):
+    reward = evaluate_reward(metric, scope="member", postprocess=str.lower)
+    assert reward.reward_scope == "member"
+    assert reward(completions=COMPLETIONS, answer=["paris", "paris", "Rome"]) == pytest.approx(2 / 3)
+    each = evaluate_reward(metric, postprocess=str.lower)
+    assert each(completions=COMPLETIONS, answer=["paris", "paris", "Rome"]) == [1.0, 1.0, 0.0]
+
+
+def test_metrics_that_need_a_set_are_known(metric, tmp_path):
+    assert evaluate_reward(metric).reward_scope == "completion"
+    (tmp_path / "f1").mkdir()
+    (tmp_path / "f1" / "f1.py").write_text(METRIC_SOURCE)
+    assert evaluate_reward(str(tmp_path / "f1")).reward_scope == "member"
+
+
+def test_an_unknown_scope(metric):
+    with pytest.raises(ValueError, match="scope='population' is not valid: choose one of 'completion', 'member'"):
+        evaluate_reward(metric, scope="population")

@@ -1,0 +1,102 @@
+"""Whether a run learns: what a step's rewards and the steps before say about the search."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers.utils import logging
+
+from ..evolution import EvolutionStrategy
+from ..evolution.fitness import fitness, mean
+from ..evolution.signal import expected_gain, settled, signal
+from .metrics import Summary
+
+
+logger = logging.get_logger(__name__)
+
+WINDOW = 10  # steps over which the signal is judged
+WEAK_SIGNAL = 0.1
+
+
+class Evaluation(NamedTuple):
+    """
+    What came of a population.
+
+    Args:
+        rewards (`np.ndarray`):
+            Shape `(members, prompts)`, NaN where no completion counts.
+        by_prompt (`np.ndarray`):
+            The same without the rewards that are about all completions of a member.
+        compared (`np.ndarray`):
+            By what the members are compared, of the same shape: the rewards, or with
+            `multi_objective_aggregation="normalize_then_sum"` those of functions that were brought to one scale.
+        center (`float`, *optional*):
+            Mean reward of the unperturbed weights on the same prompts, if they were evaluated.
+        summaries (`list[Summary]`):
+            What to log of the members, in their order.
+        num_tokens (`int`):
+            Tokens of all prompts and completions.
+    """
+
+    rewards: np.ndarray
+    by_prompt: np.ndarray
+    compared: np.ndarray
+    center: float | None
+    summaries: list[Summary]
+    num_tokens: int
+
+
+class Learning:
+    """Follows whether the steps of a run have a signal, and what they gain."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, Any]] = []  # metrics of all steps of the run
+        self._warned = False
+
+    def resume(self, steps: list[dict[str, Any]]) -> None:
+        """Go on after these lines of the history."""
+        self._steps = [line["metrics"] for line in steps]
+
+    def go_back(self, updates: int) -> None:
+        """Go on after so many updates, where the weights are."""
+        del self._steps[updates:]
+
+    def evaluated(self, evaluation: Evaluation) -> dict[str, float]:
+        """What the rewards of a step say; docs/monitoring.md has each key."""
+        metrics = {"frac_reward_zero_std": float(settled(evaluation.by_prompt).mean())}
+        found = signal(evaluation.by_prompt)
+        if found.is_known:
+            metrics |= {"signal": found.reliability, "signal_low": found.low, "signal_high": found.high}
+        if evaluation.center is not None:
+            metrics["reward/center"] = evaluation.center
+            metrics["sigma_cost"] = evaluation.center - mean(fitness(evaluation.rewards))
+            before = self._steps[-1].get("reward/center") if self._steps else None
+            if before is not None:
+                metrics["gain"] = evaluation.center - before
+        return metrics
+
+    def updating(
+        self, evaluation: Evaluation, utilities: np.ndarray, optimizer: EvolutionStrategy
+    ) -> dict[str, float]:
+        """What the update should gain, if it is the plain sum of which this is known, and there is a signal."""
+        if optimizer.rule != "sgd" or not signal(evaluation.by_prompt).is_known:
+            return {}
+        step_length = optimizer.param_groups[0]["lr"] / optimizer.sigma
+        return {"expected_gain": expected_gain(evaluation.rewards, evaluation.by_prompt, utilities, step_length)}
+
+    def walked(self, update_norm: float) -> dict[str, float]:
+        """How far updates of the lengths of all steps would lead in random directions: their root of squares."""
+        return {"random_walk_distance": math.hypot(update_norm, *(step["update_norm"] for step in self._steps))}
+
+    def done(self, metrics: dict[str, Any], step: int) -> None:
+        """A step is done, or done again, and these are its metrics. Warns once if there is no signal."""
+        self._steps.append(metrics)
+        signals = [step["signal"] for step in self._steps[-WINDOW:] if step.get("signal") is not None]
+        weak = len(signals) == WINDOW and mean(np.array(signals)) < WEAK_SIGNAL
+        if weak and not self._warned:
+            logger.warning(
+                f"Step {step}: signal {mean(np.array(signals)):.2f} over the last {WINDOW} steps. Members differ in "
+                "reward by little else than luck: raise `num_prompts_per_step` or `population_size`, or set another "
+                "`sigma` (docs/monitoring.md; shown once)."
+            )
+            self._warned = True

@@ -1,0 +1,89 @@
+"""Analyses of variance whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from es_trainer.evolution.signal import expected_gain, settled, signal
+
+
+MEMBERS = np.array([3.0, 1.0, -1.0, -3.0])  # effects that add up to zero
+PROMPTS = np.array([10.0, 0.0, -10.0])
+ALTERNATING = np.outer([1.0, -1.0, -1.0, 1.0], [1.0, -2.0, 1.0])  # a residual: rows and columns add up to zero
+
+
+def matrix(residual: float) -> np.ndarray:
+    return MEMBERS[:, None] + PROMPTS + residual * ALTERNATING
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.5, 1.0, 2.0])
+def test_reliability_is_one_minus_the_ratio_of_mean_squares(residual):
+    members_square = 3 * (9 + 1 + 1 + 9) / 3  # prompts * sum of squares / degrees of freedom
+    residual_square = residual**2 * (4 * 6) / (3 * 2)
+    assert signal(matrix(residual)).reliability == pytest.approx(1 - residual_square / members_square)
+
+
+def test_neither_prompts_nor_units_matter():
+    found = signal(matrix(1.0))
+    assert signal(matrix(1.0) + [5.0, -100.0, 7.0]) == pytest.approx(found)
+    assert signal(1e300 * matrix(1.0) / 100) == pytest.approx(found)
+    assert signal(matrix(1.0)[:, ::-1]) == pytest.approx(found)
+
+
+def test_the_interval_is_right_19_times_of_20():
+    rng = np.random.default_rng(0)
+    members, prompts, noise = 12, 5, 2.0
+    # Fitness has the variance 1 + noise**2 / prompts, of which 1 is the members'
+    true = 1 / (1 + noise**2 / prompts)
+    found = [
+        signal(rng.normal(size=(members, 1)) + rng.normal(size=prompts) + noise * rng.normal(size=(members, prompts)))
+        for _ in range(2000)
+    ]
+    covered = np.mean([low <= true <= high for _, low, high in found])
+    assert 0.935 < covered < 0.965
+    # The ratio of two mean squares is inverse F: its mean is known
+    degrees = members - 1
+    assert np.mean([1 - each.reliability for each in found]) == pytest.approx(
+        (1 - true) * degrees / (degrees - 2), rel=0.05
+    )
+
+
+def test_rewards_by_luck_have_no_signal():
+    rng = np.random.default_rng(1)
+    found = [signal(rng.normal(size=(30, 8))).reliability for _ in range(300)]
+    assert abs(np.mean([1 - each for each in found]) - 29 / 27) < 0.03
+
+
+def test_where_it_cannot_be_told():
+    assert not signal(matrix(1.0)[:, :1]).is_known  # one prompt
+    assert not signal(matrix(1.0)[:1]).is_known
+    assert not signal(np.full((4, 3), 0.1 + 0.2)).is_known
+    assert not signal(np.full((4, 3), math.nan)).is_known
+
+
+def test_what_does_not_count_is_left_out():
+    rewards = matrix(1.0)
+    missing = np.hstack([rewards, [[1.0], [math.nan], [5.0], [5.0]]])
+    assert signal(missing) == pytest.approx(signal(rewards))
+    assert signal(np.vstack([rewards, np.full((1, 3), math.nan)])) == pytest.approx(signal(rewards))
+
+
+def test_prompts_on_which_all_agree_are_settled():
+    nan = math.nan
+    rewards = np.array([[1.0, 0.1 + 0.2, nan, nan, 0.0], [1.0, 0.3, 1.0, nan, 1.0], [1.0, 0.3, 1.0, nan, 1.0]])
+    assert settled(rewards).tolist() == [True, True, True, True, False]
+
+
+def test_expected_gain_of_rewards_that_are_linear_in_the_weights():
+    # A linear reward: member n gets slope @ noise_n * sigma. The update is lr / N * sum(utility * noise).
+    rng = np.random.default_rng(2)
+    sigma, learning_rate, members = 0.1, 0.02, 8
+    noise, _ = np.linalg.qr(rng.normal(size=(50, members)))
+    noise = noise.T  # orthonormal, so that members say nothing about each other
+    noise -= noise.mean(axis=0)
+    slope = rng.normal(size=50)
+    rewards = np.repeat((noise @ slope * sigma)[:, None], 3, axis=1)
+    utilities = rng.normal(size=members)
+    by_utility = learning_rate / members * utilities * (noise @ slope)
+    assert expected_gain(rewards, rewards, utilities, learning_rate / sigma) == pytest.approx(by_utility.sum())
