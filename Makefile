@@ -49,6 +49,8 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/vs_grpo.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/drift.py
+	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/delayed_reward.py
 
 bench-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python benchmarks/vllm_engine.py

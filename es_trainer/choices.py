@@ -8,6 +8,7 @@ PerturbationName = Literal["gaussian", "low_rank"]
 FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "prompt_centered", "none"]
 MasterWeights = Literal["device", "host", "none"]
 Rule = Literal["sgd", "momentum", "adam"]
+SigmaSchedule = Literal["constant", "linear", "cosine"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 PASS_AT = re.compile(r"pass@([1-9][0-9]*)")

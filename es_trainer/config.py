@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -18,6 +19,7 @@ from .choices import (
     MasterWeights,
     PerturbationName,
     Rule,
+    SigmaSchedule,
     completions_needed,
     is_generation_reward,
 )
@@ -59,6 +61,7 @@ LEAST_LEARNING_RATE = 1e-5  # a lower one is GRPO's
 # Beside which other settings fields have an effect
 LOW_RANK: Needs = (lambda c: c.perturbation == "low_rank"), "perturbation='low_rank'"
 SAMPLED: Needs = (lambda c: c.samples), "temperature > 0"
+SIGMA_FALLS: Needs = (lambda c: c.sigma_schedule != "constant"), "sigma_schedule='linear' or 'cosine'"
 SEVERAL_GENERATIONS: Needs = (lambda c: c.num_generations > 1), "num_generations > 1"
 LOGGED: Needs = (lambda c: c.log_completions), "log_completions=True"
 LOGGING_BY_STEPS: Needs = (lambda c: c.logging_strategy == "steps"), "logging_strategy='steps'"
@@ -103,6 +106,11 @@ class ESConfig(GRPOFields, TrainingArguments):
             Members (perturbed models) evaluated per step; N in [the paper](https://huggingface.co/papers/2509.24372).
         sigma (`float`, *optional*, defaults to `1e-3`):
             Standard deviation of the noise added to every weight.
+        sigma_schedule (`str`, *optional*, defaults to `"constant"`):
+            How sigma changes over the steps: `"constant"`, or `"linear"` or `"cosine"` down to `sigma_min_ratio *
+            sigma`. The learning rate has a schedule of its own (`lr_scheduler_type`).
+        sigma_min_ratio (`float`, *optional*, defaults to `0.1`):
+            Sigma after the last step, as a part of `sigma`.
         antithetic (`bool`, *optional*, defaults to `False`):
             Mirrored sampling: draw half as many noises and evaluate each with both signs. Needs an even
             `population_size`.
@@ -427,6 +435,23 @@ class ESConfig(GRPOFields, TrainingArguments):
             "Standard deviation of the noise added to every weight.",
             "run",
             valid=((lambda sigma: sigma > 0), "the noise needs a positive standard deviation; the paper uses 1e-3."),
+        ),
+    )
+    sigma_schedule: str = field(
+        default="constant",
+        metadata=about(
+            "How sigma changes over the steps: 'constant', 'linear' or 'cosine'.",
+            "run",
+            valid=one_of(get_args(SigmaSchedule)),
+        ),
+    )
+    sigma_min_ratio: float = field(
+        default=0.1,
+        metadata=about(
+            "Sigma after the last step, as a part of `sigma`.",
+            "run",
+            valid=((lambda ratio: 0 < ratio <= 1), "it must be in (0, 1]."),
+            needs=SIGMA_FALLS,
         ),
     )
     antithetic: bool = field(
@@ -842,6 +867,17 @@ class ESConfig(GRPOFields, TrainingArguments):
     def samples(self) -> bool:
         """Whether completions are sampled, and not the most likely ones."""
         return self._generates_with("temperature") > 0
+
+    def sigma_at(self, step: int, steps: int) -> float:
+        """
+        Sigma after `step` of `steps` steps: a straight line, or half a cosine (arXiv 1608.03983, equation 5, without
+        restarts), from `sigma` to `sigma_min_ratio * sigma`.
+        """
+        if self.sigma_schedule == "constant":
+            return self.sigma
+        done = min(step / steps, 1.0)
+        left = 1.0 - done if self.sigma_schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2
+        return self.sigma * (self.sigma_min_ratio + (1.0 - self.sigma_min_ratio) * left)
 
     @property
     def on_servers(self) -> bool:

@@ -383,6 +383,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.backend.check(self.model)
         self.recorder.begin_step()
         self.completions.begin_step()
+        self.optimizer.sigma = self.args.sigma_at(self.state.global_step, self.state.max_steps)
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
@@ -399,6 +400,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             "seeds": [member.seed for member in population],
             "signs": [member.sign for member in population],
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "sigma": self.optimizer.sigma,
             "in_place": self.backend.in_place,
         }
 
@@ -426,7 +428,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.completions.choose(utilities)
         self.state.num_input_tokens_seen += evaluation.num_tokens
         step = self.state.global_step + 1
-        return self.recorder.evaluated(evaluation, utilities, self.backend.noise_seconds, step)
+        return self.recorder.evaluated(evaluation, utilities, self.optimizer.sigma, self.backend.noise_seconds, step)
 
     def _prompts(self, rows: list[dict[str, Any]], number: int, seed: int) -> Prompts:
         return Prompts(rows, self.backend.answers.tokenize(self.engine, rows), number, seed)

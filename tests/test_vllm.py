@@ -323,7 +323,7 @@ class FakeServer:
         for record in self.updates:
             digest = extend_digest(digest, record)
         position = {"updates": len(self.updates), "digest": digest, "checksum": [len(self.updates)]}
-        return position | {"update_norm": 1.0, "distance": 2.0}
+        return position | {"update_norm": 1.0, "distance": 2.0, "weight_norm": 4.0}
 
     def sent(self, method: str) -> int:
         return sum(content.get("method") == method for _, content in self.requests)

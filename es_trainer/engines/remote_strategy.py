@@ -41,6 +41,7 @@ class RemoteStrategy(EvolutionStrategy):
     weights_kind = RemoteWeights
     replicas: Replicas
     distance = 0.0
+    norm = 0.0
 
     def restore(self) -> None:
         """Servers restore by themselves, before they generate with the unperturbed weights."""
@@ -51,12 +52,17 @@ class RemoteStrategy(EvolutionStrategy):
         results = self.replicas.update(record)
         self.update_norm = math.hypot(*(result["update_norm"] for result in results))
         self.distance = math.hypot(*(result["distance"] for result in results))
+        self.norm = math.hypot(*(result["weight_norm"] for result in results))
         self.updates += 1
         self.update_record = None
 
     def distance_from_start(self) -> float:
         """Euclidean distance between the weights and the initial ones, as the servers measured it."""
         return self.distance
+
+    def weight_norm(self) -> float:
+        """Euclidean norm of the weights, as the servers measured it."""
+        return self.norm
 
     def facts(self) -> dict[str, Any]:
         """The number of updates and the checksums of the weights; the history has the rest."""

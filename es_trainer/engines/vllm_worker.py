@@ -168,8 +168,11 @@ class WorkerExtension:
         strategy = self._running()
         replay_step(strategy, record)
         self._digest = extend_digest(self._digest, record)
-        moved = {"update_norm": strategy.update_norm, "distance": strategy.distance_from_start()}
-        return self._position() | moved
+        return self._position() | {
+            "update_norm": strategy.update_norm,
+            "distance": strategy.distance_from_start(),
+            "weight_norm": strategy.weight_norm(),
+        }
 
     @_reported
     def checksum(self) -> dict[str, Any]:

@@ -295,6 +295,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 squares.append(square * shard.part.numel / start.numel())
         return math.sqrt(math.fsum(squares))
 
+    def weight_norm(self) -> float:
+        """Euclidean norm of the weights, measured like the distance."""
+        squares = []
+        for shard in self.weights.shards:
+            sample = self._sample(shard).float()
+            if sample.numel() and not shard.part.replica:
+                square = float(torch.linalg.vector_norm(sample)) ** 2
+                squares.append(square * shard.part.numel / sample.numel())
+        return math.sqrt(math.fsum(squares))
+
     # ---- state ----
 
     def facts(self) -> dict[str, Any]:

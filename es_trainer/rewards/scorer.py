@@ -45,7 +45,7 @@ RESERVED = frozenset(
         *("noise_seconds", "generation_seconds", "reward_seconds", "update_seconds", "step_time"),
         *("tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
         *("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
-        *("signal", "signal_low", "signal_high", "frac_reward_zero_std", "reward/center", "sigma_cost"),
+        *("signal", "signal_low", "signal_high", "frac_reward_zero_std", "reward/center", "sigma_cost", "sigma"),
         *("expected_gain", "gain", "random_walk_distance", "relative_update_norm"),
         *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
         *(f"completions/{name}_terminated_length" for name in ("mean", "min", "max")),

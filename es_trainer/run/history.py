@@ -28,8 +28,8 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T", bound=EvolutionStrategy)
 
-# What a line must say for its update to be done again
-UPDATE = ("seeds", "signs", "utilities", "learning_rate", "in_place")
+# What a line says for its update to be done again. Those of earlier versions have no sigma: it was the config's
+UPDATE = ("seeds", "signs", "utilities", "learning_rate", "sigma", "in_place")
 
 
 def first_digest(header: dict[str, Any]) -> str:
@@ -40,14 +40,14 @@ def first_digest(header: dict[str, Any]) -> str:
 def agree(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
     """Whether the lines of two histories, as far as both go, say the same of the updates."""
     return all(
-        {key: mine[key] for key in UPDATE} == {key: theirs[key] for key in UPDATE}
+        {key: mine.get(key) for key in UPDATE} == {key: theirs.get(key) for key in UPDATE}
         for mine, theirs in zip(lines, others, strict=False)
     )
 
 
 def extend_digest(digest: str, line: dict[str, Any]) -> str:
     """What stands for a history, given what stands for it without its last line."""
-    return _hash(digest + json.dumps({key: line[key] for key in UPDATE}))
+    return _hash(digest + json.dumps({key: line.get(key) for key in UPDATE}))
 
 
 def _hash(text: str) -> str:
@@ -280,6 +280,7 @@ def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
 def tell_again(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     """Tell the optimizer what a line of the history says, and do to the weights what evaluating the members did."""
     optimizer.update_record = UpdateRecord(line["seeds"], line["signs"], line["utilities"])
+    optimizer.sigma = line.get("sigma", optimizer.sigma)
     if optimizer.weights.drifts and line["in_place"]:
         # Every evaluation left its rounding error in the weights
         for seed, sign in zip(line["seeds"], line["signs"], strict=True):

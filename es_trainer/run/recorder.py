@@ -76,7 +76,9 @@ class Recorder:
         reward = line["metrics"]["reward"]
         return math.nan if reward is None else reward
 
-    def evaluated(self, evaluation: Evaluation, utilities: np.ndarray, noise_seconds: float, step: int) -> float:
+    def evaluated(
+        self, evaluation: Evaluation, utilities: np.ndarray, sigma: float, noise_seconds: float, step: int
+    ) -> float:
         """
         Record what came of the members.
 
@@ -85,6 +87,8 @@ class Recorder:
                 Their rewards.
             utilities (`np.ndarray`):
                 Shape `(members,)`.
+            sigma (`float`):
+                Standard deviation of their noise.
             noise_seconds (`float`):
                 Time in which members got into the model.
             step (`int`):
@@ -101,6 +105,7 @@ class Recorder:
         self._metrics |= completion_metrics(evaluation.summaries, self.reward_names)
         self._metrics |= self._learning.evaluated(evaluation)
         self._metrics |= {
+            "sigma": sigma,
             "noise_seconds": noise_seconds,
             "reward": mean(by_member),
             "reward_std": deviation(by_member),
@@ -156,6 +161,7 @@ class Recorder:
                     "global_step": state.global_step + 1,
                     **asdict(self._update_record),
                     "learning_rate": optimizer.param_groups[0]["lr"],
+                    "sigma": optimizer.sigma,
                     "in_place": in_place,
                     "rewards": self._member_rewards,
                     "metrics": metrics,
@@ -166,11 +172,13 @@ class Recorder:
 
     def _measure_update(self, optimizer: EvolutionStrategy) -> None:
         """Norm of the update, distance from the start, and whether both and the weights are finite."""
-        parts = [(optimizer.update_norm, optimizer.distance_from_start(), optimizer.weights.not_finite())]
+        norms = (optimizer.update_norm, optimizer.distance_from_start(), optimizer.weight_norm())
+        parts = [(*norms, optimizer.weights.not_finite())]
         if optimizer.weights.partitioned:
             parts = self.processes.exchange(lambda: parts[0])
-        norms, distances, broken = zip(*parts, strict=True)
+        norms, distances, weights, broken = zip(*parts, strict=True)
         self._metrics["update_norm"] = math.hypot(*norms)
+        self._metrics["relative_update_norm"] = self._metrics["update_norm"] / (math.hypot(*weights) or math.inf)
         self._metrics["distance_from_start"] = math.hypot(*distances)
         self._metrics |= self._learning.walked(self._metrics["update_norm"])
         if any(broken):

@@ -108,7 +108,7 @@ class RunHistory(History):
         if not self._to_repeat:
             return None
         line = self._to_repeat.pop(0)
-        expected = conditions()
+        expected = {key: value for key, value in conditions().items() if key in line}
         if {key: line[key] for key in expected} == expected:
             return line
         logger.warning(

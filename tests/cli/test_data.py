@@ -216,7 +216,6 @@ def test_metrics_of_evaluate():
         load_reward_funcs([f"evaluate:{METRIC}:bleu"])[0](completions=["a"], answer=["a"])
 
 
-@pytest.mark.parametrize("arguments", [ESScriptArguments, lambda **options: EvalArguments("model", **options)])
 def test_arguments_of_a_metric_stand_behind_it():
     name = f"evaluate:{METRIC}:same,scope=member,reference_column=label,postprocess=textwrap.dedent"
     (reward,) = load_reward_funcs([name])
@@ -226,5 +225,6 @@ def test_arguments_of_a_metric_stand_behind_it():
         load_reward_funcs([f"evaluate:{METRIC},average"])
 
 
+@pytest.mark.parametrize("arguments", [ESScriptArguments, lambda **options: EvalArguments("model", **options)])
 def test_one_reward_in_yaml_without_brackets(arguments):
     assert arguments(reward_funcs="think_format_reward").reward_funcs == ["think_format_reward"]

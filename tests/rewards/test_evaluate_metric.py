@@ -129,7 +129,7 @@ def test_all_completions_of_a_member_together(metric):
 def test_metrics_that_need_a_set_are_known(metric, tmp_path):
     assert evaluate_reward(metric).reward_scope == "completion"
     (tmp_path / "f1").mkdir()
-    (tmp_path / "f1" / "f1.py").write_text(METRIC_SOURCE)
+    (tmp_path / "f1" / "f1.py").write_text(METRIC_SOURCE.replace("SameText", "F1"))
     assert evaluate_reward(str(tmp_path / "f1")).reward_scope == "member"
 
 
