@@ -9,6 +9,7 @@ FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "prompt_c
 MasterWeights = Literal["device", "host", "none"]
 Rule = Literal["sgd", "momentum", "adam"]
 SigmaSchedule = Literal["constant", "linear", "cosine"]
+LogFormat = Literal["line", "dict"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 PASS_AT = re.compile(r"pass@([1-9][0-9]*)")

@@ -16,6 +16,7 @@ from . import deepspeed_config
 from .choices import (
     Aggregation,
     FitnessShaping,
+    LogFormat,
     MasterWeights,
     PerturbationName,
     Rule,
@@ -315,6 +316,9 @@ class ESConfig(GRPOFields, TrainingArguments):
 
         > Parameters that control the logging
 
+        log_format (`str`, *optional*, defaults to `"line"`):
+            What is printed of a log: `"line"`, the few numbers that say how the run does, or `"dict"`, all of them.
+            Trackers get all of them in any case. Notebooks show a table.
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to log prompts, completions and rewards of the step's best member every `logging_steps` steps:
             printed as a table, as Parquet files in `completions/` in the output folder, and to wandb, trackio and
@@ -778,6 +782,10 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
 
     # Parameters that control the logging
+    log_format: str = field(
+        default="line",
+        metadata=about("What is printed of a log: 'line' or 'dict'.", "nobody", valid=one_of(get_args(LogFormat))),
+    )
     log_completions: bool = field(
         default=False,
         metadata=about(

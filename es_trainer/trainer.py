@@ -30,7 +30,7 @@ from .overrides.checkpoints import CheckpointTrainer
 from .overrides.gradient_free import GradientFreeTrainer
 from .overrides.hub import HubTrainer
 from .report.completions import BestCompletions
-from .report.progress import MemberProgressCallback
+from .report.console import show_progress
 from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Generations
@@ -264,8 +264,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         )
         _, self.lr_scheduler = optimizers
         self.model.add_model_tags(self._tag_names)
-        if not args.disable_tqdm:
-            self.add_callback(MemberProgressCallback)
+        show_progress(self, args)
 
         self.processes.agree_if_several(lambda: fingerprint.of_model(self.model))
         self.backend.start(self.model, processing_class)

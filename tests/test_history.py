@@ -377,3 +377,38 @@ def test_an_adapter_that_was_given_is_given_again(trainer, model_folder, tmp_pat
         replay(model_folder, tmp_path / "run")
     with pytest.raises(ValueError, match="started with other weights"):
         replay(model(1), tmp_path / "run")
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "master_weights": "none"}])
+def test_the_mean_of_the_weights_after_the_last_updates(trainer, options):
+    after = []
+    run = trainer(make_model(), max_steps=4, **options)
+    hook = run.optimizer.register_step_post_hook(
+        lambda *_: after.append({shard.name: shard.trained.clone() for shard in run.optimizer.weights.shards})
+    )
+    run.train()
+    hook.remove()
+    folder = run.args.output_dir
+    found = weights(replay(make_model(), folder, average=3))
+    for name, value in found.items():
+        expected = torch.stack([of_step[name].float() for of_step in after[1:]]).mean(dim=0)
+        assert torch.allclose(value.flatten().float(), expected, atol=1e-6, rtol=1e-2 if options else 1e-6)
+    assert_same(
+        weights(replay(make_model(), folder, steps=2, average=1)), weights(replay(make_model(), folder, steps=2))
+    )
+
+
+def test_updates_of_another_length(trainer):
+    run = trainer(make_model(), max_steps=1)
+    run.train()
+    start, once = weights(make_model()), weights(run.model)
+    for name, value in weights(replay(make_model(), run.args.output_dir, scale=3.0)).items():
+        assert torch.allclose(value - start[name], 3 * (once[name] - start[name]), atol=1e-6)
+
+
+@pytest.mark.parametrize("average", [0, 3])
+def test_no_more_updates_are_averaged_than_there_are(trainer, average):
+    run = trainer(make_model(), max_steps=2)
+    run.train()
+    with pytest.raises(ValueError, match=f"`average={average}` is not valid: 2 updates are replayed"):
+        replay(make_model(), run.args.output_dir, average=average)

@@ -60,7 +60,7 @@ def summary(generated_by, seconds: float = 10.0, scored_by=0, tokens: int = 100)
     lengths = {"completions": 2, "truncated": 0, "shortest": 1, "longest": tokens, "ended": [tokens, 1, tokens]}
     who = {"generated_by": generated_by, "scored_by": scored_by}
     seconds = {"generation_seconds": seconds, "reward_seconds": 0.1 * seconds}
-    return Summary([0.0], [], tokens=tokens, num_tokens=tokens, own={}, **lengths, **who, **seconds)
+    return Summary([0.0], [], [], tokens=tokens, num_tokens=tokens, own={}, **lengths, **who, **seconds)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from math import comb, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,22 +140,6 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
     return [_evaluate_model(name, rows, scorer, config, arguments, agent) for name in arguments.models]
 
 
-def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """
-    Probability that of `k` completions at least one passes, unbiased, from more samples than that ([Chen et al.,
-    2021](https://huggingface.co/papers/2107.03374), equation 1).
-
-    Args:
-        samples (`int`):
-            Number of completions that were sampled.
-        passed (`int`):
-            Number of those that passed.
-        k (`int`):
-            At most `samples`.
-    """
-    return 1 - comb(samples - passed, k) / comb(samples, k)
-
-
 def mean_and_error(values: "np.ndarray") -> tuple[float, float]:
     """Mean of the values that are not NaN, and its standard error; NaN where there are too few."""
     import numpy as np
@@ -191,6 +175,7 @@ def _evaluate_model(
     import numpy as np
     from transformers import TrainerState
 
+    from ..evolution.generations import pass_at, tries
     from ..rollout import for_rewards
     from .generation import Generator
 
@@ -203,8 +188,9 @@ def _evaluate_model(
         completions, repeated = _run_agent(generator, agent, rows, number)
     messages = for_rewards(completions, repeated[0]["prompt"])
     parts = []
-    for start in range(0, len(repeated), arguments.batch_size):
-        part = slice(start, start + arguments.batch_size)
+    size = len(repeated) if scorer.has_sets else arguments.batch_size  # of completions that are scored together
+    for start in range(0, len(repeated), size):
+        part = slice(start, start + size)
         ids = [completion.ids for completion in completions[part]]
         parts.append(scorer(repeated[part], messages[part], ids, TrainerState()))
     shape = len(rows), number
@@ -213,11 +199,11 @@ def _evaluate_model(
         for i, reward in enumerate(scorer.names)
     }
     total = np.concatenate([part.total for part in parts]).reshape(shape)
-    passed = (total >= arguments.pass_threshold).sum(axis=1)  # NaN does not pass
+    passed = (total >= arguments.pass_threshold).astype(np.float64)  # NaN does not pass
 
     by_prompt = {"reward": _mean(total), **{f"rewards/{key}": _mean(values) for key, values in rewards.items()}}
-    for k in _powers_of_two(number):
-        by_prompt[f"pass@{k}"] = np.array([pass_at_k(number, count, k) for count in passed])
+    for k in tries(number):
+        by_prompt[f"pass@{k}"] = np.array([pass_at(of_prompt, k) for of_prompt in passed])
     lengths = np.array([len(completion.ids) for completion in completions], dtype=np.float64)
     clipped = np.array([completion.truncated for completion in completions], dtype=np.float64)
     by_prompt["completions/mean_length"] = _mean(lengths.reshape(shape))
@@ -257,11 +243,6 @@ def _mean(values: "np.ndarray") -> "np.ndarray":
     from ..evolution.fitness import mean
 
     return mean(values, axis=1)
-
-
-def _powers_of_two(largest: int) -> list[int]:
-    """1, 2, 4, ... and the largest itself."""
-    return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest]
 
 
 def _differences(results: list[Results]) -> dict[str, "np.ndarray"]:

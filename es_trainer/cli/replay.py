@@ -1,5 +1,6 @@
 """`es-trainer replay`"""
 
+import re
 from dataclasses import dataclass, field
 
 from ..paths import check_local
@@ -20,6 +21,10 @@ class ReplayArguments:
             Folder for the trained model and its tokenizer.
         steps (`int`, *optional*):
             Number of updates to replay. If `None`, all.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Length of the updates, as a multiple of what they were.
+        average (`str`, *optional*):
+            `"last:10"` gives the mean of the weights after each of the last 10 updates.
         model_revision (`str`, *optional*, defaults to `"main"`):
             Version of the model on the Hub: a branch, tag or commit.
         dtype (`str`, *optional*, defaults to `"float32"`):
@@ -32,6 +37,10 @@ class ReplayArguments:
     history: str = field(metadata={"help": "The run's history.jsonl, or the folder it is in."})
     output_dir: str = field(metadata={"help": "Folder for the trained model and its tokenizer."})
     steps: int | None = field(default=None, metadata={"help": "Number of updates to replay. If `None`, all."})
+    scale: float = field(default=1.0, metadata={"help": "Length of the updates, as a multiple of what they were."})
+    average: str | None = field(
+        default=None, metadata={"help": "last:K gives the mean of the weights after each of the last K updates."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Version of the model on the Hub."})
     dtype: str = field(
         default="float32",
@@ -44,17 +53,39 @@ class ReplayArguments:
         default=False, metadata={"help": "Whether to allow models and tokenizers defined by code in their repository."}
     )
 
+    @property
+    def averaged(self) -> int:
+        """
+        Over how many updates to average.
+
+        Raises:
+            `ValueError`: If `average` is not `"last:K"`.
+        """
+        found = re.fullmatch("last:([1-9][0-9]*)", self.average or "last:1")
+        if found is None:
+            raise ValueError(f"`average={self.average!r}` is not valid: give a number of updates like 'last:10'.")
+        return int(found[1])
+
 
 def main(argv: list[str]) -> None:
     """Replay a run and save the model."""
     (arguments,) = Parser(ReplayArguments, prog="es-trainer replay").parse_args_and_config(argv)
+    averaged = arguments.averaged
     check_local("model_name_or_path", arguments.model_name_or_path, folder=True)
     from transformers import AutoTokenizer
 
     from .. import replay
 
     origin = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    model = replay(arguments.model_name_or_path, arguments.history, arguments.steps, dtype=arguments.dtype, **origin)
+    model = replay(
+        arguments.model_name_or_path,
+        arguments.history,
+        arguments.steps,
+        arguments.scale,
+        averaged,
+        dtype=arguments.dtype,
+        **origin,
+    )
     model.save_pretrained(arguments.output_dir)
     AutoTokenizer.from_pretrained(arguments.model_name_or_path, **origin).save_pretrained(arguments.output_dir)
     print(f"💾 Model saved to {arguments.output_dir}.")

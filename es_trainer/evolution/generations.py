@@ -33,6 +33,11 @@ def pass_at(rewards: np.ndarray, k: int) -> float:
     return math.fsum(c / math.comb(len(known), k) * r for c, r in zip(choices, known.tolist(), strict=True))
 
 
+def tries(number: int) -> list[int]:
+    """For which k pass@k of `number` completions is of interest: 1, 2, 4, ... and `number`."""
+    return [1 << i for i in range((number - 1).bit_length())] + [number]
+
+
 def _majority(rewards: np.ndarray, keys: Sequence[Hashable]) -> float:
     """Mean reward of the completions with the key that most have; of all of these, if there are several such keys."""
     votes: dict[Hashable, list[float]] = {}

@@ -207,7 +207,12 @@ def make_optimizer(
 
 
 def replay(
-    base_model: str | PreTrainedModel, history: str | Path, steps: int | None = None, **model_init_kwargs: Any
+    base_model: str | PreTrainedModel,
+    history: str | Path,
+    steps: int | None = None,
+    scale: float = 1.0,
+    average: int = 1,
+    **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """
     Rebuild the trained weights from the model that a run started with and the run's history.
@@ -223,22 +228,33 @@ def replay(
             The run's `history.jsonl`, or the folder it is in.
         steps (`int`, *optional*):
             Number of updates to replay. `None` replays all.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Length of the updates, as a multiple of what they were. Members are not evaluated anew: this is another
+            model than that of a run with another learning rate.
+        average (`int`, *optional*, defaults to `1`):
+            The weights are the mean of those after each of so many last updates, as in stochastic weight averaging
+            ([paper](https://huggingface.co/papers/1803.05407)).
         model_init_kwargs:
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`].
 
     Returns:
         [`~transformers.PreTrainedModel`]: The model with the weights after the last update, bit-identical to those
         of the run on the same kind of device (on another, the same up to the rounding of float32, which is warned of),
-        in the dtype it was given in.
+        in the dtype it was given in; with `scale` or `average`, what these make of them.
 
     Raises:
         `ValueError`: If the history is of another model, other initial weights or another version of the noise, or has
-            fewer updates than `steps`.
+            fewer updates than `steps` or `average`.
     """
     path = Path(history)
     header, lines = History(path / HISTORY_NAME if path.is_dir() else path).read()
     if steps is not None and steps > len(lines):
         raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
+    lines = lines[:steps]
+    if not 1 <= average <= max(len(lines), 1):
+        raise ValueError(
+            f"`average={average}` is not valid: {len(lines)} updates are replayed; give one of 1 to that."
+        )
     if isinstance(base_model, str):
         on_gpu = header.get("device") == "cuda" and torch.cuda.is_available()
         options = {"dtype": torch.float32, "device_map": "cuda" if on_gpu else None, **model_init_kwargs}
@@ -259,8 +275,17 @@ def replay(
             f"The history {path} started with other weights than the base model has. Give the model that the run "
             "started with, in the dtype it was loaded in; of an adapter, the `PeftModel` with its initial weights."
         )
-    for line in lines[:steps]:
-        replay_step(optimizer, line)
+    shards = optimizer.weights.shards
+    sums = [torch.zeros_like(shard.trained, dtype=torch.float32) for shard in shards if average > 1]
+    for number, line in enumerate(lines, 1):
+        replay_step(optimizer, {**line, "learning_rate": line["learning_rate"] * scale})
+        if average > 1 and number > len(lines) - average:
+            for total, shard in zip(sums, shards, strict=True):
+                total.add_(shard.trained)
+    if average > 1:
+        for total, shard in zip(sums, shards, strict=True):
+            shard.trained.copy_(total / average)
+        optimizer.weights.refresh()
     with optimizer.weights.in_checkpoint_dtype():
         # The model keeps what the parameters hold here
         trained_data = [parameter.data for _, parameter in trained]

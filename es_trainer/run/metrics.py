@@ -1,6 +1,5 @@
 """What is logged about completions, under GRPOTrainer's names, from a few numbers for each member."""
 
-import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..evolution.fitness import deviation, mean
-from ..evolution.generations import pass_at
+from ..evolution.generations import pass_at, tries
 from ..rollout import Rollout
 
 
@@ -119,13 +118,10 @@ def pass_metrics(rollout: Rollout, number: int) -> dict[str, Moments]:
     `pass@k` over the prompts, of `number` completions of each, for k = 1, 2, 4, ... and `number`; see [`pass_at`].
     Nothing if there is one completion of each.
     """
+    if number == 1:
+        return {}
     rewards = rollout.scores.total.reshape(-1, number)
-    tries = [*itertools.takewhile(lambda k: k < number, (1 << i for i in itertools.count())), number]
-    return {
-        f"pass@{k}": Moments.of(np.array([pass_at(of_prompt, k) for of_prompt in rewards]))
-        for k in tries
-        if number > 1
-    }
+    return {f"pass@{k}": Moments.of(np.array([pass_at(of_prompt, k) for of_prompt in rewards])) for k in tries(number)}
 
 
 def side_by_side(times: Iterable[tuple[Hashable, float]]) -> float:

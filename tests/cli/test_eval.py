@@ -1,6 +1,5 @@
 import json
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,21 @@ from peft import LoraConfig, get_peft_model
 
 from es_trainer import ESTrainer
 from es_trainer.cli import main
-from es_trainer.cli.eval import EvalArguments, evaluate, mean_and_error, pass_at_k
+from es_trainer.cli.eval import EvalArguments, evaluate, mean_and_error
 from es_trainer.tasks import conciseness
 
 
 METRIC = Path(__file__).with_name("same_text.py")
 WORDS = "one two three four five six".split()
 REWARDS = """
+from es_trainer.rewards import per_member
+
+
+@per_member
+def count(completions, **kwargs):
+    return len(completions)
+
+
 def letters(prompts, completions, **kwargs):
     return [sum(map(str.islower, completion)) for completion in completions]
 
@@ -153,13 +160,9 @@ def test_models_share_random_numbers(arguments, model_folder):
     assert completions(before) == completions(after)
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_completion_that_passes():
-    for samples in range(1, 8):
-        for passed in range(samples + 1):
-            outcomes = [True] * passed + [False] * (samples - passed)
-            for k in range(1, samples + 1):
-                subsets = [any(subset) for subset in combinations(outcomes, k)]
-                assert pass_at_k(samples, passed, k) == pytest.approx(np.mean(subsets))
+def test_a_reward_of_a_whole_set_gets_all_completions(arguments):
+    (results,) = evaluate(arguments(reward_funcs=["my_eval_rewards.count"], batch_size=2))
+    assert set(results.by_prompt["reward"]) == {len(WORDS)}
 
 
 def test_k_of_many_samples(arguments):

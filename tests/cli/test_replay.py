@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from es_trainer import ESTrainer
+from es_trainer import ESTrainer, replay
 from es_trainer.cli import main
 
 
@@ -45,6 +45,21 @@ def test_a_run_in_another_dtype(model_folder, dataset, reward, config, tmp_path)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
     options = ("--dtype", "bfloat16")
     assert_same(replayed(*options, model=model_folder, history=tmp_path / "run", output=tmp_path / "a"), final)
+
+
+def test_the_mean_of_the_last_updates_and_updates_of_another_length(model_folder, dataset, reward, config, tmp_path):
+    trained = run(model_folder, dataset, reward, config())
+    options = ("--average", "last:2", "--scale", "0.5")
+    found = replayed(*options, model=model_folder, history=tmp_path / "run", output=tmp_path / "a")
+    expected = replay(model_folder, tmp_path / "run", scale=0.5, average=2).state_dict()
+    assert_same(found, expected)
+    assert not all(torch.equal(found[name], value) for name, value in trained.model.state_dict().items())
+
+
+def test_an_average_of_something_else(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        replayed("--average", "best:2", model=str(tmp_path), history=tmp_path, output=tmp_path / "a")
+    assert "`average='best:2'` is not valid: give a number of updates like 'last:10'." in capsys.readouterr().err
 
 
 def test_more_steps_than_there_are(model_folder, dataset, reward, config, tmp_path, capsys):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from es_trainer.evolution.generations import pass_at, prompt_rewards
+from es_trainer.evolution.generations import pass_at, prompt_rewards, tries
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -47,3 +47,8 @@ def test_the_majority_has_the_reward_of_the_answer_that_most_give():
 
 def test_several_answers_that_most_give_share_the_majority():
     assert prompt_rewards(np.array([[1.0, 0.0, 1.0, 0.0, 5.0]]), "majority", [["a", "b", "a", "b", "c"]]) == [0.5]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
+def test_tries_of_interest(number, expected):
+    assert tries(number) == expected
