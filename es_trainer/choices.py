@@ -12,6 +12,10 @@ SigmaSchedule = Literal["constant", "linear", "cosine"]
 LogFormat = Literal["line", "dict"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
+# A multiple of sigma, such as "sigma/2" or "0.5 * sigma"
+NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
+OF_SIGMA = re.compile(rf"(?:{NUMBER}\s*\*\s*)?sigma(?:\s*([*/])\s*{NUMBER})?", re.IGNORECASE)
+
 PASS_AT = re.compile(r"pass@([1-9][0-9]*)")
 
 

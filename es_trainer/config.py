@@ -41,7 +41,7 @@ from .fields import (
     was_set,
     without_effect,
 )
-from .values import converted, plain, with_schemas
+from .values import InSigmas, converted, in_sigmas, plain, with_schemas
 
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             Standard deviation of the noise added to every weight.
         sigma_schedule (`str`, *optional*, defaults to `"constant"`):
             How sigma changes over the steps: `"constant"`, or `"linear"` or `"cosine"` down to `sigma_min_ratio *
-            sigma`. The learning rate has a schedule of its own (`lr_scheduler_type`).
+            sigma`. The learning rate has a schedule of its own (`lr_scheduler_type`). One that is given in units of
+            sigma, like `learning_rate="sigma/2"`, follows both.
         sigma_min_ratio (`float`, *optional*, defaults to `0.1`):
             Sigma after the last step, as a part of `sigma`.
         antithetic (`bool`, *optional*, defaults to `False`):
@@ -908,6 +909,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         self._reasons = without_effect(_own_fields())
         self._leave_out_what_has_no_effect()
         self.top_k = self.top_k or 0  # `None` keeps all, too
+        self._express_learning_rate()
         for name, hint in _type_hints().items():
             setattr(self, name, converted(name, getattr(self, name), hint))
         for item in fields(self):
@@ -944,6 +946,13 @@ class ESConfig(GRPOFields, TrainingArguments):
         if self.data_seed is None or isinstance(self.data_seed, Derived):
             self.data_seed = Derived(self.seed)  # the order of the prompts must not hang on the global random state
         self._warn_of_settings_without_effect()
+
+    def _express_learning_rate(self) -> None:
+        """Make a multiple of sigma a number, also where sigma was changed since."""
+        if isinstance(self.learning_rate, InSigmas):
+            self.learning_rate = InSigmas(self.learning_rate.ratio, float(self.sigma))
+        elif isinstance(self.learning_rate, str):
+            self.learning_rate = in_sigmas(self.learning_rate, float(self.sigma)) or self.learning_rate
 
     def check(self) -> None:
         """Check what was set since the config was made like what it was made with."""

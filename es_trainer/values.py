@@ -8,8 +8,41 @@ import numpy as np
 import torch
 from transformers.utils import get_json_schema
 
+from .choices import OF_SIGMA
+
 
 WORDS = {"true": True, "false": False}
+
+
+class InSigmas(float):
+    """
+    A number that was given as a multiple of sigma, such as `"sigma/2"` or `"0.5 * sigma"`.
+
+    Args:
+        ratio (`float`):
+            The multiple.
+        sigma (`float`):
+            Sigma.
+    """
+
+    ratio: float
+
+    def __new__(cls, ratio: float, sigma: float) -> "InSigmas":
+        number = super().__new__(cls, ratio * sigma)
+        number.ratio = ratio
+        return number
+
+    def __reduce__(self):
+        return InSigmas, (self.ratio, float(self) / self.ratio)
+
+
+def in_sigmas(text: str, sigma: float) -> InSigmas | None:
+    """The number that a multiple of sigma is, or `None` if the text is none."""
+    found = OF_SIGMA.fullmatch(text.strip())
+    if found is None or (found[2] == "/" and not float(found[3])):
+        return None
+    factor, operator, other = found[1] or "1", found[2], found[3] or "1"
+    return InSigmas(float(factor) / float(other) if operator == "/" else float(factor) * float(other), sigma)
 
 
 def plain(value: Any) -> Any:

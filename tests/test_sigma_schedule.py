@@ -1,13 +1,16 @@
 """Runs whose sigma falls."""
 
+import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 from conftest import assert_same, logs, make_model, weights
 
-from es_trainer import replay
+from es_trainer import ESConfig, replay
 from es_trainer.noise import noise
+from es_trainer.scripts.arguments import Parser
 
 
 LINEAR = {"sigma_schedule": "linear", "sigma_min_ratio": 0.2, "sigma": 0.1, "max_steps": 4}
@@ -59,3 +62,54 @@ def test_what_cannot_be(config, wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"`{name}="):
         config(**LINEAR | wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("sigma", 0.1),
+        ("sigma/2", 0.05),
+        ("2*sigma", 0.2),
+        (" 0.5 * sigma ", 0.05),
+        ("sigma * 3e-1", 0.03),
+        ("0.7", 0.7),
+    ],
+)
+def test_a_learning_rate_in_units_of_sigma(config, given, expected):
+    args = config(sigma=0.1, learning_rate=given)
+    assert args.learning_rate == pytest.approx(expected)
+    if "sigma" in given:
+        for copy in (dataclasses.replace(args, sigma=1.0), pickle.loads(pickle.dumps(args))):
+            assert copy.learning_rate == pytest.approx(expected * copy.sigma / 0.1)
+        assert json.loads(args.to_json_string())["learning_rate"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given", ["sigma/", "sigma/0", "1.2.3*sigma", "sigma+1", "2 sigma", "tau/2"])
+def test_what_is_no_multiple_of_sigma(config, given):
+    with pytest.raises(ValueError, match="`learning_rate=.* is not valid: it must be a number"):
+        config(learning_rate=given)
+
+
+def test_such_a_learning_rate_follows_both_schedules(trainer, tmp_path):
+    options = LINEAR | {"learning_rate": "sigma/2", "lr_scheduler_type": "linear", "save_strategy": "steps"}
+    whole = trainer(make_model(), **options | {"save_steps": 2})
+    whole.train()
+    expected = [0.05, 0.04 * 0.75, 0.03 * 0.5, 0.02 * 0.25]
+    lines = [json.loads(line) for line in (Path(whole.args.output_dir) / "history.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines[1:]] == pytest.approx(expected)
+    resumed = trainer(make_model(), **options | {"output_dir": str(tmp_path / "resumed"), "save_steps": 2})
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+def test_it_can_be_given_on_the_command_line_and_in_a_file(tmp_path):
+    def parsed(*argv: str) -> ESConfig:
+        (args,) = Parser(ESConfig).parse_args_and_config(["--output_dir", str(tmp_path), *argv])
+        return args
+
+    assert parsed("--sigma", "0.1", "--learning_rate", "sigma/4").learning_rate == pytest.approx(0.025)
+    (tmp_path / "run.yaml").write_text("sigma: 0.2\nlearning_rate: sigma/4\n")
+    assert parsed("--config", str(tmp_path / "run.yaml")).learning_rate == pytest.approx(0.05)
+    assert parsed("--learning_rate", "1e-3").learning_rate == 1e-3
+    with pytest.raises(SystemExit):
+        parsed("--learning_rate", "fast")

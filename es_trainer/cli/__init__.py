@@ -17,6 +17,7 @@ COMMANDS = {
     "replay": "rebuild a trained model from its base model and the history of its run",
     "vllm-serve": "start a vLLM server that evaluates members for a trainer elsewhere",
     "plot": "draw the rewards of runs into one picture",
+    "compare": "print in what runs differ, and what came of them",
     "env": "print versions and devices, for bug reports",
 }
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..report.curves import plot_metric
 from ..report.plots import plot_rewards, read_run
+from ..report.runs import AXES, Run
 from ..scripts.arguments import Parser
 
 
@@ -15,9 +17,21 @@ class PlotArguments:
     Args:
         output (`str`, *optional*, defaults to `"reward.png"`):
             Picture to write; its suffix says in which format.
+        metric (`str`, *optional*):
+            The metric to draw, such as `"eval_reward"` or `"signal"`. If `None`, the rewards of members and of
+            held-out prompts.
+        x (`str`, *optional*, defaults to `"steps"`):
+            Over what: `"steps"`, `"tokens"`, `"hours"` or `"completions"`.
+        smooth (`int`, *optional*, defaults to `1`):
+            Values that are averaged: each one with those before it.
     """
 
     output: str = field(default="reward.png", metadata={"help": "Picture to write."})
+    metric: str | None = field(
+        default=None, metadata={"help": "Metric to draw. If `None`, rewards of members and of held-out prompts."}
+    )
+    x: str = field(default="steps", metadata={"help": "Over what to draw.", "choices": list(AXES)})
+    smooth: int = field(default=1, metadata={"help": "Values that are averaged: each one with those before it."})
 
 
 def main(argv: list[str]) -> None:
@@ -29,5 +43,13 @@ def main(argv: list[str]) -> None:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = positional.runs
-    plot_rewards(dict(zip(names, map(read_run, folders), strict=True)), arguments.output)
-    print(f"Rewards are plotted in {arguments.output}.")
+    if arguments.smooth < 1:
+        raise ValueError(f"`smooth={arguments.smooth}` is not valid: it must be at least 1.")
+    if (arguments.metric, arguments.x, arguments.smooth) == (None, "steps", 1):
+        plot_rewards(dict(zip(names, map(read_run, folders), strict=True)), arguments.output)
+        print(f"Rewards are plotted in {arguments.output}.")
+        return
+    metric = arguments.metric or "reward"
+    runs = [Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]
+    plot_metric(runs, arguments.output, metric, arguments.x, arguments.smooth)
+    print(f"The metric {metric} is plotted in {arguments.output}.")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import IterableDataset
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..data import check_eval_dataset, collate, shuffled
+from ..values import InSigmas
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +47,23 @@ class GradientFreeTrainer(Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # The weights themselves are bf16 or fp16: no autocast, no gradient scaler
         return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The schedule of the learning rate, which follows sigma's if it was given in units of sigma."""
+        made_here = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        args = self.args
+        if made_here and isinstance(args.learning_rate, InSigmas) and args.sigma_schedule != "constant":
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"`lr_scheduler_type={args.lr_scheduler_type!r}` is not valid: with learning_rate in units of "
+                    "sigma and a sigma_schedule, give one that follows from the step, such as 'constant' or 'linear'."
+                )
+            scheduler.lr_lambdas = [
+                lambda step, factor=factor: factor(step) * args.sigma_at(step, num_training_steps) / args.sigma
+                for factor in scheduler.lr_lambdas
+            ]
+        return scheduler
 
     def get_total_train_batch_size(self, args: ESConfig) -> int:
         """Prompts of a step, however many processes there are."""

@@ -187,7 +187,7 @@ def make_optimizer(
     ]
     return kind(
         [group for group in groups if group["params"]],
-        lr=config["learning_rate"],
+        lr=float(config["learning_rate"]),  # also if it was given in units of sigma
         sigma=config["sigma"],
         population_size=config["population_size"],
         antithetic=config["antithetic"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
 
+from ..choices import OF_SIGMA
 from ..paths import check_local
 from .mistakes import suggestion
 
@@ -36,6 +37,9 @@ class Parser(TrlParser):
     ):
         epilog = "Options can also stand in a YAML file, given by --config FILE. The command line overrides it."
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False, epilog=epilog, **kwargs)
+        for action in self._actions:
+            if action.dest == "learning_rate":
+                action.type = _number_or_multiple_of_sigma
         self.left_over: set[str] = set()
         if launched:
             from .launch import accelerate_configs, launch_options
@@ -78,6 +82,10 @@ class Parser(TrlParser):
     def error(self, message: str) -> None:
         """End with the message alone: the usage of some hundred options would hide it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _number_or_multiple_of_sigma(text: str) -> float | str:
+    return text if OF_SIGMA.fullmatch(text.strip()) else float(text)
 
 
 @dataclass
