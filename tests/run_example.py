@@ -17,12 +17,15 @@ OPTIONS = {
 }
 
 
+OF_ES = {"population_size": 4, "num_prompts_per_step": 2}
+
+
 def main(script: str, length: str = "8") -> None:
     options = {**OPTIONS, "max_completion_length": int(length)}
-    for config in (GRPOConfig, ESConfig):
+    for config, of_kind in ((GRPOConfig, {}), (ESConfig, OF_ES)):
         configure = config.__init__
-        config.__init__ = lambda self, *args, _configure=configure, **kwargs: _configure(
-            self, *args, **{**kwargs, **options}
+        config.__init__ = lambda self, *args, _configure=configure, _of_kind=of_kind, **kwargs: _configure(
+            self, *args, **{**kwargs, **options, **_of_kind}
         )
     runpy.run_path(script, run_name="__main__")
 
