@@ -74,7 +74,7 @@ def calling_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
     tokenizer.chat_template = chat_template_utils.qwen2_5_chat_template
-    # Markers are one token each, as in Qwen's tokenizer. So is what stands around the tools: most of a prompt's letters
+    # Markers are one token each, as in Qwen's tokenizer. So is what stands around the tools, most of a prompt
     around = tokenizer.apply_chat_template(PROMPTS[0], tools=[{}], tokenize=False)
     before, _, after = around.partition("\n{}\n")
     tokenizer.add_tokens(
