@@ -86,7 +86,8 @@ class Learning:
 
     def walked(self, update_norm: float) -> dict[str, float]:
         """How far updates of the lengths of all steps would lead in random directions: their root of squares."""
-        return {"random_walk_distance": math.hypot(update_norm, *(step["update_norm"] for step in self._steps))}
+        norms = (step["update_norm"] or 0.0 for step in self._steps)
+        return {"random_walk_distance": math.hypot(update_norm, *norms)}
 
     def done(self, metrics: dict[str, Any], step: int) -> None:
         """A step is done, or done again, and these are its metrics. Warns once if there is no signal."""
