@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from es_trainer.evolution.fitness import FitnessShaping, deviation, fitness, mean, total_reward, utilities
+from es_trainer.evolution.fitness import (
+    FitnessShaping,
+    deviation,
+    fitness,
+    mean,
+    normalized_sum,
+    total_reward,
+    utilities,
+)
 
 
 NAN = float("nan")
@@ -258,3 +266,38 @@ def test_a_total_that_no_float_can_hold_is_refused(weights):
     rewards = np.array([[1.0, 2.0], [LARGEST, LARGEST]])
     with pytest.raises(ValueError, match="rewards of completion 1 .*1.79.*reward_weights"):
         total_reward(rewards, np.array(weights))
+
+
+# ---- several rewards on one scale ----
+
+
+def test_rewards_of_any_range_count_the_same():
+    rng = np.random.default_rng(0)
+    narrow, wide = rng.normal(size=(2, 6, 4))
+    same = normalized_sum(np.array([narrow, 1000 * wide + 7]), np.array([1.0, 1.0]))
+    np.testing.assert_allclose(same, normalized_sum(np.array([narrow, wide]), np.array([1.0, 1.0])))
+    for weights in ([1.0, 0.0], [0.0, 1.0]):
+        values = fitness(normalized_sum(np.array([narrow, 1000 * wide + 7]), np.array(weights)))
+        assert values.mean() == pytest.approx(0.0) and values.std() == pytest.approx(1.0)
+
+
+def test_z_scores_are_weighed_and_added():
+    first, second = np.array([[1.0], [2.0], [6.0]]), np.array([[0.0], [10.0], [5.0]])
+    deviations = np.sqrt(14 / 3), np.sqrt(50 / 3)  # of 1, 2, 6 from 3, and of 0, 10, 5 from 5
+    expected = 2.0 * np.array([-2, -1, 3]) / deviations[0] - 1.0 * np.array([-5, 5, 0]) / deviations[1]
+    found = normalized_sum(np.array([first, second]), np.array([2.0, -1.0]))
+    np.testing.assert_allclose(found[:, 0], expected)
+
+
+def test_a_reward_that_tells_nobody_apart_counts_nothing():
+    rewards = np.array([[1.0, 2.0], [3.0, 1.0], [2.0, 9.0]])
+    constant = np.full_like(rewards, 0.1 + 0.2)
+    alone = normalized_sum(np.array([rewards]), np.array([1.0]))
+    np.testing.assert_allclose(normalized_sum(np.array([rewards, constant]), np.array([1.0, 5.0])), alone)
+
+
+def test_where_no_reward_applies_nothing_is_known():
+    first = np.array([[1.0, NAN], [2.0, NAN], [4.0, NAN]])
+    second = np.array([[NAN, 1.0], [NAN, NAN], [NAN, 3.0]])
+    found = normalized_sum(np.array([first, second]), np.array([1.0, 1.0]))
+    assert np.isnan(found).tolist() == [[False, False], [False, True], [False, False]]

@@ -40,7 +40,7 @@ def test_rewards_of_prompts(way, expected):
 
 
 def test_the_majority_has_the_reward_of_the_answer_that_most_give():
-    keys = [["a", "b", "a", "c"], ["a", "a", "b", "b"], ["a"] * 4]
+    keys = [["a", "b", "a", "c"], ["a", "a", "b", "c"], ["a"] * 4]
     # Of the second prompt, the two that vote for "a" do not count
     np.testing.assert_allclose(prompt_rewards(REWARDS, "majority", keys), [0.0, 0.125, math.nan])
 

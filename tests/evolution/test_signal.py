@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from es_trainer.evolution.signal import expected_gain, settled, signal
 
@@ -22,6 +23,12 @@ def test_reliability_is_one_minus_the_ratio_of_mean_squares(residual):
     members_square = 3 * (9 + 1 + 1 + 9) / 3  # prompts * sum of squares / degrees of freedom
     residual_square = residual**2 * (4 * 6) / (3 * 2)
     assert signal(matrix(residual)).reliability == pytest.approx(1 - residual_square / members_square)
+
+
+def test_the_interval_is_that_of_the_f_distribution():
+    reliability, low, high = signal(matrix(1.0))
+    f = scipy.stats.f(3, 3 * 2)
+    assert (low, high) == pytest.approx((1 - (1 - reliability) * f.ppf(0.975), 1 - (1 - reliability) * f.ppf(0.025)))
 
 
 def test_neither_prompts_nor_units_matter():
@@ -87,3 +94,9 @@ def test_expected_gain_of_rewards_that_are_linear_in_the_weights():
     utilities = rng.normal(size=members)
     by_utility = learning_rate / members * utilities * (noise @ slope)
     assert expected_gain(rewards, rewards, utilities, learning_rate / sigma) == pytest.approx(by_utility.sum())
+
+
+def test_what_is_luck_is_not_expected_to_come_again():
+    utilities = np.array([1.0, 0.5, 0.0, -2.0])
+    expected = 0.2 * (3.0 + 0.5 + 6.0) / 4 * signal(matrix(2.0)).reliability
+    assert expected_gain(matrix(2.0), matrix(2.0), utilities, 0.2) == pytest.approx(expected)
