@@ -102,15 +102,16 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             - A function, which is called with the keyword arguments `prompts`, `completions`, `completion_ids`, every
               other column of the dataset, `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`.
               It returns a list with one number for each completion, or `None` where it does not apply, and should
-              accept `**kwargs`. Functions that are `async` run together.
+              accept `**kwargs`. Functions that are `async` run together. One that is decorated with
+              [`~rewards.per_member`] returns one number for all completions of a member.
             - A string, being the name or folder of a reward model: it is loaded with
               [`~transformers.AutoModelForSequenceClassification.from_pretrained`], `num_labels=1` and
               `args.model_init_kwargs`.
             - A [`~transformers.PreTrainedModel`] for sequence classification.
 
-            Functions are called in the thread that trains, after each member has generated, and in evaluations too.
-            Those that are `async`, like judges that are asked over a network, run while the next members generate;
-            make one `async` if it spends its time waiting. `trainer.model` has the member's weights then, or, if
+            Functions are called in the thread that trains, after each member has generated, for the unperturbed
+            weights (`args.evaluate_center`) and in evaluations. Those that are `async`, like judges that are asked
+            over a network, run while the next members generate. `trainer.model` has the member's weights then, or, if
             members are evaluated several at a time (`args.population_batch_size`), the unperturbed ones. Functions
             that are `async` must not use it. What functions get is their own: they may change the lists and dicts.
         args ([`ESConfig`] or [`~trl.GRPOConfig`], *optional*):
