@@ -85,10 +85,22 @@ class Generations:
             See [`~evolution.generations.prompt_rewards`].
         key (`Callable`, *optional*):
             Answer that a completion gives, for the majority. If `None`, its text.
+
+    Raises:
+        `TypeError`: If the key is no function.
+        `ValueError`: If there is a key, but no majority.
     """
 
     way: str = "mean"
     key: Callable[[Any], Hashable] | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not callable(self.key):
+            raise TypeError(f"`majority_key` is {self.key!r}: give a function that returns a completion's answer.")
+        if self.key is not None and self.way != "majority":
+            raise ValueError(
+                f"`majority_key` has no effect with generation_reward={self.way!r}: set generation_reward='majority'."
+            )
 
     def keys(self, completions: list[Any], number: int) -> list[list[Hashable]] | None:
         """The answers of each prompt's completions, if they are of interest."""

@@ -7,6 +7,7 @@ from conftest import letters, logs, make_tokenizer
 
 from es_trainer.rewards import per_member
 from es_trainer.rewards.scorer import Scorer
+from es_trainer.rollout import Generations
 
 
 class Distinct:
@@ -60,7 +61,6 @@ def test_it_counts_beside_other_rewards(trainer):
         max_steps=1,
     )
     seen: list[tuple[float, float]] = []
-    run.reward_funcs  # noqa: B018 (names are looked up by the scorer)
     asked = run.scorer.functions[0]
 
     def spy(completions, **kwargs):
@@ -151,3 +151,29 @@ def test_the_majority_is_of_the_answers_that_a_key_function_finds(trainer):
     assert found.keys(["ab", "ac", "b"], 3) == [["a", "a", "b"]]
     # Rewards are letters' numbers, so a majority's mean of one letter is that number
     assert logs(run)[0]["reward_max"] > 0
+
+
+def test_a_majority_key_that_cannot_work():
+    with pytest.raises(TypeError, match="`majority_key` is 'answer': give a function"):
+        Generations("majority", "answer")
+    with pytest.raises(ValueError, match="`majority_key` has no effect with generation_reward='mean'"):
+        Generations("mean", str.strip)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"generation_reward": "median"}, "choose 'mean', 'max', 'majority' or 'pass@k', such as 'pass@4'"),
+        ({"generation_reward": "pass@0"}, "choose 'mean'"),
+        ({"generation_reward": "pass@3", "num_generations": 2, "temperature": 1.0}, "but num_generations=2"),
+        ({"generation_reward": "pass@3", "num_generations": 3}, "but num_generations=1"),  # greedy ones are equal
+        (
+            {"generation_reward": "pass@3", "num_generations": 3, "num_generations_eval": 2, "temperature": 1.0},
+            "but num_generations_eval=2",
+        ),
+    ],
+)
+def test_generation_rewards_that_cannot_be(config, options, said):
+    with pytest.raises(ValueError, match="`generation_reward=") as error:
+        config(**options)
+    assert said in str(error.value)
