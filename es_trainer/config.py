@@ -15,6 +15,7 @@ from trl import GRPOConfig
 from . import deepspeed_config
 from .choices import (
     Aggregation,
+    AnchorPenalty,
     FitnessShaping,
     LogFormat,
     MasterWeights,
@@ -62,6 +63,7 @@ LEAST_LEARNING_RATE = 1e-5  # a lower one is GRPO's
 # Beside which other settings fields have an effect
 LOW_RANK: Needs = (lambda c: c.perturbation == "low_rank"), "perturbation='low_rank'"
 SAMPLED: Needs = (lambda c: c.samples), "temperature > 0"
+ANCHORED: Needs = (lambda c: c.anchor_decay > 0), "anchor_decay > 0"
 SIGMA_FALLS: Needs = (lambda c: c.sigma_schedule != "constant"), "sigma_schedule='linear' or 'cosine'"
 SEVERAL_GENERATIONS: Needs = (lambda c: c.num_generations > 1), "num_generations > 1"
 LOGGED: Needs = (lambda c: c.log_completions), "log_completions=True"
@@ -158,8 +160,11 @@ class ESConfig(GRPOFields, TrainingArguments):
             - `"adam"`: Adam with `adam_beta1`, `adam_beta2` and `adam_epsilon`. Keeps 8 more bytes a weight.
         anchor_decay (`float`, *optional*, defaults to `0.0`):
             Decay towards the initial weights, against drifting away from what the model could do before: Anchored
-            Weight Decay with the l2 penalty ([paper](https://huggingface.co/papers/2605.30148)), weights -=
+            Weight Decay ([paper](https://huggingface.co/papers/2605.30148)), weights -=
             learning_rate * anchor_decay * (weights - initial weights). Keeps a copy of the initial weights.
+        anchor_penalty (`str`, *optional*, defaults to `"l2"`):
+            `"l2"` is the decay above. With `"l1"`, each weight moves by `learning_rate * anchor_decay` towards its
+            initial value and not beyond it, so that many weights stay where they began.
         evaluate_center (`bool`, *optional*, defaults to `True`):
             Evaluate the unperturbed weights on the prompts of each step, too, like one more member. What the update
             did and what sigma costs is logged then (`reward/center`, `gain`, `sigma_cost`). The update does not depend
@@ -503,6 +508,15 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
     anchor_decay: float = field(
         default=0.0, metadata=about("Decay towards the initial weights.", "run", valid=NOT_NEGATIVE)
+    )
+    anchor_penalty: str = field(
+        default="l2",
+        metadata=about(
+            "Penalty of the distance from the initial weights: 'l2' or 'l1'.",
+            "run",
+            valid=one_of(get_args(AnchorPenalty)),
+            needs=ANCHORED,
+        ),
     )
     evaluate_center: bool = field(
         default=True,

@@ -281,7 +281,6 @@ def left_out(tmp_path, caplog):
         ({"bf16_full_eval": True}, "bf16_full_eval=True (evaluations have the dtype of training"),
         ({"fp16_full_eval": True}, "fp16_full_eval=True (evaluations have the dtype of training"),
         ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen=True (`num_tokens` is logged)"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "(rewards are summed with `reward_weights`"),
     ],
 )
 def test_what_has_no_effect_is_named_and_reset(left_out, options, said):
@@ -309,6 +308,13 @@ def test_what_has_no_effect_is_named_and_reset(left_out, options, said):
         ({"vllm_server_port": 99}, "without vllm_server_base_url", {"use_vllm": True, "vllm_mode": "server"}),
         ({"num_completions_to_print": 2}, "(needs log_completions=True)", {"log_completions": True}),
         ({"eval_steps": 2}, "(needs eval_strategy='steps')", {"eval_strategy": "steps"}),
+        ({"anchor_penalty": "l1"}, "(needs anchor_decay > 0)", {"anchor_decay": 0.1}),
+        ({"sigma_min_ratio": 0.5}, "(needs sigma_schedule='linear' or 'cosine')", {"sigma_schedule": "cosine"}),
+        (
+            {"generation_reward": "max"},
+            "(needs num_generations > 1)",
+            {"num_generations": 2, "temperature": 1.0},
+        ),
         ({"save_steps": 2, "save_strategy": "epoch"}, "(needs save_strategy='steps')", {"save_strategy": "steps"}),
         ({"ds3_gather_for_generation": False}, "(needs DeepSpeed ZeRO-3)", None),
     ],

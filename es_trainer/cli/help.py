@@ -18,7 +18,8 @@ GROUPS = {
         *("lora_target_modules", "bf16", "fp16", "use_cpu", "master_weights"),
     ),
     "evolution": (
-        *("population_size", "sigma", "learning_rate", "lr_scheduler_type", "warmup_steps", "antithetic"),
+        *("population_size", "sigma", "sigma_schedule", "sigma_min_ratio", "learning_rate", "lr_scheduler_type"),
+        *("warmup_steps", "antithetic", "anchor_penalty", "evaluate_center"),
         *("perturbation", "perturbation_rank", "population_batch_size", "fitness_shaping", "es_optimizer"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "anchor_decay", "num_prompts_per_step"),
         *("max_steps", "num_train_epochs", "seed", "consistency_check_steps", "ds3_gather_for_generation"),
@@ -31,7 +32,7 @@ GROUPS = {
     ),
     "rewards and data": (
         *("task", "agent", "reward_funcs", "reward_model_name_or_path", "reward_weights"),
-        "mask_truncated_completions",
+        *("multi_objective_aggregation", "generation_reward", "mask_truncated_completions"),
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
         *("datasets", "system_prompt", "shuffle_dataset", "remove_unused_columns"),
     ),
@@ -42,7 +43,7 @@ GROUPS = {
         "vllm_enable_sleep_mode",
     ),
     "output": (
-        *("output_dir", "logging_steps", "report_to", "log_completions", "num_completions_to_print"),
+        *("output_dir", "logging_steps", "report_to", "log_format", "log_completions", "num_completions_to_print"),
         *("log_unique_prompts", "log_completions_hub_repo", "eval_strategy", "eval_steps"),
         *("per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit"),
         *("load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),

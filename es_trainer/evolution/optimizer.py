@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import StorageReader
 
-from ..choices import FitnessShaping, MasterWeights, Rule
+from ..choices import AnchorPenalty, FitnessShaping, MasterWeights, Rule
 from ..noise import noise
 from ..noise.shapes import Gaussian, Sum
 from ..weights.distributed_checkpoint import Slice, StateDicts, load
@@ -23,6 +23,8 @@ from .fitness import utilities
 from .population import Member, Population
 from .update_rules import UPDATE_RULES
 
+
+TINY = torch.finfo(torch.float32).tiny
 
 DISTANCE_SAMPLE = 1 << 20  # least number of weights from which the distance from the start is measured
 
@@ -56,6 +58,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
         weights += -lr * weight_decay * weights - lr * anchor_decay * (weights - initial weights)
 
+    With `anchor_penalty="l1"`, each weight moves by `lr * anchor_decay` towards its initial value, and not beyond it.
+
     N is the size of the population, however many members have a fitness: one without weighs like an average member,
     so the less is known, the shorter is the step.
 
@@ -81,8 +85,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
         weight_decay (`float`, *optional*, defaults to `0.0`):
             Decay towards zero.
         anchor_decay (`float`, *optional*, defaults to `0.0`):
-            Decay towards the initial weights: Anchored Weight Decay with the l2 penalty (arXiv 2605.30148). Keeps a
-            copy of the initial weights.
+            Decay towards the initial weights: Anchored Weight Decay (arXiv 2605.30148). Keeps a copy of the initial
+            weights.
+        anchor_penalty (`str`, *optional*, defaults to `"l2"`):
+            `"l2"` (far weights are pulled harder) or `"l1"` (all are pulled the same, so many stay where they began).
         master_weights (`str`, *optional*, defaults to `"device"`):
             Where the float32 masters are; see [`Weights`].
         dtype (`torch.dtype`, *optional*):
@@ -114,6 +120,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         anchor_decay: float = 0.0,
+        anchor_penalty: AnchorPenalty = "l2",
         master_weights: MasterWeights = "device",
         dtype: torch.dtype | None = None,
         seed: int = 42,
@@ -130,6 +137,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.rule = rule
         self._rule = UPDATE_RULES[rule](betas, eps)
         self.anchor_decay = anchor_decay
+        self.anchor_penalty = anchor_penalty
         self.seed = seed
         self.update_norm = 0.0  # of the last step
         self.update_record: UpdateRecord | None = None  # of the next step
@@ -268,7 +276,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
             delta.sub_(weights, alpha=group["weight_decay"])
         if self.anchor_decay > 0:
             anchor = state["anchor"][piece].to(device, torch.float32)
-            delta.sub_(weights - anchor, alpha=self.anchor_decay)
+            pull = weights - anchor
+            if self.anchor_penalty == "l1":  # the step of soft thresholding, which ends at the anchor
+                pull.div_(max(group["lr"] * self.anchor_decay, TINY)).clamp_(-1.0, 1.0)
+            delta.sub_(pull, alpha=self.anchor_decay)
         delta.mul_(group["lr"])
 
         weights.add_(delta)

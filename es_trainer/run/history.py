@@ -196,6 +196,7 @@ def make_optimizer(
         betas=(config["adam_beta1"], config["adam_beta2"]),
         eps=config["adam_epsilon"],
         anchor_decay=config["anchor_decay"],
+        anchor_penalty=config["anchor_penalty"],
         master_weights=config["master_weights"],
         dtype=working_dtype(config),
         seed=config["seed"],
@@ -250,7 +251,7 @@ def replay(
     header, lines = History(path / HISTORY_NAME if path.is_dir() else path).read()
     if steps is not None and steps > len(lines):
         raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
-    lines = lines[:steps]
+    header, lines = with_defaults(header), lines[:steps]
     if not 1 <= average <= max(len(lines), 1):
         raise ValueError(
             f"`average={average}` is not valid: {len(lines)} updates are replayed; give one of 1 to that."

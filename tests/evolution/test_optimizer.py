@@ -216,6 +216,27 @@ def test_decays_are_decoupled_and_pull_to_zero_and_to_the_start():
             torch.testing.assert_close(parameter.data, before[name] + 0.5 * direction, rtol=0, atol=5e-6)
 
 
+def test_an_l1_anchor_pulls_by_a_constant_step_and_stops_at_the_start():
+    parameters, optimizer = make(lr=0.5, anchor_decay=0.3, anchor_penalty="l1")
+    start = snapshot(parameters)
+    optimizer.update_record = UpdateRecord(seeds=[1], signs=[1], utilities=[1.0])
+    optimizer.step()  # from the anchor, nothing pulls
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.data - start[name], 0.5 * noise_of(1, name), rtol=0, atol=5e-6)
+    before = snapshot(parameters)
+    optimizer.update_record = UpdateRecord(seeds=[2], signs=[1], utilities=[1e-30])  # next to no update
+    optimizer.step()
+    for name, parameter in parameters.items():
+        way = before[name] - start[name]
+        expected = before[name] - way.sign() * way.abs().clamp(max=0.5 * 0.3)
+        torch.testing.assert_close(parameter.data, expected, rtol=0, atol=5e-6)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = snapshot(parameters)
+    optimizer.update_record = UpdateRecord(seeds=[3], signs=[1], utilities=[1.0])
+    optimizer.step()
+    assert all(torch.equal(parameter.data, before[name]) for name, parameter in parameters.items())
+
+
 def test_updates_too_small_for_bfloat16_add_up_in_the_master():
     parameters = {"norm.weight": nn.Parameter(torch.ones(33, dtype=torch.bfloat16))}
     with_master, optimizer = make(copy.deepcopy(parameters), lr=3e-4)
