@@ -40,7 +40,7 @@ def launcher(config: Path, processes: int, model: str, runs: list[dict], *option
 
 def launch(config: Path, processes: int, model: str, runs: list[dict]) -> subprocess.CompletedProcess:
     command = launcher(config, processes, model, runs, "--main_process_port", str(free_port()))
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 def launched(config: Path, processes: int, model: str, runs: list[dict]) -> str:
@@ -113,25 +113,31 @@ def folder(tmp_path_factory) -> Path:
 
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 RUNS = {
-    "gaussian": {"evaluate": True, "config": {"eval_strategy": "steps", "eval_steps": 1}},
+    "gaussian": {"evaluate": True, "config": {"eval_strategy": "steps", "eval_steps": 1, "evaluate_center": True}},
     "antithetic": {"config": {"antithetic": True, "population_size": 6, "fitness_shaping": "prompt_z_score"}},
-    "low_rank": {"config": {"perturbation": "low_rank", "perturbation_rank": 2, "bf16": True}, "evaluate": True},
-    "sampled": {"config": {"temperature": 1.0, "num_generations": 2, "generation_batch_size": 3}, "stream": True},
+    "low_rank": {
+        "config": {
+            **{"perturbation": "low_rank", "perturbation_rank": 2, "bf16": True},
+            **{"evaluate_center": True, "population_batch_size": 3},
+        },
+        "evaluate": True,
+    },
+    "sampled": {
+        "config": {
+            **{"temperature": 1.0, "num_generations": 2, "generation_batch_size": 3},
+            "generation_reward": "pass@2",
+        },
+        "stream": True,
+    },
     "adam": {"config": {"es_optimizer": "adam", "anchor_decay": 0.1, "master_weights": "host", "bf16": True, **SAVED}},
     "more_processes": {"config": {"population_size": 2, "num_prompts_per_step": 1, "bf16": True}},
     "adapter": {"adapter": True, "config": {"learning_rate": 0.2, "bf16": True}},
     "judge": {"judge": True, "config": {"reward_weights": [1.0, 0.5]}, "evaluate": True},
     "object": {"model_object": True, "evaluate": True},
     "program": {"program": True, "evaluate": True},
-    "center": {"config": {"evaluate_center": True, "bf16": True}},
-    "center_low_rank": {"config": {"evaluate_center": True, "perturbation": "low_rank", "population_batch_size": 3}},
     "set": {
         "of_set": True,
         "config": {"evaluate_center": True, "multi_objective_aggregation": "normalize_then_sum"},
-        "evaluate": True,
-    },
-    "pass": {
-        "config": {"generation_reward": "pass@2", "num_generations": 3, "temperature": 1.0},
         "evaluate": True,
     },
     "best": {
@@ -173,7 +179,7 @@ def two(folder, model_folder) -> Path:
 def three(folder, model_folder) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
     command += [str(SCRIPT), model_folder, json.dumps(several(folder / "three"))]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
     return folder / "three"
 
 
@@ -494,5 +500,5 @@ def test_no_compiler_is_needed(folder, model_folder, tmp_path):
     environment = {**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere", "CC": "/nowhere"}
     output = folder / "no compiler"
     command = launcher(on_cpu("zero3.yaml", folder), 2, model_folder, [{"output_dir": str(output)}])
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     assert len(records(output)) == 2 and not list(tmp_path.iterdir())
