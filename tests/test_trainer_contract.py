@@ -27,6 +27,7 @@ PRIVATE = {
 }
 PUBLIC = {
     "create_optimizer",
+    "create_scheduler",
     "evaluation_loop",
     "floating_point_ops",
     "get_batch_samples",
