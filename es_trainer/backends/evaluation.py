@@ -181,34 +181,41 @@ def evaluate_batches(
         `list[tuple[np.ndarray, list[Summary]]]`: rewards of each batch, of shape `(prompts,)`, and what to log.
     """
 
-    # Rewards that are about the completions of all batches come at the end; others, as soon as they can
-    others = ~scorer.of_sets if scorer.has_sets else None
-    mine: list[tuple[Result, Rollout]] = []
+    # Rewards that are about the completions of all batches come at the end, for which rollouts have to be kept
+    kept: list[tuple[Result, Rollout]] = []
 
-    def answer(number: int, rows: list[dict[str, Any]]) -> None:
+    def answer(number: int, rows: list[dict[str, Any]]) -> list[Share]:
         results = backend.answer(prompts_of(rows, number), number)
-        if backend.scores:
-            mine.extend((result, _begin(backend, scorer, result, state, others)()) for result in results)
+        if not backend.scores:
+            return []
+        scored = ((result, _begin(backend, scorer, result, state, ~scorer.of_sets)()) for result in results)
+        if scorer.has_sets:
+            kept.extend(scored)
+            return []
+        return [_of_batch(scorer, result, rollout) for result, rollout in scored]
 
-    def those_that_no_other_process_takes() -> None:
+    def those_that_no_other_process_takes() -> list[Share]:
+        shares = []
         with backend.processes.queue(MANY_BATCHES, backend.group_size) as queue:
-            taken = queue.take()
+            mine = queue.take()
             for number, rows in enumerate(dataloader):
-                if number in taken:
-                    answer(number, rows)
-                    taken = queue.take()
+                if number in mine:
+                    shares += answer(number, rows)
+                    mine = queue.take()
                 report()
+        return shares
 
+    parts: list[list[Share]] = []
     if backend.in_lockstep:
         for number, rows in enumerate(dataloader):
-            backend.processes.exchange(lambda number=number, rows=rows: answer(number, rows))
+            parts += backend.processes.exchange(lambda number=number, rows=rows: answer(number, rows))
             report()
     else:
         with backend.ready(for_members=False):
-            backend.processes.exchange(those_that_no_other_process_takes)
+            parts = backend.processes.exchange(those_that_no_other_process_takes)
     if scorer.has_sets:
-        mine = _with_sets(backend, scorer, mine, state)
-    parts = backend.processes.exchange(lambda: [_of_batch(scorer, result, rollout) for result, rollout in mine])
+        complete = _with_sets(backend, scorer, kept, state)
+        parts = backend.processes.exchange(lambda: [_of_batch(scorer, *scored) for scored in complete])
     of_batches = _by_number(_flat(parts))
     batches = [of_batches[number] for number in range(len(of_batches))]
     return [(_rewards(shares)[0], _summaries(shares)) for shares in batches]

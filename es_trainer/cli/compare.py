@@ -36,10 +36,10 @@ def _results(runs: list[Run]) -> dict[str, list[str]]:
     rows = {"steps": [f"{_last(run):,}" for run in runs]}
     for name in dict.fromkeys(name for found in held_out for name in found):
         columns = [[value for _, value in found.get(name, [])] for found in held_out]
-        rows[f"{name}: first"] = [f"{column[0]:.4g}" if column else "-" for column in columns]
-        rows[f"{name}: best"] = [f"{max(column):.4g}" if column else "-" for column in columns]
-        rows[f"{name}: last"] = [f"{column[-1]:.4g}" if column else "-" for column in columns]
-    rows["reward of members: last"] = [_of_last(run, "reward") for run in runs]
+        rows[f"{name}: first"] = [_number(column[:1]) for column in columns]
+        rows[f"{name}: best"] = [_number(column) for column in columns]
+        rows[f"{name}: last"] = [_number(column[-1:]) for column in columns]
+    rows["reward of members: last"] = [_number([value for _, value in run.column("reward")][-1:]) for run in runs]
     rows["tokens"] = [f"{run.spent('tokens')(_last(run)):,.0f}" for run in runs]
     rows["hours"] = [f"{run.spent('hours')(_last(run)):.3g}" for run in runs]
     return rows
@@ -49,6 +49,6 @@ def _last(run: Run) -> int:
     return max((log["step"] for log in run.logs), default=0)
 
 
-def _of_last(run: Run, metric: str) -> str:
-    column = run.column(metric)
-    return f"{column[-1][1]:.4g}" if column else "-"
+def _number(values: list[float]) -> str:
+    """The highest of the values."""
+    return f"{max(values):.4g}" if values else "-"

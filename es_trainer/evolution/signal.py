@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtri
 
-from .fitness import ROUNDING, fitness, mean
+from .fitness import ROUNDING, mean
 
 
 CONFIDENCE = 0.95  # of the interval
@@ -87,7 +87,7 @@ def settled(rewards: np.ndarray) -> np.ndarray:
         return ~(highest - lowest > ROUNDING * np.fmax(np.abs(highest), np.abs(lowest)))
 
 
-def expected_gain(rewards: np.ndarray, by_prompt: np.ndarray, utilities: np.ndarray, step_length: float) -> float:
+def expected_gain(fitness: np.ndarray, reliability: float, utilities: np.ndarray, step_length: float) -> float:
     """
     By how much the update would raise the reward if rewards were linear in the weights.
 
@@ -96,18 +96,14 @@ def expected_gain(rewards: np.ndarray, by_prompt: np.ndarray, utilities: np.ndar
     `learning_rate / N * sum(utility * noise)` (equation 5 of arXiv 2509.24372) and the noise was scaled by sigma.
 
     Args:
-        rewards (`np.ndarray`):
-            Shape `(members, prompts)`.
-        by_prompt (`np.ndarray`):
-            Rewards of which the signal is known, of the same shape.
+        fitness (`np.ndarray`):
+            Shape `(members,)`; NaN for a member without one.
+        reliability (`float`):
+            That of the [`signal`].
         utilities (`np.ndarray`):
             Shape `(members,)`.
         step_length (`float`):
             Learning rate divided by sigma.
-
-    Returns:
-        `float`: NaN where the signal is.
     """
-    values = fitness(rewards)
-    above = np.where(np.isnan(values), 0.0, values - mean(values))
-    return step_length * float(np.dot(utilities, above)) / len(utilities) * signal(by_prompt).reliability
+    above = np.where(np.isnan(fitness), 0.0, fitness - mean(fitness))
+    return step_length * float(np.dot(utilities, above)) / len(utilities) * reliability

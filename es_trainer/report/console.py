@@ -1,6 +1,7 @@
 """What a person sees of a run: a sentence before the first step, one line for each log."""
 
 import sys
+from abc import abstractmethod
 from datetime import timedelta
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler
 
 from ..config import ESConfig
+from .plots import held_out_sets
 from .progress import MemberProgressCallback
 
 
@@ -20,9 +21,10 @@ def show_progress(trainer: Trainer, args: ESConfig) -> None:
     Let the trainer show members as they are done, and lines in place of dicts, where it shows those: in notebooks, it
     shows a table.
     """
-    handler: CallbackHandler = trainer.callback_handler
     for shows_dicts, shows_lines in ((ProgressCallback, LineProgressCallback), (PrinterCallback, LineCallback)):
-        if args.log_format == "line" and any(type(callback) is shows_dicts for callback in handler.callbacks):
+        if args.log_format == "line" and any(
+            type(callback) is shows_dicts for callback in trainer.callback_handler.callbacks
+        ):
             trainer.remove_callback(shows_dicts)
             trainer.add_callback(shows_lines)
     if not args.disable_tqdm:
@@ -47,11 +49,12 @@ class Lines:
         """The line of a log, or `None` if it is none of the trainer's."""
         if "train_runtime" in logs:
             return Text(f"{state.global_step:,} steps in {_time(logs['train_runtime'])}")
-        held_out = [key for key in logs if key.startswith("eval_") and key.endswith("reward")]
-        if "step_time" not in logs and not held_out:
+        held_out = {key: f"held-out {name}".strip() for key, name in held_out_sets([logs]).items()}
+        rewards = {"reward": "reward"} if "step_time" in logs else held_out
+        if not rewards:
             return None
         parts = [Text(f"step {state.global_step:,}/{state.max_steps:,}", style="bold")]
-        parts += [self._reward(key, logs[key]) for key in (["reward"] if "step_time" in logs else held_out)]
+        parts += [self._reward(key, name, logs[key]) for key, name in rewards.items()]
         parts += [
             Text(f"{name} {logs[key]:.3g}")
             for key, name in (("reward/center", "center"), ("reward_std", "spread"), ("signal", "signal"))
@@ -64,12 +67,10 @@ class Lines:
                 parts.append(Text(f"{_memory() / 2**30:.1f} GiB", style="dim"))
         return Text("  ").join(parts)
 
-    def _reward(self, key: str, value: float | None) -> Text:
-        name = key.removesuffix("reward").removeprefix("eval_").strip("_")
-        shown = "reward" if key == "reward" else f"held-out {name}".strip()
+    def _reward(self, key: str, name: str, value: float | None) -> Text:
         if value is None:
-            return Text(f"{shown} -")
-        text = Text(f"{shown} {value:.4g}")
+            return Text(f"{name} -")
+        text = Text(f"{name} {value:.4g}")
         if key in self.last:
             change = value - self.last[key]
             text.append(f" ({change:+.2g})", style="green" if change > 0 else "red" if change < 0 else "")
@@ -88,7 +89,7 @@ def _memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _plain(text: Text) -> str:
+def _rendered(text: Text) -> str:
     """The text with its colors where they can be seen."""
     console = Console(file=sys.stdout, soft_wrap=True)
     with console.capture() as capture:
@@ -96,44 +97,24 @@ def _plain(text: Text) -> str:
     return capture.get()
 
 
-class LineCallback(TrainerCallback):
-    """Prints lines."""
-
-    def __init__(self) -> None:
-        self.lines = Lines()
-
-    def write(self, text: str) -> None:
-        """Print."""
-        print(text, flush=True)
-
-    def on_train_begin(self, args: ESConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_local_process_zero:
-            self.write(_plain(self.lines.before(args, state)))
-
-    def on_log(
-        self,
-        args: ESConfig,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_local_process_zero:
-            line = self.lines.of(logs or {}, args, state)
-            self.write(str(logs) if line is None else _plain(line))
-
-
-class LineProgressCallback(ProgressCallback):
-    """Prints lines above the bar."""
+class ShowsLines(TrainerCallback):
+    """Shows lines. Logs that are not the trainer's stay dicts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines = Lines()
 
+    @abstractmethod
+    def write(self, text: str, state: TrainerState) -> None:
+        """Show a line, if this process shows anything."""
+
+    @abstractmethod
+    def write_dict(self, args: ESConfig, state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> None:
+        """Show all of a log."""
+
     def on_train_begin(self, args: ESConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        if state.is_world_process_zero:
-            self.training_bar.write(_plain(self.lines.before(args, state)))
+        self.write(_rendered(self.lines.before(args, state)), state)
 
     def on_log(
         self,
@@ -145,6 +126,28 @@ class LineProgressCallback(ProgressCallback):
     ) -> None:
         line = self.lines.of(logs or {}, args, state)
         if line is None:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-        elif self.training_bar is not None:
-            self.training_bar.write(_plain(line))
+            self.write_dict(args, state, control, logs or {})
+        else:
+            self.write(_rendered(line), state)
+
+
+class LineCallback(ShowsLines):
+    """Prints lines."""
+
+    def write(self, text: str, state: TrainerState) -> None:
+        if state.is_local_process_zero:
+            print(text, flush=True)
+
+    def write_dict(self, args: ESConfig, state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> None:
+        self.write(str(logs), state)
+
+
+class LineProgressCallback(ShowsLines, ProgressCallback):
+    """Prints lines above the bar, while there is one."""
+
+    def write(self, text: str, state: TrainerState) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(text)
+
+    def write_dict(self, args: ESConfig, state: TrainerState, control: TrainerControl, logs: dict[str, Any]) -> None:
+        ProgressCallback.on_log(self, args, state, control, logs=logs)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .plots import picture
 from .runs import Run
 
 
@@ -27,30 +28,21 @@ def plot_metric(runs: list[Run], path: str | Path, metric: str, axis: str = "ste
     Raises:
         `ValueError`: If no run has logged the metric; says which there are.
     """
-    # Imported where it is used: importing matplotlib takes a second
-    from matplotlib.figure import Figure
-
     if not any(run.column(metric) for run in runs):
         known = sorted({key for run in runs for log in run.logs for key in log if isinstance(log[key], float)})
         raise ValueError(f"`metric={metric!r}` is not valid: no run has logged it. There are: {', '.join(known)}.")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for alike in _groups(runs):
-        steps, values = _aligned(alike, metric)
-        values = np.array([_smoothed(of_run, smooth) for of_run in values])
-        spent = [run.spent(axis) for run in alike]
-        x = [np.mean([of_run(step) for of_run in spent]) for step in steps]
-        several = f" ({len(alike)} seeds)" if len(alike) > 1 else ""
-        (line,) = axes.plot(x, values.mean(axis=0), marker="o", markersize=3, label=alike[0].name + several)
-        if several:
-            low, high = values.min(axis=0), values.max(axis=0)
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel=axis.removesuffix("s") if axis == "steps" else axis, ylabel=metric)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with picture(path) as axes:
+        for alike in _groups(runs):
+            steps, values = _aligned(alike, metric)
+            values = np.array([_smoothed(of_run, smooth) for of_run in values])
+            spent = [run.spent(axis) for run in alike]
+            x = [np.mean([of_run(step) for of_run in spent]) for step in steps]
+            several = f" ({len(alike)} seeds)" if len(alike) > 1 else ""
+            (line,) = axes.plot(x, values.mean(axis=0), marker="o", markersize=3, label=alike[0].name + several)
+            if several:
+                low, high = values.min(axis=0), values.max(axis=0)
+                axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set(xlabel="step" if axis == "steps" else axis, ylabel=metric)
 
 
 def _groups(runs: list[Run]) -> list[list[Run]]:

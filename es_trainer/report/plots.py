@@ -1,12 +1,18 @@
 """Pictures of rewards over steps."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..run.history_file import HISTORY_NAME, History
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 STATE_NAME = "trainer_state.json"
@@ -25,23 +31,31 @@ def plot_rewards(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> Non
         path (`str` or `Path`):
             Where to write the picture; the suffix says in which format.
     """
+    with picture(path) as axes:
+        for number, (name, logs) in enumerate(runs.items()):
+            color = f"C{number % 10}"
+            steps, low, high = _columns(logs, "reward_min", "reward_max")
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            steps, means = _columns(logs, "reward")
+            if steps:
+                axes.plot(steps, means, color=color, label=f"{name}: members (mean, range)")
+            for marker, (key, of_set) in zip(cycle("os^Dv"), held_out_sets(logs).items()):
+                steps, means = _columns(logs, key)
+                label = f"{name}: held-out {of_set}".strip()
+                axes.plot(steps, means, color=color, linestyle="--", marker=marker, markersize=4, label=label)
+        axes.set(xlabel="step", ylabel="reward")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+@contextlib.contextmanager
+def picture(path: str | Path) -> "Iterator[Axes]":
+    """A picture to draw into. Afterwards, it is written with a grid and, if there are lines, their labels."""
     # Imported where it is used: importing matplotlib takes a second
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, (name, logs) in enumerate(runs.items()):
-        color = f"C{number % 10}"
-        steps, low, high = _columns(logs, "reward_min", "reward_max")
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        steps, means = _columns(logs, "reward")
-        if steps:
-            axes.plot(steps, means, color=color, label=f"{name}: members (mean, range)")
-        for marker, (key, label) in zip(cycle("os^Dv"), _held_out(logs).items()):
-            steps, means = _columns(logs, key)
-            axes.plot(steps, means, color=color, linestyle="--", marker=marker, markersize=4, label=f"{name}: {label}")
-    axes.set(xlabel="step", ylabel="reward")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    yield axes
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -106,7 +120,7 @@ def _columns(logs: list[dict[str, Any]], *keys: str) -> tuple[list[Any], ...]:
     return tuple(map(list, zip(*rows, strict=True))) if rows else ([],) * (len(keys) + 1)
 
 
-def _held_out(logs: list[dict[str, Any]]) -> dict[str, str]:
-    """Keys of the rewards of held-out prompts, and how to call them."""
+def held_out_sets(logs: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Keys of the rewards of held-out prompts, and the name of each set; it is empty if there is one without."""
     found = {key: HELD_OUT.fullmatch(key) for log in logs for key, value in log.items() if value is not None}
-    return {key: f"held-out {match[1] or ''}".strip() for key, match in found.items() if match}
+    return {key: match[1] or "" for key, match in found.items() if match}

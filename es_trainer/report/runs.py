@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.history_file import HISTORY_NAME, History
-from .plots import HELD_OUT, read_run
+from .plots import held_out_sets, read_run
 
 
 SEEDS = ("seed", "data_seed")  # settings by which runs that are alike may differ
@@ -62,8 +62,7 @@ class Run:
 
     def held_out(self) -> dict[str, list[tuple[int, float]]]:
         """Rewards of each set of held-out prompts, by its name."""
-        keys = dict.fromkeys(key for log in self.logs for key in log if HELD_OUT.fullmatch(key))
-        return {HELD_OUT.fullmatch(key)[1] or "held-out": self.column(key) for key in keys if self.column(key)}
+        return {name or "held-out": self.column(key) for key, name in held_out_sets(self.logs).items()}
 
     def spent(self, axis: str) -> Callable[[int], float]:
         """

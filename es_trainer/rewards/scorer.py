@@ -244,10 +244,10 @@ class Scorer:
         scores. Those of one call at a time run, in the order of the calls. `which` says of each function whether to
         call it; others do not apply.
         """
-        which = np.ones(len(self.functions), bool) if which is None else which
-        calls = [Call(_keywords(rows, completions, completion_ids, trainer_state)) for _ in self.functions]
+        numbers = [i for i in range(len(self.functions)) if which is None or which[i]]
+        calls = {i: Call(_keywords(rows, completions, completion_ids, trainer_state)) for i in numbers}
         start = time.perf_counter()
-        waiting = [i for i, function in enumerate(self.functions) if which[i] and is_async(function)]
+        waiting = [i for i in calls if is_async(self.functions[i])]
         running = None
         if waiting:
             coroutine = self._await_together({i: calls[i] for i in waiting})
@@ -255,7 +255,7 @@ class Scorer:
             self._running[running] = None
             running.add_done_callback(lambda done: self._running.pop(done, None))
         try:
-            results = {i: self._call(i, call) for i, call in enumerate(calls) if which[i] and i not in waiting}
+            results = {i: self._call(i, call) for i, call in calls.items() if i not in waiting}
         except BaseException:
             if running is not None:
                 running.cancel()
@@ -339,13 +339,14 @@ class Scorer:
         self,
         rows: list[dict[str, Any]],
         completions: list[Any],
-        calls: list[Call],
+        calls: dict[int, Call],
         results: dict[int, Any],
         seconds: float,
     ) -> Scores:
         extra: list[tuple[str, list[Any]]] = []
         metrics: dict[str, list[float]] = {}
-        for name, call in zip(self.names, calls, strict=True):
+        for i, call in calls.items():
+            name = self.names[i]
             for column, values in call.extra.items():
                 if len(values) != len(rows):
                     raise ValueError(
@@ -360,12 +361,12 @@ class Scorer:
                         f"give the metric another name, such as {f'own/{metric}'!r}."
                     )
                 metrics.setdefault(metric, []).extend(values)
-        by_function = np.full((len(rows), len(calls)), np.nan)
+        by_function = np.full((len(rows), len(self.functions)), np.nan)
         for i, result in results.items():
             name = self.names[i]
             by_function[:, i] = _number_of_set(name, result) if self.of_sets[i] else _numbers(name, result, len(rows))
-        unscored = np.flatnonzero(np.isnan(by_function).all(axis=1) & (len(results) == len(calls)))
-        if unscored.size and not self._warned_of_unscored:
+        unscored = np.flatnonzero(np.isnan(by_function).all(axis=1))
+        if unscored.size and len(calls) == len(self.functions) and not self._warned_of_unscored:
             self._warned_of_unscored = True
             logger.warning(
                 f"No reward function applies to some completions, for instance to {completions[unscored[0]]!r} of the "

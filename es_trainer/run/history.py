@@ -276,17 +276,7 @@ def replay(
             f"The history {path} started with other weights than the base model has. Give the model that the run "
             "started with, in the dtype it was loaded in; of an adapter, the `PeftModel` with its initial weights."
         )
-    shards = optimizer.weights.shards
-    sums = [torch.zeros_like(shard.trained, dtype=torch.float32) for shard in shards if average > 1]
-    for number, line in enumerate(lines, 1):
-        replay_step(optimizer, {**line, "learning_rate": line["learning_rate"] * scale})
-        if average > 1 and number > len(lines) - average:
-            for total, shard in zip(sums, shards, strict=True):
-                total.add_(shard.trained)
-    if average > 1:
-        for total, shard in zip(sums, shards, strict=True):
-            shard.trained.copy_(total / average)
-        optimizer.weights.refresh()
+    _replay(optimizer, lines, scale, average)
     with optimizer.weights.in_checkpoint_dtype():
         # The model keeps what the parameters hold here
         trained_data = [parameter.data for _, parameter in trained]
@@ -295,10 +285,27 @@ def replay(
     return base_model
 
 
-def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
-    """Do the update of a line of the history."""
+def _replay(optimizer: EvolutionStrategy, lines: list[dict[str, Any]], scale: float, average: int) -> None:
+    """Do the updates of the lines, and average the weights after the last of them, if that is more than one."""
+    first = len(lines) - average if average > 1 else len(lines)  # to be averaged
+    for line in lines[:first]:
+        replay_step(optimizer, line, scale)
+    if first == len(lines):
+        return
+    sums = [torch.zeros_like(shard.trained, dtype=torch.float32) for shard in optimizer.weights.shards]
+    for line in lines[first:]:
+        replay_step(optimizer, line, scale)
+        for total, shard in zip(sums, optimizer.weights.shards, strict=True):
+            total.add_(shard.trained)
+    for total, shard in zip(sums, optimizer.weights.shards, strict=True):
+        shard.trained.copy_(total / average)
+    optimizer.weights.refresh()
+
+
+def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any], scale: float = 1.0) -> None:
+    """Do the update of a line of the history, of `scale` times its length."""
     for group in optimizer.param_groups:
-        group["lr"] = line["learning_rate"]
+        group["lr"] = scale * line["learning_rate"]
     tell_again(optimizer, line)
     optimizer.step()
 

@@ -7,7 +7,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..evolution import EvolutionStrategy
-from ..evolution.fitness import fitness, mean
+from ..evolution.fitness import mean
 from ..evolution.signal import expected_gain, settled, signal
 from .metrics import Summary
 
@@ -51,6 +51,7 @@ class Learning:
 
     def __init__(self) -> None:
         self._steps: list[dict[str, Any]] = []  # metrics of all steps of the run
+        self._expected = math.nan  # gain of the step under way, for a learning rate of sigma
         self._warned = False
 
     def resume(self, steps: list[dict[str, Any]]) -> None:
@@ -61,28 +62,26 @@ class Learning:
         """Go on after so many updates, where the weights are."""
         del self._steps[updates:]
 
-    def evaluated(self, evaluation: Evaluation) -> dict[str, float]:
-        """What the rewards of a step say; docs/monitoring.md has each key."""
+    def evaluated(self, evaluation: Evaluation, fitness: np.ndarray, utilities: np.ndarray) -> dict[str, float]:
+        """What the rewards of a step say, from which fitness and utilities follow; docs/monitoring.md has each key."""
         metrics = {"frac_reward_zero_std": float(settled(evaluation.by_prompt).mean())}
         found = signal(evaluation.by_prompt)
+        self._expected = expected_gain(fitness, found.reliability, utilities, step_length=1.0)
         if found.is_known:
             metrics |= {"signal": found.reliability, "signal_low": found.low, "signal_high": found.high}
         if evaluation.center is not None:
             metrics["reward/center"] = evaluation.center
-            metrics["sigma_cost"] = evaluation.center - mean(fitness(evaluation.rewards))
+            metrics["sigma_cost"] = evaluation.center - mean(fitness)
             before = self._steps[-1].get("reward/center") if self._steps else None
             if before is not None:
                 metrics["gain"] = evaluation.center - before
         return metrics
 
-    def updating(
-        self, evaluation: Evaluation, utilities: np.ndarray, optimizer: EvolutionStrategy
-    ) -> dict[str, float]:
+    def updating(self, optimizer: EvolutionStrategy) -> dict[str, float]:
         """What the update should gain, if it is the plain sum of which this is known, and there is a signal."""
-        if optimizer.rule != "sgd" or not signal(evaluation.by_prompt).is_known:
+        if optimizer.rule != "sgd" or math.isnan(self._expected):
             return {}
-        step_length = optimizer.param_groups[0]["lr"] / optimizer.sigma
-        return {"expected_gain": expected_gain(evaluation.rewards, evaluation.by_prompt, utilities, step_length)}
+        return {"expected_gain": optimizer.param_groups[0]["lr"] / optimizer.sigma * self._expected}
 
     def walked(self, update_norm: float) -> dict[str, float]:
         """How far updates of the lengths of all steps would lead in random directions: their root of squares."""

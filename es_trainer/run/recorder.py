@@ -99,11 +99,10 @@ class Recorder:
         """
         if not utilities.any():
             self._warn_of_equal_fitness(step)
-        self._evaluation, self._utilities = evaluation, utilities
         by_member = fitness(evaluation.rewards)
         self._member_rewards = [json_number(value) for value in by_member.tolist()]
         self._metrics |= completion_metrics(evaluation.summaries, self.reward_names)
-        self._metrics |= self._learning.evaluated(evaluation)
+        self._metrics |= self._learning.evaluated(evaluation, by_member, utilities)
         self._metrics |= {
             "sigma": sigma,
             "noise_seconds": noise_seconds,
@@ -126,8 +125,7 @@ class Recorder:
     def begin_update(self, optimizer: EvolutionStrategy) -> None:
         """Begin to measure the update."""
         self._update_record = optimizer.update_record
-        if self._repeated is None:
-            self._metrics |= self._learning.updating(self._evaluation, self._utilities, optimizer)
+        self._metrics |= self._learning.updating(optimizer)
         self._update_start = time.perf_counter()
 
     def updated(self, optimizer: EvolutionStrategy, state: TrainerState, in_place: bool) -> None:

@@ -108,10 +108,11 @@ class Weights:
     def perturb(self, member: Member, sigma: float) -> None:
         """Make the working weights those of `member`, whatever member they held before; of a center, as `restore`."""
         self.to_working_dtype()
-        if member.is_center or (self._inside is not None and self.drifts):
-            self.restore()
         if member.is_center:
+            self.restore()
             return
+        if self._inside is not None and self.drifts:
+            self.restore()
         # Set before the first weight changes: if this is interrupted, there is something to restore
         self._inside = (member, sigma)
         if self.drifts:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from es_trainer.evolution.fitness import fitness
 from es_trainer.evolution.signal import expected_gain, settled, signal
 
 
@@ -93,10 +94,14 @@ def test_expected_gain_of_rewards_that_are_linear_in_the_weights():
     rewards = np.repeat((noise @ slope * sigma)[:, None], 3, axis=1)
     utilities = rng.normal(size=members)
     by_utility = learning_rate / members * utilities * (noise @ slope)
-    assert expected_gain(rewards, rewards, utilities, learning_rate / sigma) == pytest.approx(by_utility.sum())
+    assert expected_gain(
+        fitness(rewards), signal(rewards).reliability, utilities, learning_rate / sigma
+    ) == pytest.approx(by_utility.sum())
 
 
 def test_what_is_luck_is_not_expected_to_come_again():
     utilities = np.array([1.0, 0.5, 0.0, -2.0])
     expected = 0.2 * (3.0 + 0.5 + 6.0) / 4 * signal(matrix(2.0)).reliability
-    assert expected_gain(matrix(2.0), matrix(2.0), utilities, 0.2) == pytest.approx(expected)
+    assert expected_gain(fitness(matrix(2.0)), signal(matrix(2.0)).reliability, utilities, 0.2) == pytest.approx(
+        expected
+    )

@@ -1,6 +1,8 @@
 """Rewards that are about all completions of a member."""
 
 import functools
+import statistics
+from collections import Counter
 
 import pytest
 from conftest import letters, logs, make_tokenizer
@@ -134,7 +136,10 @@ def test_the_majority_is_of_the_answers_that_a_key_function_finds(trainer):
     def first_letter(completion: str) -> str:
         return completion[:1]
 
+    asked: list[list[str]] = []
+
     def words(completions, **kwargs):
+        asked.append(completions)
         return [float(ord(completion[:1] or "\0")) for completion in completions]
 
     run = trainer(
@@ -149,8 +154,16 @@ def test_the_majority_is_of_the_answers_that_a_key_function_finds(trainer):
     run.train()
     found = run.scorer.generations
     assert found.keys(["ab", "ac", "b"], 3) == [["a", "a", "b"]]
-    # Rewards are letters' numbers, so a majority's mean of one letter is that number
-    assert logs(run)[0]["reward_max"] > 0
+
+    def of_prompt(completions: list[str]) -> float:
+        """Rewards are the letters' numbers: of those that are most frequent, the mean."""
+        counts = Counter(map(first_letter, completions))
+        return statistics.mean(ord(key or "\0") for key, n in counts.items() if n == max(counts.values()))
+
+    rewards = [statistics.mean(map(of_prompt, (texts[:5], texts[5:]))) for texts in asked]
+    assert logs(run)[0]["reward_max"] == pytest.approx(max(rewards))
+    assert max(rewards) > min(rewards) > 0
+    assert logs(run)[0]["reward_min"] == pytest.approx(min(rewards))
 
 
 def test_a_majority_key_that_cannot_work():
