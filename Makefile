@@ -10,21 +10,25 @@ NEWEST := .venv-newest
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
 
+# Files of tests side by side, each with one thread
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
+test test-lowest test-newest: export OMP_NUM_THREADS := 1
+
 .PHONY: quickstart test test-lowest test-newest test-vllm slow gpu bench bench-vllm lint clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev $(VENV)/tasks
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/with_vllm --ignore tests/gpu
+	$(BIN)/python $(PYTEST) --ignore tests/with_vllm --ignore tests/gpu
 
 # With the oldest versions that setup.py allows
 test-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore tests/with_vllm --ignore tests/gpu
+	$(LOWEST)/bin/python $(PYTEST) --ignore tests/with_vllm --ignore tests/gpu
 
 # With the newest versions of what the trainer is built on; torch stays pinned
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -m "not slow" tests/test_trainer_contract.py tests/test_trainer.py tests/test_config.py \
+	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_trainer.py tests/test_config.py \
 		tests/interface tests/engines
 
 test-vllm: $(VLLM)/installed
@@ -50,6 +54,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/settled_prompts.py
 	$(BIN)/python benchmarks/delayed_reward.py
 
 bench-vllm: $(VLLM)/installed

@@ -24,7 +24,7 @@ EXTRAS["test"] = [
     *EXTRAS["trackers"],
     *EXTRAS["quickstart"],
     *["openai>=2.0", "smolagents[openai]>=1.20"],  # agents of the examples
-    *["pytest>=9.0", "tensorboard>=2.20", "triton>=3.5"],
+    *["pytest>=9.0", "pytest-xdist>=3.8", "tensorboard>=2.20", "triton>=3.5"],
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "import-linter>=2.11", "ruff>=0.17"]
 
