@@ -169,6 +169,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             Evaluate the unperturbed weights on the prompts of each step, too, like one more member. What the update
             did and what sigma costs is logged then (`reward/center`, `gain`, `sigma_cost`). The update does not depend
             on it.
+        skip_settled_prompts (`float`, *optional*, defaults to `0.0`):
+            Probability of passing over a prompt on which all members had the same reward when it was drawn last: it
+            does not tell members apart. An epoch has as many prompts as before; where some are passed over, others are
+            drawn again. 0 draws all as often; it must be less than 1.
         num_prompts_per_step (`int`, *optional*):
             Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
             `per_device_train_batch_size * gradient_accumulation_steps`, which is 8 if neither is set. ES has no
@@ -521,6 +525,14 @@ class ESConfig(GRPOFields, TrainingArguments):
     evaluate_center: bool = field(
         default=True,
         metadata=about("Whether to evaluate the unperturbed weights on the prompts of each step, too.", "processes"),
+    )
+    skip_settled_prompts: float = field(
+        default=0.0,
+        metadata=about(
+            "Probability of passing over a prompt on which all members agreed when it was drawn last.",
+            "run",
+            valid=((lambda value: 0 <= value < 1), "it must be at least 0 and less than 1."),
+        ),
     )
     num_prompts_per_step: int | None = field(
         default=None,

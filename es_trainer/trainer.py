@@ -19,12 +19,13 @@ from trl import GRPOConfig
 from . import adapters
 from .agents import AgentFunc, EnvironmentFactory, Environments
 from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
-from .checks import check_arguments, check_model
+from .checks import check_arguments, check_model, check_settled_prompts
 from .config import ESConfig
 from .data import by_name, check_datasets
 from .engines import Engine
 from .evolution import EvolutionStrategy, Population
 from .evolution.fitness import deviation, mean
+from .evolution.signal import settled
 from .loading import load
 from .overrides.checkpoints import CheckpointTrainer
 from .overrides.gradient_free import GradientFreeTrainer
@@ -239,6 +240,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self._inputs = inputs
         train_dataset, eval_dataset = inputs.train_dataset(args, train_dataset), inputs.with_prompts(eval_dataset)
         check_datasets(args, train_dataset, eval_dataset)
+        check_settled_prompts(args, train_dataset, self.scorer.of_sets)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
         self.processes.agree_if_several(lambda: fingerprint.of_run(args, self.scorer.names, datasets))
@@ -392,6 +394,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             tell_again(self.optimizer, done)
             self.state.num_input_tokens_seen = done["metrics"]["num_tokens"]
             reward = self.recorder.repeat(done)
+            if self.settled_prompts is not None:
+                self.settled_prompts.repeat(done["prompts"])
         return torch.tensor(-reward, dtype=torch.float32, device=self.args.device)
 
     def _conditions(self, population: Population) -> dict[str, Any]:
@@ -427,6 +431,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         utilities = self.optimizer.tell(population, evaluation.compared)
         self.completions.choose(utilities)
         self.state.num_input_tokens_seen += evaluation.num_tokens
+        if self.settled_prompts is not None:
+            drawn = self.settled_prompts.tell(settled(evaluation.by_prompt))
+            self.recorder.drawn(drawn, self.settled_prompts.share())
         step = self.state.global_step + 1
         return self.recorder.evaluated(evaluation, utilities, self.optimizer.sigma, self.backend.noise_seconds, step)
 

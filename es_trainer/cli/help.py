@@ -34,7 +34,7 @@ GROUPS = {
         *("task", "agent", "reward_funcs", "reward_model_name_or_path", "reward_weights"),
         *("multi_objective_aggregation", "generation_reward", "mask_truncated_completions"),
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
-        *("datasets", "system_prompt", "shuffle_dataset", "remove_unused_columns"),
+        *("datasets", "system_prompt", "shuffle_dataset", "skip_settled_prompts", "remove_unused_columns"),
     ),
     "vLLM": (
         *("use_vllm", "vllm_mode", "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_lora"),

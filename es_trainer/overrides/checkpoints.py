@@ -24,6 +24,7 @@ from ..run.history_file import HISTORY_NAME, History
 from ..run.processes import Processes
 from ..run.recorder import Recorder
 from ..run.run_history import RunHistory
+from ..run.settled_prompts import SettledPrompts
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,7 @@ class CheckpointTrainer(Trainer):
     processes: Processes
     recorder: Recorder
     history: RunHistory
+    settled_prompts: SettledPrompts | None
 
     _peft_config: dict[str, Any] | None = None  # of an adapter that the trainer made
     _whole: dict[torch.Tensor, torch.Tensor] | None = None  # the weights, while they are saved
@@ -189,6 +191,9 @@ class CheckpointTrainer(Trainer):
         ):
             group["lr"] = learning_rate
         self.recorder.resume(checkpoint, steps, self.optimizer.updates, self.state)
+        if self.settled_prompts is not None:  # of this call of train(): the history counts all updates
+            done = steps[len(steps) - self.state.global_step :]
+            self.settled_prompts.resume([line["prompts"] for line in done])
         self.history.resume(header, steps, self._repeat_updates)
 
     def _load_best_model(self) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..data import check_eval_dataset, collate, shuffled
+from ..run.settled_prompts import SettledPrompts
 from ..values import InSigmas
 
 
@@ -32,6 +33,8 @@ class GradientFreeTrainer(Trainer):
     """
 
     args: ESConfig
+
+    settled_prompts: SettledPrompts | None = None  # with `skip_settled_prompts`
 
     def __init__(self, args: ESConfig, **kwargs: Any):
         if args.n_gpu > 1:
@@ -103,6 +106,15 @@ class GradientFreeTrainer(Trainer):
         }
         if isinstance(dataset, torch.utils.data.IterableDataset):
             del options["drop_last"]
+        elif is_training and self.args.skip_settled_prompts > 0:
+            options["sampler"] = self.settled_prompts = SettledPrompts(
+                len(dataset),
+                batch_size,
+                self.args.skip_settled_prompts,
+                self.args.data_seed,
+                self.args.shuffle_dataset,
+                self.args.dataloader_drop_last,
+            )
         elif is_training and not self.args.shuffle_dataset:
             options["sampler"] = SequentialSampler(dataset)
         else:

@@ -64,7 +64,9 @@ class Learning:
 
     def evaluated(self, evaluation: Evaluation, fitness: np.ndarray, utilities: np.ndarray) -> dict[str, float]:
         """What the rewards of a step say, from which fitness and utilities follow; docs/monitoring.md has each key."""
-        metrics = {"frac_reward_zero_std": float(settled(evaluation.by_prompt).mean())}
+        metrics = {}
+        if not np.isnan(evaluation.by_prompt).all():  # or no reward is about a prompt
+            metrics["frac_reward_zero_std"] = float(settled(evaluation.by_prompt).mean())
         found = signal(evaluation.by_prompt)
         self._expected = expected_gain(fitness, found.reliability, utilities, step_length=1.0)
         if found.is_known:

@@ -45,6 +45,7 @@ class Recorder:
         self.last_checkpoint: str | None = None
         self._metrics: dict[str, Any] = {}  # of the step under way
         self._member_rewards: list[float | None] = []
+        self._prompts: dict[str, Any] = {}  # rows of the step under way, for the history
         self._repeated: dict[str, Any] | None = None  # line of the step under way, if it was done before
         self._pending: list[dict[str, Any]] = []  # metrics of the steps since the last log
         self._learning = Learning()
@@ -69,12 +70,26 @@ class Recorder:
         self._step_start = time.perf_counter()
         self._metrics = {"noise_seconds": 0.0}
         self._repeated = None
+        self._prompts = {}
 
     def repeat(self, line: dict[str, Any]) -> float:
         """Take the step's line from before the run was interrupted. Returns the mean reward."""
         self._repeated = line
         reward = line["metrics"]["reward"]
         return math.nan if reward is None else reward
+
+    def drawn(self, prompts: dict[str, Any], share: float) -> None:
+        """
+        Record which prompts were drawn, where settled ones are passed over.
+
+        Args:
+            prompts (`dict[str, Any]`):
+                Their rows, and which of them are settled.
+            share (`float`):
+                Share of the dataset's rows that were known to be settled.
+        """
+        self._prompts = {"prompts": prompts}
+        self._metrics["frac_settled_prompts"] = share
 
     def evaluated(
         self, evaluation: Evaluation, utilities: np.ndarray, sigma: float, noise_seconds: float, step: int
@@ -162,6 +177,7 @@ class Recorder:
                     "sigma": optimizer.sigma,
                     "in_place": in_place,
                     "rewards": self._member_rewards,
+                    **self._prompts,
                     "metrics": metrics,
                 }
             )
