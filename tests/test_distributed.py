@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,14 @@ RUNS = {
 }
 
 
-def several(folder: Path) -> list[dict]:
-    return [{"output_dir": str(folder / name), **run} for name, run in RUNS.items()]
+# Launched processes take minutes for all. Three share out members and prompts otherwise than two; in lockstep, all
+# processes evaluate each member
+ON_THREE = ("gaussian", "antithetic", "low_rank", "sampled", "more_processes", "program", "set")
+IN_LOCKSTEP = ("gaussian", "low_rank", "sampled", "adam", "adapter", "judge", "object", "set")
+
+
+def several(folder: Path, names: Iterable[str] = RUNS) -> list[dict]:
+    return [{"output_dir": str(folder / name), **RUNS[name]} for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +185,7 @@ def two(folder, model_folder) -> Path:
 @pytest.fixture(scope="module")
 def three(folder, model_folder) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
-    command += [str(SCRIPT), model_folder, json.dumps(several(folder / "three"))]
+    command += [str(SCRIPT), model_folder, json.dumps(several(folder / "three", ON_THREE))]
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
     return folder / "three"
 
@@ -191,7 +198,7 @@ def gathered(folder, model_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def lockstep(folder, model_folder) -> Path:
-    runs = [run for run in several(folder / "lockstep") if not run.get("program")]  # which it refuses
+    runs = several(folder / "lockstep", IN_LOCKSTEP)
     for run in runs:
         run["config"] = {**run.get("config", {}), **in_lockstep(run), "ds3_gather_for_generation": False}
     failing = {"output_dir": str(folder / "lockstep" / "failing"), "fail_at": 2}
@@ -205,8 +212,10 @@ def in_lockstep(run: dict) -> dict:
     return {"bf16": False} if run.get("config", {}).get("num_prompts_per_step") != 1 else {}
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("way", ["two", "three", "gathered"])
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [*(("two", name) for name in RUNS), *(("three", name) for name in ON_THREE), *(("gathered", name) for name in RUNS)],
+)
 def test_runs_are_the_same_on_one_process_and_on_several(request, one, way, name):
     several = request.getfixturevalue(way)
     if name == "judge":
@@ -218,7 +227,7 @@ def test_runs_are_the_same_on_one_process_and_on_several(request, one, way, name
         assert all(metric == without_clock(records(one / name)[0]["evaluation"]) for metric in metrics)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "program"])
+@pytest.mark.parametrize("name", IN_LOCKSTEP)
 def test_runs_are_the_same_in_lockstep(lockstep, one, folder, model_folder, name):
     reference = one / name
     if name == "judge":

@@ -83,7 +83,8 @@ def test_an_example_runs(hub, tmp_path, script):
     _, *steps = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert len(steps) == 2
     if script.stem in CALLS:
-        assert all(step["metrics"]["tools/call_frequency"] > 0.5 for step in steps)
+        # How many of the perturbed members still call depends on the last digits of the model's training
+        assert all(step["metrics"]["tools/call_frequency"] > 0.25 for step in steps)
         assert all(step["metrics"]["tools/failure_frequency"] < 0.5 for step in steps)
 
 
