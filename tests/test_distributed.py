@@ -214,7 +214,11 @@ def in_lockstep(run: dict) -> dict:
 
 @pytest.mark.parametrize(
     ("way", "name"),
-    [*(("two", name) for name in RUNS), *(("three", name) for name in ON_THREE), *(("gathered", name) for name in RUNS)],
+    [
+        *(("two", name) for name in RUNS),
+        *(("three", name) for name in ON_THREE),
+        *(("gathered", name) for name in RUNS),
+    ],
 )
 def test_runs_are_the_same_on_one_process_and_on_several(request, one, way, name):
     several = request.getfixturevalue(way)
