@@ -13,7 +13,7 @@ import tempfile
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.smollm2 import smollm2
@@ -61,20 +61,22 @@ def completions_needed(tokenizer, options: argparse.Namespace, seed: int, skip: 
         skip_settled_prompts=skip,
         perturbation="low_rank",
         evaluate_center=False,
-        sigma=0.02,
+        sigma=0.01,
         learning_rate="sigma",
         max_completion_length=8,
         eval_strategy="steps",
-        eval_steps=1,
+        eval_steps=4,
         save_strategy="no",
         report_to="none",
         log_format="dict",
         disable_tqdm=True,
     )
-    train = Dataset.from_list(rows(0, 64, settled=True) + rows(64, 64, settled=False))
-    held_out = Dataset.from_list(rows(128, 32, settled=False))
+    # Few, so that training sees them many times: the first time, nothing is known of a prompt
+    train = Dataset.from_list(rows(0, 16, settled=True) + rows(16, 16, settled=False))
+    held_out = Dataset.from_list(rows(32, 32, settled=False))
     stop = StopAt(options.reward)
     trainer = ESTrainer(LlamaForCausalLM(config), even_tokens, args, train, held_out, tokenizer, callbacks=[stop])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     (last, *_) = [log["eval_reward"] for log in reversed(trainer.state.log_history) if "eval_reward" in log]
     if last < options.reward:
@@ -87,7 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1000, help="most steps of a run")
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--reward", type=float, default=0.9, help="held-out reward at which a run ends")
+    parser.add_argument("--reward", type=float, default=0.95, help="held-out reward at which a run ends")
     parser.add_argument("--skip", type=float, default=0.9)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -97,5 +99,8 @@ if __name__ == "__main__":
     for seed in options.seeds:
         plain, skipping = (completions_needed(tokenizer, options, seed, skip) for skip in (0.0, options.skip))
         ratios.append(plain / skipping)
-        print(f"seed {seed}: {plain} completions, {skipping} with skip_settled_prompts: {ratios[-1]:.2f} times fewer")
+        print(
+            f"seed {seed}: {plain} completions, {skipping} with skip_settled_prompts: {ratios[-1]:.2f} times fewer",
+            flush=True,
+        )
     print(f"median: {statistics.median(ratios):.2f} times fewer")
