@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 from test_distributed import RECIPES, errors, launched, records
 
 
+pytestmark = pytest.mark.slow  # each launch starts an engine in every process
+
+
 TWO = RECIPES / "cpu_two_processes.yaml"
 SHARDED = {"use_vllm": True, "vllm_tensor_parallel_size": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
