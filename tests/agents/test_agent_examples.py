@@ -57,7 +57,7 @@ def lessons() -> list[tuple[list[Callable], list[dict[str, Any]]]]:
 def hub(tmp_path_factory):
     with serve() as hub:
         folder = tmp_path_factory.mktemp("model")
-        model, _ = train(lessons(), enough=0.02)
+        model, _ = train(lessons(), enough=0.005)
         model.save_pretrained(folder)
         calling_tokenizer().save_pretrained(folder)
         name = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -83,8 +83,7 @@ def test_an_example_runs(hub, tmp_path, script):
     _, *steps = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert len(steps) == 2
     if script.stem in CALLS:
-        # How many of the perturbed members still call depends on the last digits of the model's training
-        assert all(step["metrics"]["tools/call_frequency"] > 0.25 for step in steps)
+        assert all(step["metrics"]["tools/call_frequency"] > 0.5 for step in steps)
         assert all(step["metrics"]["tools/failure_frequency"] < 0.5 for step in steps)
 
 
