@@ -28,8 +28,7 @@ test-lowest: $(LOWEST)/installed
 
 # With the newest versions of what the trainer is built on; torch stays pinned
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface \
-		tests/engines
+	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
 test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py

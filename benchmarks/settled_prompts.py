@@ -35,9 +35,11 @@ class StopAt(TrainerCallback):
 
     def __init__(self, reward: float):
         self.reward = reward
+        self.last = 0.0
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        control.should_training_stop = metrics["eval_reward"] >= self.reward
+        self.last = metrics["eval_reward"]
+        control.should_training_stop = self.last >= self.reward
 
 
 def completions_needed(tokenizer, options: argparse.Namespace, seed: int, skip: float) -> int:
@@ -78,9 +80,10 @@ def completions_needed(tokenizer, options: argparse.Namespace, seed: int, skip: 
     trainer = ESTrainer(LlamaForCausalLM(config), even_tokens, args, train, held_out, tokenizer, callbacks=[stop])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    (last, *_) = [log["eval_reward"] for log in reversed(trainer.state.log_history) if "eval_reward" in log]
-    if last < options.reward:
-        raise RuntimeError(f"Seed {seed}: the held-out reward is {last:.3f} after {options.steps} steps. Allow more.")
+    if stop.last < options.reward:
+        raise RuntimeError(
+            f"Seed {seed}: the held-out reward is {stop.last:.3f} after {options.steps} steps. Allow more."
+        )
     return trainer.state.global_step * options.population * options.prompts
 
 

@@ -5,43 +5,29 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .config import ESConfig
+from .fields import require
 from .paths import check_local
 from .precision import is_quantized
 from .weights.layouts.zero3 import is_partitioned
 
 
-def check_settled_prompts(args: ESConfig, train_dataset: Any, of_sets: np.ndarray) -> None:
+def check_settled_prompts(args: ESConfig, of_sets: np.ndarray) -> None:
     """
     Raises:
-        `ValueError`: If settled prompts cannot be passed over with such settings, data or rewards.
+        `ValueError`: If prompts are to be passed over by their rewards, but no reward is about a prompt.
     """
-    name = f"`skip_settled_prompts={args.skip_settled_prompts}` is not valid"
-    if args.skip_settled_prompts == 0:
-        return
-    if not isinstance(train_dataset, Dataset):
-        raise ValueError(f"{name}: the rows of a stream cannot be drawn again. Give a `Dataset`.")
-    if of_sets.all():
-        raise ValueError(
-            f"{name}: all rewards are about the whole set of a member's completions, so no prompt has one of its own. "
-            "Set it to 0."
-        )
-    for option, plain in (
-        ("dataloader_num_workers", 0),
-        ("train_sampling_strategy", "random"),
-        ("ignore_data_skip", False),
-    ):
-        value = getattr(args, option, plain)  # which older versions of Transformers may not have
-        if value != plain:
-            raise ValueError(
-                f"{name} with {option}={value!r}: what is drawn follows from the steps before. Set {option}={plain!r}."
-            )
+    require(
+        args,
+        args.skip_settled_prompts == 0 or not of_sets.all(),
+        "skip_settled_prompts",
+        "all rewards are about the whole set of a member's completions, so no prompt has one of its own. Set it to 0.",
+    )
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:

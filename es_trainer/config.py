@@ -1133,6 +1133,18 @@ class ESConfig(GRPOFields, TrainingArguments):
                 "generation_reward",
                 f"it needs as many completions of a prompt, but {name}={number} (more than 1 need temperature > 0).",
             )
+        for name, plain_value in (
+            ("dataloader_num_workers", 0),
+            ("train_sampling_strategy", "random"),
+            ("ignore_data_skip", False),
+        ):
+            value = getattr(self, name, plain_value)  # which older versions of Transformers may not have
+            require(
+                self,
+                self.skip_settled_prompts == 0 or value == plain_value,
+                "skip_settled_prompts",
+                f"what is drawn follows from the steps before, but {name}={value!r}; set {name}={plain_value!r}.",
+            )
         require(
             self,
             self.log_completions_hub_repo is None or self.log_completions,

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from .config import ESConfig
+from .fields import require
 
 
 NO_PROMPT = [{"role": "user", "content": ""}]  # of rows that need none
@@ -24,6 +25,12 @@ def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> Non
     check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.num_prompts_per_step)
     for name, dataset in by_name(eval_dataset).items():
         check_eval_dataset(name, dataset, args)
+    require(
+        args,
+        args.skip_settled_prompts == 0 or not isinstance(train_dataset, IterableDataset),
+        "skip_settled_prompts",
+        "the rows of a stream cannot be drawn again. Give a `Dataset`, or set it to 0.",
+    )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise ValueError(
             f"`max_steps={args.max_steps}`: the length of an `IterableDataset` is not known. Set `max_steps` to the "

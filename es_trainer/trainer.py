@@ -25,7 +25,6 @@ from .data import by_name, check_datasets
 from .engines import Engine
 from .evolution import EvolutionStrategy, Population
 from .evolution.fitness import deviation, mean
-from .evolution.signal import settled
 from .loading import load
 from .overrides.checkpoints import CheckpointTrainer
 from .overrides.gradient_free import GradientFreeTrainer
@@ -236,11 +235,11 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             reward_funcs, args.reward_weights, reward_processing_classes, inputs.own_rewards, generations
         )
         check_arguments(args, model, optimizers, quantization_config, peft_config)
+        check_settled_prompts(args, self.scorer.of_sets)
         check_mode(args, inputs)
         self._inputs = inputs
         train_dataset, eval_dataset = inputs.train_dataset(args, train_dataset), inputs.with_prompts(eval_dataset)
         check_datasets(args, train_dataset, eval_dataset)
-        check_settled_prompts(args, train_dataset, self.scorer.of_sets)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
         self.processes.agree_if_several(lambda: fingerprint.of_run(args, self.scorer.names, datasets))
@@ -432,8 +431,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.completions.choose(utilities)
         self.state.num_input_tokens_seen += evaluation.num_tokens
         if self.settled_prompts is not None:
-            drawn = self.settled_prompts.tell(settled(evaluation.by_prompt))
-            self.recorder.drawn(drawn, self.settled_prompts.share())
+            drawn = self.settled_prompts.tell(evaluation.settled)
+            self.recorder.drawn(drawn, self.settled_prompts.share)
         step = self.state.global_step + 1
         return self.recorder.evaluated(evaluation, utilities, self.optimizer.sigma, self.backend.noise_seconds, step)
 

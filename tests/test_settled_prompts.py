@@ -57,7 +57,7 @@ def test_rows_that_are_not_settled_are_in_every_epoch():
 def test_a_row_that_is_settled_no_more_is_drawn_as_before():
     sampler = SettledPrompts(10, 5, skip=0.99, seed=0)
     draw(sampler, 3, set(range(10)))  # all are settled, and training goes on
-    assert sampler.share() == 1.0
+    assert sampler.share == 1.0
     sampler = SettledPrompts(10, 5, skip=0.99, seed=0)
     sampler.resume(
         [{"rows": [3], "settled": [True]}, {"rows": [3], "settled": [False]}, *[{"rows": [], "settled": []}] * 8]
@@ -68,7 +68,7 @@ def test_a_row_that_is_settled_no_more_is_drawn_as_before():
 
 def test_without_settled_rows_an_epoch_is_the_dataset():
     for shuffle in (True, False):
-        (*batches,) = draw(SettledPrompts(10, 4, skip=0.9, seed=3, shuffle=shuffle), 2, set())
+        batches = draw(SettledPrompts(10, 4, skip=0.9, seed=3, shuffle=shuffle), 2, set())
         first = [row for batch in batches[:3] for row in batch]
         assert sorted(first) == list(range(10)) and [len(batch) for batch in batches[:3]] == [4, 4, 2]
         assert (first == list(range(10))) == (not shuffle)

@@ -10,6 +10,7 @@ from transformers import TrainerState
 
 from ..evolution import Member, Population
 from ..evolution.fitness import mean, normalized_sum
+from ..evolution.signal import settled
 from ..rewards.scorer import Scorer
 from ..rollout import Rollout, Scores, for_rewards
 from ..run.learning import Evaluation
@@ -81,10 +82,12 @@ def evaluate_population(
     found = [_rewards(of_members[number]) for number in range(size)]
     rewards = np.array([rewards for rewards, _ in found])
     by_function = np.array([by_function for _, by_function in found]).swapaxes(0, 1)
+    by_prompt = scorer.without_sets(rewards, by_function)
     normalized = backend.args.multi_objective_aggregation == "normalize_then_sum"
     return Evaluation(
         rewards=rewards,
-        by_prompt=scorer.without_sets(rewards, by_function),
+        by_prompt=by_prompt,
+        settled=settled(by_prompt),
         compared=normalized_sum(by_function, scorer.weights.numpy()) if normalized else rewards,
         center=mean(_rewards(of_members[size])[0]) if center else None,
         summaries=[summary for number in range(size) for summary in _summaries(of_members[number])],

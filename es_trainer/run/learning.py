@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from ..evolution import EvolutionStrategy
 from ..evolution.fitness import mean
-from ..evolution.signal import expected_gain, settled, signal
+from ..evolution.signal import expected_gain, signal
 from .metrics import Summary
 
 
@@ -27,6 +27,8 @@ class Evaluation(NamedTuple):
             Shape `(members, prompts)`, NaN where no completion counts.
         by_prompt (`np.ndarray`):
             The same without the rewards that are about all completions of a member.
+        settled (`np.ndarray`):
+            Shape `(prompts,)`: whether all members were rewarded the same by the latter.
         compared (`np.ndarray`):
             By what the members are compared, of the same shape: the rewards, or with
             `multi_objective_aggregation="normalize_then_sum"` those of functions that were brought to one scale.
@@ -40,6 +42,7 @@ class Evaluation(NamedTuple):
 
     rewards: np.ndarray
     by_prompt: np.ndarray
+    settled: np.ndarray
     compared: np.ndarray
     center: float | None
     summaries: list[Summary]
@@ -66,7 +69,7 @@ class Learning:
         """What the rewards of a step say, from which fitness and utilities follow; docs/monitoring.md has each key."""
         metrics = {}
         if not np.isnan(evaluation.by_prompt).all():  # or no reward is about a prompt
-            metrics["frac_reward_zero_std"] = float(settled(evaluation.by_prompt).mean())
+            metrics["frac_reward_zero_std"] = float(evaluation.settled.mean())
         found = signal(evaluation.by_prompt)
         self._expected = expected_gain(fitness, found.reliability, utilities, step_length=1.0)
         if found.is_known:

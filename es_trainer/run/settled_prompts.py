@@ -45,8 +45,8 @@ class SettledPrompts(Sampler[int]):
         self.steps_of_epoch = rows // batch_size if drop_last else -(-rows // batch_size)
         self.epoch = 0
         self._done: list[dict[str, Any]] = []  # the rows of each step, and which of them were settled
-        self._drawn: dict[int, list[int]] = {}  # rows by step
-        self._shares: dict[int, float] = {}  # of rows that were known to be settled, by step
+        self._drawn: dict[int, tuple[list[int], float]] = {}  # rows by step, and the share that was known then
+        self.share = 0.0  # of rows that were known to be settled when those of the last step were drawn
 
     def __len__(self) -> int:
         return self.rows
@@ -70,17 +70,14 @@ class SettledPrompts(Sampler[int]):
         Returns:
             `dict[str, Any]`: its rows, and which of them are settled, as JSON can hold them.
         """
-        self._done.append({"rows": self._drawn.pop(len(self._done)), "settled": settled.tolist()})
+        rows, self.share = self._drawn.pop(len(self._done))
+        self._done.append({"rows": rows, "settled": settled.tolist()})
         return self._done[-1]
 
     def repeat(self, step: dict[str, Any]) -> None:
         """Do the next step as it was done before, when [`tell`] returned this."""
-        self._drawn.pop(len(self._done), None)
+        _, self.share = self._drawn.pop(len(self._done))
         self._done.append(step)
-
-    def share(self) -> float:
-        """The share of rows that were known to be settled when those of the last step were drawn."""
-        return self._shares[len(self._done) - 1]
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -90,16 +87,16 @@ class SettledPrompts(Sampler[int]):
         first = self.epoch * self.steps_of_epoch
         for number, left in enumerate(range(self.rows, 0, -self.batch_size)):
             step = first + number
-            for done in self._done[known : max(0, step + 1 - DELAY)]:
+            told, known = known, max(0, step + 1 - DELAY)
+            for done in self._done[told:known]:
                 for row, is_settled in zip(done["rows"], done["settled"], strict=True):
                     (settled.add if is_settled else settled.discard)(row)
-            known = max(0, step + 1 - DELAY)
             batch: list[int] = []
             while len(batch) < min(self.batch_size, left):
                 row = next(candidates)
                 if row not in batch and not (row in settled and rng.random() < self.skip):
                     batch.append(row)
-            self._drawn[step], self._shares[step] = batch, len(settled) / self.rows
+            self._drawn[step] = batch, len(settled) / self.rows
             yield from batch
 
     def _candidates(self, rng: np.random.Generator) -> Iterator[int]:
