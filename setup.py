@@ -52,9 +52,11 @@ setup(
         "numba>=0.61,<1",
         "numpy>=2.0,<3",
         "packaging>=24.0",
+        "pebble>=5.1,<6",
         "psutil>=6.0,<8",
         "rich>=14.0,<16",
         "scipy>=1.15,<2",
+        "tenacity>=9.0,<10",
     ],
     extras_require=EXTRAS,
     classifiers=[

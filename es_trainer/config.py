@@ -323,6 +323,21 @@ class ESConfig(GRPOFields, TrainingArguments):
               what the answer of a completion is.
         mask_truncated_completions (`bool`, *optional*, defaults to `False`):
             Leave completions that did not end within `max_completion_length` out of the fitness.
+        reward_workers (`int`, *optional*, defaults to `0`):
+            Completions that are scored at the same time, in each process of the run. Reward functions are then called
+            with one completion each: plain ones in a pool of as many processes, `async` ones in the event loop. Those
+            that cannot be pickled stay in the training process. If `0`, a function is called there with all
+            completions of a member, as `GRPOTrainer` does. Rewards and their order do not depend on it.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward function may take for a completion, or for all of a member if it is
+            [`~es_trainer.rewards.per_member`]. Then it is ended and does not apply, as if it returned `None`;
+            [`~es_trainer.rewards.time_limit`] declares a limit of a function's own, and what counts instead. If `None`,
+            it may take forever. Needs `reward_workers`.
+        reward_retry_on (`list[str]`, *optional*):
+            Exceptions of reward functions after which the function is called again, such as
+            `["TimeoutError", "httpx.HTTPStatusError"]`. It waits in between: about 1, 2, 4, ... up to 60 seconds.
+        reward_retries (`int`, *optional*, defaults to `5`):
+            How often it is called again at most. Then the exception ends training.
 
         > Parameters that control the logging
 
@@ -807,6 +822,44 @@ class ESConfig(GRPOFields, TrainingArguments):
         default=False,
         metadata=about("Leave completions that did not end within `max_completion_length` out of the fitness.", "run"),
     )
+    reward_workers: int = field(
+        default=0,
+        metadata=about(
+            "Completions that are scored at the same time: processes for reward functions. 0: called in the training "
+            "process, with all completions of a member.",
+            "nobody",
+            valid=NOT_NEGATIVE,
+        ),
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata=about(
+            "Seconds that a reward function may take for a completion, to which it then does not apply. If `None`, "
+            "forever.",
+            "run",
+            valid=((lambda seconds: seconds is None or seconds > 0), "it must be positive, or None for no limit."),
+        ),
+    )
+    reward_retry_on: list[str] | None = field(
+        default=None,
+        metadata=about(
+            "Exceptions after which a reward function is called again, such as 'TimeoutError'.",
+            "nobody",
+            valid=(
+                (lambda names: names is None or isinstance(names, list) and all(isinstance(n, str) for n in names)),
+                "give a list of names, such as ['TimeoutError'].",
+            ),
+        ),
+    )
+    reward_retries: int = field(
+        default=5,
+        metadata=about(
+            "How often it is called again at most.",
+            "nobody",
+            valid=AT_LEAST_1,
+            needs=((lambda c: bool(c.reward_retry_on)), "reward_retry_on"),
+        ),
+    )
 
     # Parameters that control the logging
     log_format: str = field(
@@ -1145,6 +1198,12 @@ class ESConfig(GRPOFields, TrainingArguments):
                 "skip_settled_prompts",
                 f"what is drawn follows from the steps before, but {name}={value!r}; set {name}={plain_value!r}.",
             )
+        require(
+            self,
+            self.reward_timeout is None or self.reward_workers > 0,
+            "reward_timeout",
+            "a function that is called in the training process cannot be ended; set reward_workers too, such as 4.",
+        )
         require(
             self,
             self.log_completions_hub_repo is None or self.log_completions,

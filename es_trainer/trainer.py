@@ -32,6 +32,7 @@ from .overrides.hub import HubTrainer
 from .report.completions import BestCompletions
 from .report.console import show_progress
 from .rewards.model import RewardModel
+from .rewards.caller import CallSettings
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Generations
 from .run import fingerprint
@@ -232,7 +233,12 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         )
         generations = Generations(args.generation_reward, majority_key)
         self.scorer = Scorer(
-            reward_funcs, args.reward_weights, reward_processing_classes, inputs.own_rewards, generations
+            reward_funcs,
+            args.reward_weights,
+            reward_processing_classes,
+            inputs.own_rewards,
+            generations,
+            CallSettings.of(args),
         )
         check_arguments(args, model, optimizers, quantization_config, peft_config)
         check_settled_prompts(args, self.scorer.of_sets)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..rewards.scorer import is_async
+from ..rewards.caller import is_async
 from .session import Endpoint
 
 

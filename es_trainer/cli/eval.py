@@ -40,6 +40,9 @@ class EvalArguments(RewardArguments, GenerationArguments):
             Number of rows to score, from the first one on. If `None`, all.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward in their sum; 1.0 if not given.
+        reward_workers (`int`, *optional*, defaults to `0`), reward_timeout (`float`, *optional*):
+        reward_retry_on (`list[str]`, *optional*), reward_retries (`int`, *optional*, defaults to `5`):
+            How reward functions are called: as in [`ESConfig`].
         num_samples (`int`, *optional*, defaults to `1`):
             Completions of each prompt. More than one needs `temperature > 0`.
         pass_threshold (`float`, *optional*, defaults to `1.0`):
@@ -58,6 +61,14 @@ class EvalArguments(RewardArguments, GenerationArguments):
     dataset_streaming: bool = field(default=False, metadata={"help": "Whether to load no more rows than are scored."})
     limit: int | None = field(default=None, metadata={"help": "Number of rows to score. If `None`, all."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward in their sum."})
+    reward_workers: int = field(default=0, metadata={"help": "Completions that are scored at the same time."})
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a reward function may take for a completion."}
+    )
+    reward_retry_on: list[str] | None = field(
+        default=None, metadata={"help": "Exceptions after which a reward function is called again."}
+    )
+    reward_retries: int = field(default=5, metadata={"help": "How often it is called again at most."})
     num_samples: int = field(
         default=1, metadata={"help": "Completions of each prompt. More than one needs `temperature > 0`."}
     )
@@ -126,6 +137,7 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
         `ValueError`: If something given cannot work.
     """
     from ..agents import reward_func as of_agent
+    from ..rewards.caller import CallSettings
     from ..rewards.scorer import Scorer
     from ..scripts.data import check_data, load_agent, load_data
 
@@ -135,7 +147,9 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
     splits, reward_funcs = load_data(arguments, mixture)
     rows = _rows(splits, arguments)
     agent = load_agent(arguments.agent)
-    scorer = Scorer(reward_funcs, arguments.reward_weights, of_environments=[] if agent is None else [of_agent(agent)])
+    of_environments = [] if agent is None else [of_agent(agent)]
+    calls = CallSettings.of(arguments)
+    scorer = Scorer(reward_funcs, arguments.reward_weights, of_environments=of_environments, calls=calls)
     scorer.load_models(config)
     return [_evaluate_model(name, rows, scorer, config, arguments, agent) for name in arguments.models]
 

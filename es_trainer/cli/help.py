@@ -32,7 +32,8 @@ GROUPS = {
     ),
     "rewards and data": (
         *("task", "agent", "reward_funcs", "reward_model_name_or_path", "reward_weights"),
-        *("multi_objective_aggregation", "generation_reward", "mask_truncated_completions"),
+        *("multi_objective_aggregation", "generation_reward", "mask_truncated_completions", "reward_workers"),
+        *("reward_timeout", "reward_retry_on", "reward_retries"),
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
         *("datasets", "system_prompt", "shuffle_dataset", "skip_settled_prompts", "remove_unused_columns"),
     ),

@@ -2,7 +2,7 @@ from .accuracy import accuracy_reward
 from .conciseness import conciseness_reward
 from .countdown import countdown_reward, solves
 from .evaluate_metric import evaluate_reward
-from .scope import per_member
+from .scope import per_member, time_limit
 from .text import completion_text
 
 
@@ -14,4 +14,5 @@ __all__ = [
     "evaluate_reward",
     "per_member",
     "solves",
+    "time_limit",
 ]

@@ -1,19 +1,18 @@
-import contextlib
-import json
-import subprocess
-import sys
-import threading
+import functools
+import logging
 
+from .call import Call
+from .caller import Caller, CallSettings
+from .scope import time_limit
 from .text import completion_text
+from .workers import here
 
 
 # A hopeless answer is given up by math-verify after 5 to 10 seconds. This is for what it cannot interrupt
-CPU_SECONDS = 60
-
-_lock = threading.Lock()
-_grader: subprocess.Popen | None = None
+SECONDS = 60
 
 
+@time_limit(SECONDS, reward=0.0)
 def accuracy_reward(
     completions: list[str | list[dict[str, str]]], solution: list[str], **kwargs
 ) -> list[float | None]:
@@ -23,7 +22,8 @@ def accuracy_reward(
 
     TRL has to do without math-verify's time limits outside of the main thread. There, a completion such as
     `\boxed{9^{9^9}}` would stop the program for good, and the same may happen wherever math-verify computes what
-    cannot be interrupted. A process of its own can always be ended.
+    cannot be interrupted. A process of its own can always be ended. `reward_workers` of them check answers at the same
+    time; one does where that is 0.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`):
@@ -39,32 +39,22 @@ def accuracy_reward(
             For each completion 1.0 if the answer is right, 0.0 if it is wrong, missing or takes too long to check, and
             `None` if the solution cannot be parsed.
     """
-    with _lock:
-        return [
-            _grade(completion_text(completion), reference)
-            for completion, reference in zip(completions, solution, strict=True)
-        ]
+    if here():
+        return _grade(completions, solution)
+    rows = [{"prompt": "", "solution": reference} for reference in solution]
+    call = Call("accuracy_reward", rows, completions, [[]] * len(completions), None)
+    returned, _ = _caller().begin({0: call})()
+    return [reward for (reward,) in returned[0].results]
 
 
-def _grade(completion: str, solution: str) -> float | None:
-    global _grader
-    # Only a grader that has answered is used again: one that was interrupted would give the answer before next time
-    grader, _grader = _grader or _start(), None
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps([completion, solution]), file=grader.stdin, flush=True)
-    answer = grader.stdout.readline()
-    if answer:
-        _grader = grader
-        return json.loads(answer)
-    status = grader.wait()
-    if status > 0:
-        raise RuntimeError(
-            f"The process that compares answers ended with status {status}; it printed why. Is math-verify installed? "
-            "`pip install math-verify` installs it."
-        )
-    return 0.0  # a signal ended it: the time limit, or no memory left
+@functools.cache
+def _caller() -> Caller:
+    """For those who call the function themselves."""
+    return Caller([accuracy_reward], ["accuracy_reward"], [False], [0], CallSettings())
 
 
-def _start() -> subprocess.Popen:
-    command = [sys.executable, "-m", "es_trainer.rewards.grader", str(CPU_SECONDS)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+def _grade(completions: list[str | list[dict[str, str]]], solution: list[str]) -> list[float | None]:
+    from trl.rewards import accuracy_reward as grade
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would report every answer that takes too long
+    return grade([[{"role": "assistant", "content": completion_text(c)}] for c in completions], solution)

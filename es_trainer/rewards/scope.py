@@ -1,4 +1,4 @@
-"""Rewards that belong to all completions of a member at once."""
+"""What reward functions say of themselves: what their number is of, and how long they may take."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -32,3 +32,37 @@ def per_member(function: F) -> F:
     """
     function.reward_scope = "member"
     return function
+
+
+def time_limit(seconds: float, reward: float | None = None) -> Callable[[F], F]:
+    """
+    Gives a reward function a time limit of its own, in place of `reward_timeout`.
+
+    It sets the function's attributes `reward_timeout` and `reward_on_timeout`. The function is called in a process that
+    can be ended, whatever it does there, even if `reward_workers` is 0. It is called with one completion at a time, so
+    that one which takes too long costs the others nothing.
+
+    Args:
+        seconds (`float`):
+            For one completion; for all of a member if the function is [`per_member`].
+        reward (`float`, *optional*):
+            What a completion counts that takes longer, such as `0.0` for a program that does not end. If `None`, the
+            function does not apply to it.
+
+    Example:
+
+    ```python
+    from es_trainer.rewards import completion_text, time_limit
+
+
+    @time_limit(10, reward=0.0)
+    def passes(completions, tests, **kwargs):
+        return [float(run(completion_text(c), test)) for c, test in zip(completions, tests)]
+    ```
+    """
+
+    def set_attributes(function: F) -> F:
+        function.reward_timeout, function.reward_on_timeout = seconds, reward
+        return function
+
+    return set_attributes

@@ -1,15 +1,8 @@
 """Calls reward functions by GRPOTrainer's protocol and checks what they return."""
 
-import asyncio
-import contextlib
-import functools
-import inspect
 import math
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -22,20 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging
 
 from ..choices import PASS_AT
-from ..copies import own_copy
-from ..event_loop import event_loop
 from ..evolution.fitness import total_reward
 
 
 if TYPE_CHECKING:
     from ..config import ESConfig
 from ..rollout import Generations, Scores
+from .call import Call
+from .caller import Caller, CallSettings, Returned, unwrapped
 from .scope import SCOPES
 
 
 logger = logging.get_logger(__name__)
-
-PATIENCE = 60.0  # seconds that a function takes before that is warned of
 
 # What the trainer and Transformers' Trainer log themselves, of training and of evaluations (there after `eval_`)
 RESERVED = frozenset(
@@ -62,36 +53,20 @@ RESERVED = frozenset(
     )
 )
 
+TIMED_OUT = "timed_out"  # rewards/name/timed_out: share of a function's calls that took longer than its time limit
+
 Rewards = Sequence[float | None]
 # The name of a reward model, a reward model, or a function that returns a number for each completion
 RewardFunc = str | PreTrainedModel | Callable[..., Rewards] | Callable[..., Awaitable[Rewards]]
-
-
-@dataclass
-class Call:
-    """What one function gets for some completions, and what it logs meanwhile."""
-
-    keywords: dict[str, Any]
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.keywords |= {"log_extra": self._log_extra, "log_metric": self._log_metric}
-
-    def _log_extra(self, column: str, values: Sequence[Any]) -> None:
-        self.extra.setdefault(str(column), []).extend(values)
-
-    def _log_metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
 
 
 class Scorer:
     """
     Scores completions with one or several reward functions and models.
 
-    Functions are called in the thread that calls the scorer, one after another. Those that are `async` run together in
-    one event loop, which a thread of its own keeps for good. Where a function does not return, a warning says so after
-    a minute.
+    Functions are called in the thread that calls the scorer, one after another, or in a pool of processes. Those that
+    are `async` run together in one event loop, which a thread of its own keeps for good. Where a function does not
+    return, a warning says so after a minute.
 
     Args:
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
@@ -110,6 +85,8 @@ class Scorer:
             Further functions, with a weight of 1.
         generations ([`Generations`], *optional*):
             How the rewards of the completions of a prompt make that of the prompt.
+        calls ([`CallSettings`], *optional*):
+            How to call functions.
 
     Raises:
         `TypeError`: If a reward function cannot be called.
@@ -124,6 +101,7 @@ class Scorer:
         processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         of_environments: Sequence[RewardFunc] = (),
         generations: Generations | None = None,
+        calls: CallSettings | None = None,
     ):
         if reward_funcs is None or reward_funcs == []:
             if not of_environments:
@@ -159,10 +137,9 @@ class Scorer:
         self.processing_classes += [None] * len(of_environments)
         weights = [*weights, *[1.0] * len(of_environments)]
         self.weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        self._turn = asyncio.Lock()
-        self._running: dict[Future, None] = {}  # in the order of the calls
-        self._patience = [PATIENCE] * len(self.functions)
         self._warned_of_unscored = False
+        of_user = range(len(self.functions) - len(of_environments))  # environments are in this process
+        self._caller = Caller(self.functions, self.names, self.of_sets, of_user, calls or CallSettings())
 
     @property
     def has_sets(self) -> bool:
@@ -211,6 +188,7 @@ class Scorer:
             if isinstance(function, str) or _is_model(function):
                 self.functions[i] = model = RewardModel(function, self.processing_classes[i], args)
                 self.processing_classes[i] = model.tokenizer
+        self._caller.check()
 
     def __call__(
         self,
@@ -253,103 +231,30 @@ class Scorer:
         scores. Those of one call at a time run, in the order of the calls. `which` says of each function whether to
         call it; others do not apply.
         """
-        numbers = [i for i in range(len(self.functions)) if which is None or which[i]]
-        calls = {i: Call(_keywords(rows, completions, completion_ids, trainer_state)) for i in numbers}
-        start = time.perf_counter()
-        waiting = [i for i in calls if is_async(self.functions[i])]
-        running = None
-        if waiting:
-            coroutine = self._await_together({i: calls[i] for i in waiting})
-            running = asyncio.run_coroutine_threadsafe(coroutine, event_loop())
-            self._running[running] = None
-            running.add_done_callback(lambda done: self._running.pop(done, None))
-        try:
-            results = {i: self._call(i, call) for i, call in calls.items() if i not in waiting}
-        except BaseException:
-            if running is not None:
-                running.cancel()
-            raise
-        end = time.perf_counter()
+        calls = {
+            i: self._caller.call(
+                name, rows=rows, completions=completions, completion_ids=completion_ids, trainer_state=trainer_state
+            )
+            for i, name in enumerate(self.names)
+            if which is None or which[i]
+        }
+        finish = self._caller.begin(calls)
 
-        def finish() -> Scores:
-            seconds = end - start
-            if running is not None:
-                try:
-                    others, async_start, async_end = running.result()
-                finally:
-                    running.cancel()
-                results.update(others)
-                seconds += max(0.0, async_end - max(async_start, end))
-            return self._scores(rows, completions, calls, results, seconds)
+        def scores() -> Scores:
+            return self._scores(rows, completions, calls, *finish())
 
-        return finish
+        return scores
 
     def cancel(self) -> None:
         """Cancel the functions that are still running: nobody will ask for their rewards."""
-        for running in reversed(list(self._running)):  # or the next would begin when the one before it ends
-            running.cancel()
-
-    def _call(self, i: int, call: Call) -> Any:
-        try:
-            with self._watched(i):
-                return _listed(self.functions[i](**call.keywords))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # also SystemExit, of code that the model wrote and the function executes
-            raise self._failure(i, error) from error
-
-    async def _await_together(self, calls: dict[int, Call]) -> tuple[dict[int, Any], float, float]:
-        """What functions that are async return, and when they began and ended."""
-        async with self._turn:
-            start = time.perf_counter()
-            tasks = [asyncio.ensure_future(self._await(i, call)) for i, call in calls.items()]
-            try:
-                results = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-            return dict(zip(calls, results, strict=True)), start, time.perf_counter()
-
-    async def _await(self, i: int, call: Call) -> Any:
-        try:
-            with self._watched(i):
-                return _listed(await self.functions[i](**call.keywords))
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            if asyncio.current_task().cancelling():
-                raise
-            raise self._failure(i, error) from error
-
-    def _failure(self, i: int, error: BaseException) -> RuntimeError:
-        return RuntimeError(f"Reward function {self.names[i]!r} raised {type(error).__name__}: {error}")
-
-    @contextlib.contextmanager
-    def _watched(self, i: int) -> Iterator[None]:
-        """Inside, a warning tells when the function takes longer than it ever has, and more than a minute."""
-        done = threading.Event()
-        start = time.monotonic()
-
-        def watch() -> None:
-            while not done.wait(self._patience[i] - (time.monotonic() - start)):
-                logger.warning(
-                    f"Reward function {self.names[i]!r} has been running for {time.monotonic() - start:.0f} seconds, "
-                    "and training waits for it. If it hangs, give it a time limit. (Shown again after twice as long.)"
-                )
-                self._patience[i] *= 2
-
-        threading.Thread(target=watch, name="es_trainer-reward-watch", daemon=True).start()
-        try:
-            yield
-        finally:
-            done.set()
+        self._caller.cancel()
 
     def _scores(
         self,
         rows: list[dict[str, Any]],
         completions: list[Any],
         calls: dict[int, Call],
-        results: dict[int, Any],
+        returned: dict[int, Returned],
         seconds: float,
     ) -> Scores:
         extra: list[tuple[str, list[Any]]] = []
@@ -371,9 +276,14 @@ class Scorer:
                     )
                 metrics.setdefault(metric, []).extend(values)
         by_function = np.full((len(rows), len(self.functions)), np.nan)
-        for i, result in results.items():
-            name = self.names[i]
-            by_function[:, i] = _number_of_set(name, result) if self.of_sets[i] else _numbers(name, result, len(rows))
+        for i, one in returned.items():
+            name, results = self.names[i], one.results
+            if self.of_sets[i]:
+                by_function[:, i] = _number_of_set(name, results[0])
+            else:
+                by_function[:, i] = _numbers(name, results, len(rows))
+            if one.timed_out:
+                metrics[f"rewards/{name}/{TIMED_OUT}"] = [float(late) for late in one.timed_out]
         unscored = np.flatnonzero(np.isnan(by_function).all(axis=1))
         if unscored.size and len(calls) == len(self.functions) and not self._warned_of_unscored:
             self._warned_of_unscored = True
@@ -394,32 +304,21 @@ class Scorer:
     def _is_logged(self, metric: str) -> bool:
         """Whether logs have something else of that name."""
         metric = metric.removeprefix("eval_")
-        of_functions = {f"rewards/{name}/{of}" for name in self.names for of in ("mean", "std")}
+        of_functions = {f"rewards/{name}/{of}" for name in self.names for of in ("mean", "std", TIMED_OUT)}
         return metric in RESERVED or metric in of_functions or PASS_AT.fullmatch(metric) is not None
 
 
-def _keywords(
-    rows: list[dict[str, Any]], completions: list[Any], completion_ids: list[list[int]], trainer_state: TrainerState
-) -> dict[str, Any]:
-    """What a function gets, of its own."""
-    return {
-        **{key: [own_copy(row[key]) for row in rows] for key in rows[0] if key not in ("prompt", "completion")},
-        "prompts": [own_copy(row["prompt"]) for row in rows],
-        "completions": own_copy(completions),
-        "completion_ids": [list(ids) for ids in completion_ids],
-        "trainer_state": trainer_state,
-    }
+def _numbers(name: str, results: list[Any], count: int) -> list[float]:
+    """Rewards of completions, for which a function was called once, or once for each."""
+    of_call = count // len(results)
+    rewards = [reward for result in results for reward in _list_of(name, result, of_call)]
+    return [_number(name, reward, f"for completion {row}") for row, reward in enumerate(rewards)]
 
 
-def _listed(rewards: Any) -> Any:
-    return list(rewards) if isinstance(rewards, Iterator) else rewards
-
-
-def _numbers(name: str, rewards: Any, count: int) -> list[float]:
+def _list_of(name: str, rewards: Any, count: int) -> list[Any]:
     try:
-        if isinstance(
-            rewards, str | Mapping | Set
-        ):  # their order, or what they consist of, says nothing of completions
+        # The order of a mapping or set, or what a text consists of, says nothing of completions
+        if isinstance(rewards, str | Mapping | Set):
             raise TypeError
         rewards = list(rewards)
     except TypeError:
@@ -432,7 +331,7 @@ def _numbers(name: str, rewards: Any, count: int) -> list[float]:
             f"Reward function {name!r} returned {len(rewards)} rewards for {count} completions: it must return one "
             "number (or None) for each."
         )
-    return [_number(name, reward, f"for completion {row}") for row, reward in enumerate(rewards)]
+    return rewards
 
 
 def _number_of_set(name: str, reward: Any) -> float:
@@ -468,7 +367,7 @@ def _name(function: RewardFunc) -> str:
     if isinstance(function, str) or _is_model(function):
         name = function if isinstance(function, str) else function.config._name_or_path
         return name.rstrip("/").split("/")[-1] or type(function).__name__
-    function = _unwrapped(function)
+    function = unwrapped(function)
     return getattr(function, "__name__", type(function).__name__)  # as TRL names them
 
 
@@ -481,23 +380,13 @@ def _is_of_set(function: RewardFunc) -> bool:
     Raises:
         `ValueError`: If the function's `reward_scope` is unknown.
     """
-    scope = getattr(_unwrapped(function), "reward_scope", "completion")
+    scope = getattr(unwrapped(function), "reward_scope", "completion")
     if scope not in SCOPES:
         raise ValueError(
             f"Reward function {_name(function)!r} has `reward_scope={scope!r}`: it is one of "
             f"{', '.join(map(repr, SCOPES))}."
         )
     return scope == "member"
-
-
-def is_async(function: Callable) -> bool:
-    """Whether what a function returns has to be awaited."""
-    function = _unwrapped(function)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def _unwrapped(function: Callable) -> Callable:
-    return _unwrapped(function.func) if isinstance(function, functools.partial) else function
 
 
 def distinct(names: list[str]) -> list[str]:

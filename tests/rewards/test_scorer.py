@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerState
 from trl.rewards import get_soft_overlong_punishment
 
-from es_trainer.rewards import scorer as scorer_module
+from es_trainer.rewards import caller
 from es_trainer.rewards.scorer import Scorer
 
 
@@ -202,7 +202,7 @@ def test_an_async_function_that_exits_is_named_and_ends_nothing_else(function, m
 
 
 def test_functions_that_take_long_are_named_at_growing_times(caplog, monkeypatch):
-    monkeypatch.setattr(scorer_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(caller, "PATIENCE", 0.1)
 
     def slow(**kwargs):
         time.sleep(0.55)
