@@ -331,8 +331,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         reward_timeout (`float`, *optional*):
             Seconds that a reward function may take for a completion, or for all of a member if it is
             [`~es_trainer.rewards.per_member`]. Then it is ended and does not apply, as if it returned `None`;
-            [`~es_trainer.rewards.time_limit`] declares a limit of a function's own, and what counts instead. If `None`,
-            it may take forever. Needs `reward_workers`.
+            [`~es_trainer.rewards.time_limit`] declares a limit of a function's own, and what counts instead. If
+            `None`, it may take forever. Needs `reward_workers`.
         reward_retry_on (`list[str]`, *optional*):
             Exceptions of reward functions after which the function is called again, such as
             `["TimeoutError", "httpx.HTTPStatusError"]`. It waits in between: about 1, 2, 4, ... up to 60 seconds.

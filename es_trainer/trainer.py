@@ -31,8 +31,8 @@ from .overrides.gradient_free import GradientFreeTrainer
 from .overrides.hub import HubTrainer
 from .report.completions import BestCompletions
 from .report.console import show_progress
-from .rewards.model import RewardModel
 from .rewards.caller import CallSettings
+from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Generations
 from .run import fingerprint

@@ -45,7 +45,7 @@ class Retries:
         return {
             "retry": tenacity.retry_if_exception_type(self.exceptions),
             "stop": tenacity.stop_after_attempt(1 + self.times),
-            "wait": tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+            "wait": tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
             "before_sleep": say,
             "reraise": True,
         }

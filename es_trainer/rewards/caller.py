@@ -138,9 +138,9 @@ class Caller:
             if i in self._in_workers:
                 self._in_workers.discard(i)
                 logger.warning(
-                    f"Reward function {self._names[i]!r} cannot be sent to another process ({reason}), so it is called "
-                    "in this one with all completions of a member, one call after another, and no time limit ends it. "
-                    "Define it at the top of a file."
+                    f"Reward function {self._names[i]!r} cannot be sent to another process ({reason}), so it is "
+                    "called in this one with all completions of a member, one call after another, and no time limit "
+                    "ends it. What cannot be sent it may create itself, when it is called first."
                 )
 
     def call(self, name: str, **of_completions: Any) -> Call:

@@ -38,9 +38,9 @@ def time_limit(seconds: float, reward: float | None = None) -> Callable[[F], F]:
     """
     Gives a reward function a time limit of its own, in place of `reward_timeout`.
 
-    It sets the function's attributes `reward_timeout` and `reward_on_timeout`. The function is called in a process that
-    can be ended, whatever it does there, even if `reward_workers` is 0. It is called with one completion at a time, so
-    that one which takes too long costs the others nothing.
+    It sets the function's attributes `reward_timeout` and `reward_on_timeout`. The function is called in a process
+    that can be ended, whatever it does there, even if `reward_workers` is 0. It is called with one completion at a
+    time, so that one which takes too long costs the others nothing.
 
     Args:
         seconds (`float`):

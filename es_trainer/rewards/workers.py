@@ -1,42 +1,33 @@
 """Reward functions in a pool of processes: several completions at a time, and a time limit that ends anything."""
 
-import ctypes
 import functools
-import multiprocessing
 import pickle
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import Any
 
-import pebble
+import dill
 from transformers import TrainerState
-from transformers.utils import logging
 
 from .call import Call, Outcome
+from .pool import Pool
 
 
-logger = logging.get_logger(__name__)
-
-PR_SET_PDEATHSIG = 1
-
-_here = False  # in this process, the pool's functions run
+# In a worker: its functions, and why others cannot be loaded
+_functions: dict[int, Callable] = {}
+_reasons: dict[int, str] = {}
+_here = False
 
 
 class Workers:
     """
-    A pool of processes that call functions.
+    A pool of processes that call reward functions.
 
-    Functions are sent to them by pickling, once. What cannot be pickled, or not be loaded in another process, such as
-    a function defined inside another one, stays outside: see [`~Workers.outside`].
-
-    Processes come from Python's fork server, which knows nothing of this process's GPUs and threads. It imports the
-    program's main file, so that file has to begin its work below `if __name__ == "__main__":`.
+    Functions are sent to them by [dill](https://dill.readthedocs.io), which `datasets` uses, too: those of the main
+    file, of a notebook or inside other functions are copied with all that they refer to. Each process has functions of
+    its own: what they change stays there. What cannot be sent stays outside: see [`~Workers.outside`].
 
     Args:
         functions (`Mapping[int, Callable]`):
@@ -46,36 +37,27 @@ class Workers:
     """
 
     def __init__(self, functions: Mapping[int, Callable], number: int):
-        self._pickled: dict[int, bytes] = {}
+        pickled: dict[int, bytes] = {}
         self._outside: dict[int, str] = {}
         for i, function in functions.items():
             try:
-                self._pickled[i] = pickle.dumps(function)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                self._outside[i] = str(error)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
-        self._pool = pebble.ProcessPool(number, initializer=_end_with_the_server, context=context)
-        self._loading = self._pool.schedule(_load, [self._pickled]) if self._pickled else None
+                pickled[i] = dill.dumps(function, recurse=True)
+            except Exception as error:  # of dill, or of what the function refers to
+                self._outside[i] = f"{type(error).__name__}: {error}"
+        self._pool = Pool(number, _begin, [pickled], [__name__])
 
     @functools.cached_property
     def outside(self) -> dict[int, str]:
         """
-        The functions that cannot be called here, and why. It waits for the first worker.
+        The functions that cannot be called here, and why. It waits for the first process.
 
         Raises:
-            `RuntimeError`: If workers do not start.
+            `RuntimeError`: If processes do not start.
         """
-        if self._loading is None:
-            return self._outside
         try:
-            return self._outside | self._loading.result()
-        except (BrokenProcessPool, pebble.ProcessExpired) as error:
-            raise RuntimeError(
-                "The processes of `reward_workers` do not start; what they printed says why. They import the main file "
-                'of the program: everything that it does has to be below `if __name__ == "__main__":`, or the reward '
-                "functions in a file of their own, with `reward_workers=0`."
-            ) from error
+            return self._outside | self._pool.submit(_reasons_here).result()
+        except Exception as error:
+            raise RuntimeError("The processes for reward functions do not start. They have printed why.") from error
 
     def submit(self, function: int, calls: Sequence[Call], timeout: float | None) -> "list[Future[Outcome]]":
         """
@@ -95,7 +77,7 @@ class Workers:
         """
         state = pickle.dumps(calls[0].trainer_state)  # once: it has what was logged, of all steps
         stateless = [replace(call, trainer_state=None) for call in calls]
-        return [self._pool.schedule(_run, [self._pickled[function], call, state], timeout=timeout) for call in stateless]
+        return [self._pool.submit(_run, [function, call, state], timeout) for call in stateless]
 
 
 def here() -> bool:
@@ -106,39 +88,29 @@ def here() -> bool:
 # In the workers
 
 
-def _end_with_the_server() -> None:
-    """The fork server ends with the program, whatever ends that. So does a worker then, also amid a computation."""
+def _begin(pickled: dict[int, bytes]) -> None:
     global _here
     _here = True
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _load(pickled: dict[int, bytes]) -> dict[int, str]:
-    """Why functions cannot be loaded, of those for which that is so."""
-    reasons = {}
     for i, function in pickled.items():
         try:
-            _function(function)
+            _functions[i] = dill.loads(function)
         except Exception as error:  # whatever the function's module raises
-            reasons[i] = f"{type(error).__name__}: {error}"
-    return reasons
+            _reasons[i] = f"{type(error).__name__}: {error}"
 
 
-def _run(function: bytes, call: Call, state: bytes) -> Outcome:
+def _reasons_here() -> dict[int, str]:
+    return _reasons
+
+
+def _run(function: int, call: Call, state: bytes) -> Outcome:
     start = time.perf_counter()
     try:
         call.trainer_state = _state(state)
-        result = call.run(_function(function))
+        result = call.run(_functions[function])
     except BaseException as error:  # also SystemExit. It is told in words: not every exception can be pickled
         raised, where = f"{type(error).__name__}: {error}", traceback.format_exc()
         return Outcome(None, start, time.perf_counter(), raised=raised, where=where)
     return Outcome(result, start, time.perf_counter(), call.extra, call.metrics)
-
-
-@functools.lru_cache
-def _function(pickled: bytes) -> Callable:
-    return pickle.loads(pickled)
 
 
 @functools.lru_cache(maxsize=1)

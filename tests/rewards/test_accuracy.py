@@ -1,10 +1,15 @@
+import concurrent.futures
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from transformers import TrainerState
 
-from es_trainer.rewards import accuracy
 from es_trainer.rewards.accuracy import accuracy_reward
+from es_trainer.rewards.caller import CallSettings
 from es_trainer.rewards.scorer import Scorer
 
 
@@ -37,38 +42,39 @@ def test_what_math_verify_gives_up_in_a_thread():
     assert time.perf_counter() - start < 60
 
 
-def test_a_grader_that_is_ended_by_its_time_limit_is_replaced(monkeypatch):
-    monkeypatch.setattr(accuracy, "CPU_SECONDS", 1)
-    monkeypatch.setattr(accuracy, "_grader", None)
-    assert accuracy_reward([r"\boxed{9^{9^9}}"], [r"\boxed{1}"]) == [0.0]
-    assert accuracy._grader is None
-    assert accuracy_reward([r"\boxed{1}"], [r"\boxed{1}"]) == [1.0]
+def test_what_math_verify_cannot_interrupt_counts_as_wrong(monkeypatch):
+    monkeypatch.setattr(accuracy_reward, "reward_timeout", 6)  # the next one needs a new process, which imports
+    assert accuracy_reward([r"\boxed{9^{9^9}}", r"\boxed{1}"], [r"\boxed{1}"] * 2) == [0.0, 1.0]
 
 
-def test_an_interrupted_grader_is_not_asked_again(monkeypatch):
+def test_answers_are_those_of_what_was_asked_after_an_interruption(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
     accuracy_reward([r"\boxed{1}"], [r"\boxed{1}"])
-    late = accuracy._grader
-
-    class InterruptedAfterSending:
-        def __init__(self, stdin):
-            self.write, self._flush = stdin.write, stdin.flush
-
-        def flush(self):
-            self._flush()
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(late, "stdin", InterruptedAfterSending(late.stdin))
+        patch.setattr(concurrent.futures.Future, "result", interrupt)
         accuracy_reward([r"\boxed{1}"], [r"\boxed{1}"])
     assert accuracy_reward([r"\boxed{2}"], [r"\boxed{1}"]) == [0.0]
 
 
-def test_a_grader_that_cannot_start_is_an_error(monkeypatch, tmp_path):
+def test_a_grader_that_cannot_start_is_an_error(tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(accuracy, "_grader", None)
-    with pytest.raises(RuntimeError, match="status 1; .*math-verify"):
-        accuracy_reward([r"\boxed{1}"], [r"\boxed{1}"])
+    code = "from es_trainer.rewards import accuracy_reward; accuracy_reward(['1'], ['1'])"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "'accuracy_reward' raised" in run.stderr
+    assert "broken" in run.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_run(workers):
+    """With and without workers of the run's, it is called in processes that can be ended."""
+    scorer = Scorer(accuracy_reward, calls=CallSettings(workers))
+    rows = [{"prompt": "", "solution": r"\boxed{1}"}] * 3
+    completions = [[{"role": "assistant", "content": rf"\boxed{{{answer}}}"}] for answer in (1, 2, 1)]
+    assert scorer(rows, completions, [[1]] * 3, TrainerState()).total.tolist() == [1.0, 0.0, 1.0]
 
 
 def test_its_name_in_logs_is_that_of_trl():
