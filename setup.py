@@ -46,6 +46,7 @@ setup(
         "accelerate>=1.10,<2",
         "datasets>=4.7,<6",
         "peft>=0.18,<1",
+        "dill>=0.3.8,<1",
         "evaluate>=0.4.6,<1",
         "httpx>=0.27,<1",
         "matplotlib>=3.10,<4",

@@ -326,7 +326,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         reward_workers (`int`, *optional*, defaults to `0`):
             Completions that are scored at the same time, in each process of the run. Reward functions are then called
             with one completion each: plain ones in a pool of as many processes, `async` ones in the event loop. Those
-            that cannot be pickled stay in the training process. If `0`, a function is called there with all
+            that cannot be copied stay in the training process. If `0`, a function is called there with all
             completions of a member, as `GRPOTrainer` does. Rewards and their order do not depend on it.
         reward_timeout (`float`, *optional*):
             Seconds that a reward function may take for a completion, or for all of a member if it is
