@@ -24,6 +24,7 @@ EXTRAS["test"] = [
     *EXTRAS["trackers"],
     *EXTRAS["quickstart"],
     *["openai>=2.0", "smolagents[openai]>=1.20"],  # agents of the examples
+    *["nbclient>=0.10", "ipykernel>=6.29"],  # a notebook
     *["pytest>=9.0", "pytest-xdist>=3.8", "tensorboard>=2.20", "triton>=3.5"],
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "import-linter>=2.11", "ruff>=0.17"]

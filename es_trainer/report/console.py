@@ -10,25 +10,36 @@ import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import is_in_notebook
 
 from ..config import ESConfig
-from .plots import held_out_sets
+from .plots import FIGURES, held_out_sets
 from .progress import MemberProgressCallback
 
 
 def show_progress(trainer: Trainer, args: ESConfig) -> None:
     """
-    Let the trainer show members as they are done, and lines in place of dicts, where it shows those: in notebooks, it
-    shows a table.
+    Let the trainer show members as they are done, lines in place of dicts, and in a notebook a table of rewards.
     """
-    for shows_dicts, shows_lines in ((ProgressCallback, LineProgressCallback), (PrinterCallback, LineCallback)):
-        if args.log_format == "line" and any(
-            type(callback) is shows_dicts for callback in trainer.callback_handler.callbacks
-        ):
-            trainer.remove_callback(shows_dicts)
-            trainer.add_callback(shows_lines)
+    if args.log_format == "line":
+        for theirs, ours in _callbacks().items():
+            if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
+                trainer.remove_callback(theirs)
+                trainer.add_callback(ours)
     if not args.disable_tqdm:
         trainer.add_callback(MemberProgressCallback)
+
+
+def _callbacks() -> dict[type[TrainerCallback], type[TrainerCallback]]:
+    """Those that show the logs of rewards, by those of Transformers that show any."""
+    callbacks = {ProgressCallback: LineProgressCallback, PrinterCallback: LineCallback}
+    if is_in_notebook():  # it needs IPython
+        from transformers.utils.notebook import NotebookProgressCallback
+
+        from .notebook import RewardTableCallback
+
+        callbacks[NotebookProgressCallback] = RewardTableCallback
+    return callbacks
 
 
 class Lines:
@@ -55,11 +66,7 @@ class Lines:
             return None
         parts = [Text(f"step {state.global_step:,}/{state.max_steps:,}", style="bold")]
         parts += [self._reward(key, name, logs[key]) for key, name in rewards.items()]
-        parts += [
-            Text(f"{name} {logs[key]:.3g}")
-            for key, name in (("reward/center", "center"), ("reward_std", "spread"), ("signal", "signal"))
-            if logs.get(key) is not None
-        ]
+        parts += [Text(f"{name} {logs[key]:.3g}") for key, name in FIGURES.items() if logs.get(key) is not None]
         if logs.get("step_time") is not None:
             left = (state.max_steps - state.global_step) * logs["step_time"]
             parts.append(Text(f"{logs['step_time']:.3g} s, {_time(left)} left", style="dim"))

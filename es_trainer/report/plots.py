@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "trainer_state.json"
 
+FIGURES = {"reward/center": "center", "reward_std": "spread", "signal": "signal"}  # of a step, beside its reward
 HELD_OUT = re.compile(r"eval_(?:(.+)_)?reward")
 
 
