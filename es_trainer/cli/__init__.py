@@ -12,6 +12,7 @@ from ..scripts.mistakes import DEBUG, error_in_one_line
 # Each is a module here with a `main(argv)`, imported when it is the one to run
 COMMANDS = {
     "train": "train a model, on one process or through accelerate on several",
+    "probe": "find sigma, the learning rate and what a run costs, before it",
     "eval": "score a model, or compare two, on a task or dataset",
     "generate": "answer prompts with a model, or with two side by side",
     "replay": "rebuild a trained model from its base model and the history of its run",

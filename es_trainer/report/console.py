@@ -71,7 +71,7 @@ class Lines:
             left = (state.max_steps - state.global_step) * logs["step_time"]
             parts.append(Text(f"{logs['step_time']:.3g} s, {_time(left)} left", style="dim"))
             if state.global_step == args.logging_steps:  # of the first log
-                parts.append(Text(f"{_memory() / 2**30:.1f} GiB", style="dim"))
+                parts.append(Text(f"{memory() / 2**30:.1f} GiB", style="dim"))
         return Text("  ").join(parts)
 
     def _reward(self, key: str, name: str, value: float | None) -> Text:
@@ -89,7 +89,7 @@ def _time(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _memory() -> int:
+def memory() -> int:
     """The most memory that was used, on the device or by this process, in bytes."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()

@@ -29,12 +29,13 @@ def main(script_args, training_args, model_args, dataset_args):
     train(make_trainer(script_args, training_args, model_args, dataset_args), script_args.dataset_name)
 
 
-def make_trainer(script_args, training_args, model_args, dataset_args):
+def make_trainer(script_args, training_args, model_args, dataset_args, trainer_class=None):
     from trl import get_peft_config, get_quantization_config
 
     from es_trainer import ESTrainer
     from es_trainer.backends import TrainerInputs, check_mode
 
+    trainer_class = trainer_class or ESTrainer
     check(script_args, training_args, model_args, dataset_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -53,7 +54,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     if training_args.eval_strategy != "no":
         eval_dataset = pick_split(dataset, "dataset_test_split", script_args.dataset_test_split)
 
-    return ESTrainer(
+    return trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,

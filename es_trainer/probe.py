@@ -1,0 +1,115 @@
+"""Tries settings before a run: sigmas by what their members say, step lengths by held-out rewards."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import IntervalStrategy
+
+from .config import ESConfig
+from .run.history import tell_again
+from .run.probed import Found, TriedSigma, best_of
+from .trainer import ESTrainer
+
+
+SIGMAS = [2.0**k for k in range(-3, 4)]  # times the config's
+STEP_LENGTHS = [2.0**k for k in range(-3, 4)]  # learning rates, times sigma
+
+
+def settings(args: ESConfig) -> dict[str, Any]:
+    """
+    With which settings to probe for a run with these.
+
+    Raises:
+        `ValueError`: If its updates are not the plain ones.
+    """
+    if args.es_optimizer != "sgd":
+        raise ValueError(
+            f"`es_optimizer={args.es_optimizer!r}` is not valid here: step lengths are tried along one estimate, as "
+            "the plain update takes it. Set it to 'sgd'; what is found about sigma holds for the others, too."
+        )
+    steps = len(SIGMAS) + len(STEP_LENGTHS)
+    return {
+        **{"max_steps": steps, "logging_strategy": "steps", "logging_steps": 1, "report_to": "none"},
+        **{"eval_strategy": "steps", "eval_steps": steps + 1, "evaluate_center": True},
+        **{"lr_scheduler_type": "constant", "sigma_schedule": "constant", "skip_settled_prompts": 0.0},
+        **{"weight_decay": 0.0, "anchor_decay": 0.0},
+        **{"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False},
+    }
+
+
+class Probe(ESTrainer):
+    """
+    A run whose first steps evaluate the same members on the same prompts, with a sigma each, and move nothing. The
+    steps after them take the update of the best of these at growing lengths, each from where the one before it ended.
+
+    Its arguments are those of [`ESTrainer`]; `args` needs the [`settings`].
+    """
+
+    found: Found
+
+    def run(self) -> Found:
+        """Try all sigmas and step lengths. Afterwards, the weights are those of the longest step."""
+        self.found = Found()
+        self.args.eval_strategy = IntervalStrategy.NO  # evaluations are asked for here
+        self.train()
+        if self.found.sigma is not None:
+            self._evaluate_length()
+        return self.found
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One sigma, or one length. Returns minus the members' mean reward."""
+        self.backend.check(self.model)
+        self.recorder.begin_step()
+        self.completions.begin_step()
+        step = self.state.global_step
+        reward = self._try_sigma(step, inputs) if step < len(SIGMAS) else self._go_on(step - len(SIGMAS))
+        return torch.tensor(-reward, dtype=torch.float32, device=self.args.device)
+
+    def _try_sigma(self, number: int, rows: list[dict[str, Any]]) -> float:
+        if number == 0:
+            self._rows, self._population = rows, self.optimizer.ask()
+        self.optimizer.sigma = self.args.sigma * SIGMAS[number]
+        self._set_learning_rate(0.0)
+        return self._evaluate_and_tell(self._population, self._rows)
+
+    def _go_on(self, number: int) -> float:
+        if number == 0:
+            self._choose()
+        if self.found.sigma is None:
+            self.control.should_training_stop = True
+            self._set_learning_rate(0.0)
+        else:
+            self._evaluate_length()
+            self._go_to(STEP_LENGTHS[number] * self.found.sigma.sigma)
+        tell_again(self.optimizer, self._line)
+        return self.recorder.repeat(self._line)
+
+    def _choose(self) -> None:
+        _, lines = self.history.read()
+        all_tokens = 0
+        for line in lines:
+            metrics = line["metrics"]
+            numbers = [metrics.get(key) for key in ("reward/center", "reward", "reward_std", "signal", "step_time")]
+            self.found.sigmas.append(TriedSigma(line["sigma"], *numbers, metrics["num_tokens"] - all_tokens))
+            all_tokens = metrics["num_tokens"]
+        self.found.sigma = best_of(self.found.sigmas)
+        self._line = lines[0 if self.found.sigma is None else self.found.sigmas.index(self.found.sigma)]
+        self._learning_rate = 0.0  # of the update that the weights have
+
+    def _evaluate_length(self) -> None:
+        reward = self.evaluate()["eval_reward"]
+        if self._learning_rate == 0.0:
+            self.found.before = reward
+        else:
+            self.found.held_out[self._learning_rate] = reward
+
+    def _go_to(self, learning_rate: float) -> None:
+        self._set_learning_rate(learning_rate - self._learning_rate)
+        self._learning_rate = learning_rate
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate

@@ -1,0 +1,101 @@
+"""`es-trainer probe`: what it tries, and what it makes of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, letters, make_tokenizer
+
+from es_trainer.cli import main
+from es_trainer.probe import SIGMAS, STEP_LENGTHS, Probe, settings
+from es_trainer.run.probed import TriedSigma, best_of
+from es_trainer.trainer import ESTrainer
+
+
+def tried(sigma, center, reward, spread, signal) -> TriedSigma:
+    return TriedSigma(sigma, center, reward, spread, signal, 1.0, 1)
+
+
+def test_the_best_sigma_has_the_highest_gain_of_those_that_leave_the_model_whole():
+    quiet, good, loud = tried(1, 5.0, 5.0, 0.1, 0.5), tried(2, 5.0, 4.9, 0.5, 0.8), tried(4, 5.0, 4.0, 2.0, 0.1)
+    broken = tried(8, 5.0, 1.0, 2.0, 0.9)
+    assert (quiet.expected_gain, good.expected_gain) == pytest.approx((0.05, 0.4))
+    assert best_of([quiet, good, loud, broken]) is good
+    assert best_of([quiet, loud, broken]) is loud
+    unknown = tried(1, 5.0, 5.0, 0.0, None)
+    assert best_of([unknown, broken, tried(1, 5.0, 5.0, 0.5, -0.2)]) is None
+
+
+@pytest.fixture
+def probe(model_folder, dataset, config):
+    args = config(num_train_epochs=30, sigma=0.02)
+    probed = config(**TINY_RUN | settings(args) | {"sigma": 0.02})
+    return Probe(
+        model_folder,
+        letters,
+        probed,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=make_tokenizer(),
+    )
+
+
+def test_sigmas_are_tried_on_one_population_and_lengths_along_one_update(probe, model_folder, dataset, config):
+    found = probe.run()
+    assert [one.sigma for one in found.sigmas] == pytest.approx([0.02 * factor for factor in SIGMAS])
+    _, lines = probe.history.read()
+    assert len({tuple(line["seeds"]) for line in lines}) == 1
+    assert len({line["metrics"]["reward/center"] for line in lines}) == 1, "weights moved, or prompts differ"
+
+    # The same as a step of a run
+    sigma, longest = found.sigma.sigma, STEP_LENGTHS[-1] * found.sigma.sigma
+    assert list(found.held_out) == pytest.approx([length * sigma for length in STEP_LENGTHS])
+    args = config(sigma=sigma, learning_rate=longest, max_steps=1, evaluate_center=True)
+    run = ESTrainer(
+        model_folder,
+        letters,
+        args,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=make_tokenizer(),
+    )
+    before = run.evaluate()["eval_reward"]
+    run.train()
+    assert found.before == before
+    assert found.held_out[longest] == pytest.approx(run.evaluate()["eval_reward"])
+    for (name, mine), theirs in zip(probe.model.named_parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    assert found.learning_rate is None or found.held_out[found.learning_rate] == max(found.held_out.values())
+
+
+def probe_by_command(model_folder, tmp_path, *options: str) -> None:
+    own = {**TINY_RUN, "model_name_or_path": model_folder, "task": "conciseness", "max_steps": 50}
+    own |= {"per_device_eval_batch_size": 16, "sigma": 0.02, "output_dir": str(tmp_path / "run")}
+    own |= {"population_size": 8, "num_prompts_per_step": 8}
+    argv = [text for name, value in own.items() for text in (f"--{name}", str(value))]
+    assert main(["probe", *argv, *options]) == 0
+    assert [path.name for path in Path(tmp_path / "run").iterdir()] == ["probe.png"]
+
+
+def test_the_command(model_folder, tmp_path, capsys):
+    probe_by_command(model_folder, tmp_path, "--reward_funcs", "conftest.letters")
+    out = capsys.readouterr().out
+    assert re.search(r"^sigma: [\d.e-]+$", out, re.M)
+    assert re.search(r"^(learning_rate: [\d.e-]+|# No step raised .*)$", out, re.M)
+    assert re.search(r"^# 50 steps: [\d,]+ tokens, [\d.]+ s each, .* GiB on one process$", out, re.M)
+
+
+def test_nothing_is_recommended_without_a_signal(model_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "constant.py").write_text("def reward(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    probe_by_command(model_folder, tmp_path, "--reward_funcs", "constant.reward")
+    out = capsys.readouterr().out
+    assert "No sigma has a signal" in out
+    assert "sigma: " not in out
+
+
+def test_other_updates_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["probe", "--model_name_or_path", "gpt2", "--es_optimizer", "adam", "--output_dir", str(tmp_path)])
+    assert "`es_optimizer='adam'` is not valid here" in capsys.readouterr().err
