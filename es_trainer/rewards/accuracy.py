@@ -1,11 +1,13 @@
 import functools
 import logging
+from typing import TYPE_CHECKING
 
-from .call import Call
-from .caller import Caller, CallSettings
 from .scope import time_limit
 from .text import completion_text
-from .workers import here
+
+
+if TYPE_CHECKING:
+    from .caller import Caller
 
 
 # A hopeless answer is given up by math-verify after 5 to 10 seconds. This is for what it cannot interrupt
@@ -39,6 +41,10 @@ def accuracy_reward(
             For each completion 1.0 if the answer is right, 0.0 if it is wrong, missing or takes too long to check, and
             `None` if the solution cannot be parsed.
     """
+    # Imported where they are used: tasks name this function, and need no torch
+    from .call import Call
+    from .workers import here
+
     if here():
         return _grade(completions, solution)
     rows = [{"prompt": "", "solution": reference} for reference in solution]
@@ -48,8 +54,10 @@ def accuracy_reward(
 
 
 @functools.cache
-def _caller() -> Caller:
+def _caller() -> "Caller":
     """For those who call the function themselves."""
+    from .caller import Caller, CallSettings
+
     return Caller([accuracy_reward], ["accuracy_reward"], [False], [0], CallSettings())
 
 

@@ -185,9 +185,9 @@ def test_async_functions_end_with_the_training_that_waits_for_them(trainer):
     assert len(scored) == 3 and ended.wait(10)
     assert len(begun) == 1
     deadline = time.monotonic() + 10
-    while run.scorer._running and time.monotonic() < deadline:  # its loop takes note of it in another thread
+    while run.scorer._caller._running and time.monotonic() < deadline:  # its loop takes note of it in another thread
         time.sleep(0.01)
-    assert not run.scorer._running
+    assert not run.scorer._caller._running
 
 
 def test_what_is_public_as_in_grpo(trainer, judge_folder):
