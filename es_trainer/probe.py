@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import IntervalStrategy
 
 from .config import ESConfig
@@ -57,16 +55,10 @@ class Probe(ESTrainer):
             self._evaluate_length()
         return self.found
 
-    def training_step(
-        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """One sigma, or one length. Returns minus the members' mean reward."""
-        self.backend.check(self.model)
-        self.recorder.begin_step()
-        self.completions.begin_step()
+    def _reward_of_step(self, rows: list[dict[str, Any]]) -> float:
+        """One sigma, or one length. Returns the members' mean reward."""
         step = self.state.global_step
-        reward = self._try_sigma(step, inputs) if step < len(SIGMAS) else self._go_on(step - len(SIGMAS))
-        return torch.tensor(-reward, dtype=torch.float32, device=self.args.device)
+        return self._try_sigma(step, rows) if step < len(SIGMAS) else self._go_on(step - len(SIGMAS))
 
     def _try_sigma(self, number: int, rows: list[dict[str, Any]]) -> float:
         if number == 0:

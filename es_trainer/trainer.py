@@ -390,18 +390,21 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.backend.check(self.model)
         self.recorder.begin_step()
         self.completions.begin_step()
+        return torch.tensor(-self._reward_of_step(inputs), dtype=torch.float32, device=self.args.device)
+
+    def _reward_of_step(self, rows: list[dict[str, Any]]) -> float:
+        """Tell the optimizer how a population did. Returns the mean reward."""
         self.optimizer.sigma = self.args.sigma_at(self.state.global_step, self.state.max_steps)
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
-            reward = self._evaluate_and_tell(population, inputs)
-        else:  # before the run was interrupted
-            tell_again(self.optimizer, done)
-            self.state.num_input_tokens_seen = done["metrics"]["num_tokens"]
-            reward = self.recorder.repeat(done)
-            if self.settled_prompts is not None:
-                self.settled_prompts.repeat(done["prompts"])
-        return torch.tensor(-reward, dtype=torch.float32, device=self.args.device)
+            return self._evaluate_and_tell(population, rows)
+        # Before the run was interrupted
+        tell_again(self.optimizer, done)
+        self.state.num_input_tokens_seen = done["metrics"]["num_tokens"]
+        if self.settled_prompts is not None:
+            self.settled_prompts.repeat(done["prompts"])
+        return self.recorder.repeat(done)
 
     def _conditions(self, population: Population) -> dict[str, Any]:
         """What makes the update of a step, apart from rewards."""

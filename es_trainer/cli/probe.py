@@ -1,7 +1,6 @@
 """`es-trainer probe`"""
 
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 
@@ -25,7 +24,7 @@ def main(argv: list[str]) -> None:
 
     from ..probe import Probe, settings
     from ..report import probe as report
-    from ..report.console import memory
+    from ..report.console import duration, memory
     from ..scripts.es import make_parser, make_trainer
 
     parser = make_parser(prog="es-trainer probe")
@@ -43,10 +42,9 @@ def main(argv: list[str]) -> None:
         console.print(table)
     print(report.advice(found))
     if found.sigma is not None:
-        seconds = steps * found.sigma.seconds
         print(
             f"# {steps:.0f} steps: {steps * found.sigma.tokens:,.0f} tokens, {found.sigma.seconds:.3g} s each, "
-            f"{timedelta(seconds=round(seconds))} without evaluations, {peak:.1f} GiB on one process"
+            f"{duration(steps * found.sigma.seconds)} without evaluations, {peak:.1f} GiB on one process"
         )
     picture = Path(run.output_dir) / PICTURE
     report.plot(found, picture)

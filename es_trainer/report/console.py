@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils import is_in_notebook
 
 from ..config import ESConfig
-from .plots import FIGURES, held_out_sets
+from .plots import FIGURES, held_out_labels
 from .progress import MemberProgressCallback
 
 
@@ -59,9 +59,8 @@ class Lines:
     def of(self, logs: dict[str, Any], args: ESConfig, state: TrainerState) -> Text | None:
         """The line of a log, or `None` if it is none of the trainer's."""
         if "train_runtime" in logs:
-            return Text(f"{state.global_step:,} steps in {_time(logs['train_runtime'])}")
-        held_out = {key: f"held-out {name}".strip() for key, name in held_out_sets([logs]).items()}
-        rewards = {"reward": "reward"} if "step_time" in logs else held_out
+            return Text(f"{state.global_step:,} steps in {duration(logs['train_runtime'])}")
+        rewards = {"reward": "reward"} if "step_time" in logs else held_out_labels(logs)
         if not rewards:
             return None
         parts = [Text(f"step {state.global_step:,}/{state.max_steps:,}", style="bold")]
@@ -69,7 +68,7 @@ class Lines:
         parts += [Text(f"{name} {logs[key]:.3g}") for key, name in FIGURES.items() if logs.get(key) is not None]
         if logs.get("step_time") is not None:
             left = (state.max_steps - state.global_step) * logs["step_time"]
-            parts.append(Text(f"{logs['step_time']:.3g} s, {_time(left)} left", style="dim"))
+            parts.append(Text(f"{logs['step_time']:.3g} s, {duration(left)} left", style="dim"))
             if state.global_step == args.logging_steps:  # of the first log
                 parts.append(Text(f"{memory() / 2**30:.1f} GiB", style="dim"))
         return Text("  ").join(parts)
@@ -85,7 +84,8 @@ class Lines:
         return text
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
     return str(timedelta(seconds=round(seconds)))
 
 

@@ -6,7 +6,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
 from ..config import ESConfig
-from .plots import FIGURES, held_out_sets
+from .plots import FIGURES, held_out_labels
 
 
 class RewardTableCallback(NotebookProgressCallback):
@@ -26,8 +26,7 @@ class RewardTableCallback(NotebookProgressCallback):
     ) -> None:
         logs = logs or {}
         of_step = {"reward": "reward", **FIGURES, "step_time": "seconds"} if "step_time" in logs else {}
-        held_out = {key: f"held-out {name}".strip() for key, name in held_out_sets([logs]).items()}
-        shown = of_step | held_out
+        shown = of_step | held_out_labels(logs)
         values = {name.capitalize(): f"{logs[key]:.4g}" for key, name in shown.items() if logs.get(key) is not None}
         if values and self.training_tracker is not None:
             self.training_tracker.write_line({"Step": state.global_step} | values)

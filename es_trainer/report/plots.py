@@ -50,16 +50,24 @@ def plot_rewards(runs: dict[str, list[dict[str, Any]]], path: str | Path) -> Non
 
 @contextlib.contextmanager
 def picture(path: str | Path) -> "Iterator[Axes]":
-    """A picture to draw into. Afterwards, it is written with a grid and, if there are lines, their labels."""
+    """A picture to draw into; see [`pictures`]."""
+    with pictures(path, 1, figsize=(8, 4.5)) as (axes,):
+        yield axes
+
+
+@contextlib.contextmanager
+def pictures(path: str | Path, number: int, figsize: tuple[float, float]) -> "Iterator[list[Axes]]":
+    """Pictures side by side to draw into. Afterwards, they are written with grids and the labels that there are."""
     # Imported where it is used: importing matplotlib takes a second
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    yield axes
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    figure = Figure(figsize=figsize, layout="constrained")
+    every = [figure.add_subplot(1, number, i + 1) for i in range(number)]
+    yield every
+    for axes in every:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -119,6 +127,11 @@ def _columns(logs: list[dict[str, Any]], *keys: str) -> tuple[list[Any], ...]:
     complete = [log for log in logs if all(log.get(key) is not None for key in keys)]
     rows = [[log["step"], *(log[key] for key in keys)] for log in complete]
     return tuple(map(list, zip(*rows, strict=True))) if rows else ([],) * (len(keys) + 1)
+
+
+def held_out_labels(logs: dict[str, Any]) -> dict[str, str]:
+    """What to call the rewards of held-out prompts in a log, by their keys."""
+    return {key: f"held-out {name}".strip() for key, name in held_out_sets([logs]).items()}
 
 
 def held_out_sets(logs: Iterable[dict[str, Any]]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ..run.probed import Found
+from .plots import pictures
 
 
 def tables(found: Found) -> list[Table]:
@@ -25,31 +26,23 @@ def tables(found: Found) -> list[Table]:
 
 def plot(found: Found, path: Path) -> None:
     """Draw rewards and signal over sigma, and held-out rewards over the learning rate."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    rewards, signals, lengths = figure.subplots(1, 3)
     sigmas = [one.sigma for one in found.sigmas]
-    means = [one.reward for one in found.sigmas]
-    rewards.plot(sigmas, [one.center for one in found.sigmas], "--", label="unperturbed")
-    spreads = [one.spread for one in found.sigmas]
-    rewards.errorbar(sigmas, means, spreads, marker="o", capsize=3, label="members, spread")
-    rewards.set(xlabel="sigma", ylabel="reward")
-    rewards.legend()
+    means, spreads = [one.reward for one in found.sigmas], [one.spread for one in found.sigmas]
     known = [(one.sigma, one.signal) for one in found.sigmas if one.signal is not None]
-    if known:
-        signals.plot(*zip(*known, strict=True), marker="o")
-    signals.set(xlabel="sigma", ylabel="signal")
-    if found.sigma is not None:
-        lengths.axhline(found.before, linestyle="--", label="before")
-        lengths.plot(*zip(*found.held_out.items(), strict=True), marker="o", label="after one update")
-        lengths.legend()
-    lengths.set(xlabel="learning rate", ylabel="held-out reward")
-    for axes in (rewards, signals, lengths):
-        axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with pictures(path, 3, figsize=(12, 4)) as every:
+        rewards, signals, lengths = every
+        rewards.plot(sigmas, [one.center for one in found.sigmas], "--", label="unperturbed")
+        rewards.errorbar(sigmas, means, spreads, marker="o", capsize=3, label="members, spread")
+        rewards.set(xlabel="sigma", ylabel="reward")
+        if known:
+            signals.plot(*zip(*known, strict=True), marker="o")
+        signals.set(xlabel="sigma", ylabel="signal")
+        if found.sigma is not None:
+            lengths.axhline(found.before, linestyle="--", label="before")
+            lengths.plot(*zip(*found.held_out.items(), strict=True), marker="o", label="after one update")
+        lengths.set(xlabel="learning rate", ylabel="held-out reward")
+        for axes in every:
+            axes.set_xscale("log")
 
 
 def advice(found: Found) -> str:

@@ -18,7 +18,6 @@ from .pool import Pool
 # In a worker: its functions, and why others cannot be loaded
 _functions: dict[int, Callable] = {}
 _reasons: dict[int, str] = {}
-_here = False
 
 
 class Workers:
@@ -45,6 +44,7 @@ class Workers:
             except Exception as error:  # of dill, or of what the function refers to
                 self._outside[i] = f"{type(error).__name__}: {error}"
         self._pool = Pool(number, _begin, [pickled], [__name__])
+        self._loading = self._pool.submit(_reasons_here)  # processes start now, while models are loaded
 
     @functools.cached_property
     def outside(self) -> dict[int, str]:
@@ -55,7 +55,7 @@ class Workers:
             `RuntimeError`: If processes do not start.
         """
         try:
-            return self._outside | self._pool.submit(_reasons_here).result()
+            return self._outside | self._loading.result()
         except Exception as error:
             raise RuntimeError("The processes for reward functions do not start. They have printed why.") from error
 
@@ -82,15 +82,13 @@ class Workers:
 
 def here() -> bool:
     """Whether this process is one of a pool's."""
-    return _here
+    return bool(_functions)
 
 
 # In the workers
 
 
 def _begin(pickled: dict[int, bytes]) -> None:
-    global _here
-    _here = True
     for i, function in pickled.items():
         try:
             _functions[i] = dill.loads(function)
