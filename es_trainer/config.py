@@ -64,6 +64,7 @@ LEAST_LEARNING_RATE = 1e-5  # a lower one is GRPO's
 LOW_RANK: Needs = (lambda c: c.perturbation == "low_rank"), "perturbation='low_rank'"
 SAMPLED: Needs = (lambda c: c.samples), "temperature > 0"
 ANCHORED: Needs = (lambda c: c.anchor_decay > 0), "anchor_decay > 0"
+AUTO_STEP: Needs = (lambda c: c.auto_step > 0), "auto_step > 0"
 SIGMA_FALLS: Needs = (lambda c: c.sigma_schedule != "constant"), "sigma_schedule='linear' or 'cosine'"
 SEVERAL_GENERATIONS: Needs = (lambda c: c.num_generations > 1), "num_generations > 1"
 LOGGED: Needs = (lambda c: c.log_completions), "log_completions=True"
@@ -169,6 +170,14 @@ class ESConfig(GRPOFields, TrainingArguments):
             Evaluate the unperturbed weights on the prompts of each step, too, like one more member. What the update
             did and what sigma costs is logged then (`reward/center`, `gain`, `sigma_cost`). The update does not depend
             on it.
+        auto_step (`int`, *optional*, defaults to `0`):
+            Every so many steps, from the first one on, the update is tried at 1/2, 1 and 2 times its length: the
+            weights that it would give answer `auto_step_prompts` held-out prompts, and the best length is taken, by
+            this and the following steps (`step_scale`, from 1/16 to 16). It costs three evaluations of these prompts
+            and no memory. `0` leaves updates as long as the learning rate says. Needs an `eval_dataset` and master
+            weights; not with `vllm_mode="server"`.
+        auto_step_prompts (`int`, *optional*, defaults to `32`):
+            Number of held-out prompts: the first ones of the `eval_dataset`, or of the first of several.
         skip_settled_prompts (`float`, *optional*, defaults to `0.0`):
             Probability of passing over a prompt on which all members had the same reward when it was drawn last: it
             does not tell members apart. An epoch has as many prompts as before; where some are passed over, others are
@@ -540,6 +549,19 @@ class ESConfig(GRPOFields, TrainingArguments):
     evaluate_center: bool = field(
         default=True,
         metadata=about("Whether to evaluate the unperturbed weights on the prompts of each step, too.", "processes"),
+    )
+    auto_step: int = field(
+        default=0,
+        metadata=about(
+            "Steps after which the update is tried at 1/2, 1 and 2 times its length on held-out prompts, and the best "
+            "length is taken from there on. `0`: never.",
+            "run",
+            valid=NOT_NEGATIVE,
+        ),
+    )
+    auto_step_prompts: int = field(
+        default=32,
+        metadata=about("Number of held-out prompts for it.", "processes", valid=AT_LEAST_1, needs=AUTO_STEP),
     )
     skip_settled_prompts: float = field(
         default=0.0,
@@ -1198,6 +1220,18 @@ class ESConfig(GRPOFields, TrainingArguments):
                 "skip_settled_prompts",
                 f"what is drawn follows from the steps before, but {name}={value!r}; set {name}={plain_value!r}.",
             )
+        require(
+            self,
+            self.auto_step == 0 or self.master_weights != "none",
+            "auto_step",
+            "steps are tried without a trace with master weights only; set master_weights to 'device' or 'host'.",
+        )
+        require(
+            self,
+            self.auto_step == 0 or not self.on_servers,
+            "auto_step",
+            "servers do not try steps; set it to 0, or vllm_mode='colocate'.",
+        )
         require(
             self,
             self.reward_timeout is None or self.reward_workers > 0,

@@ -1,7 +1,8 @@
 """ESTrainer: evolution strategies in the loop of the Transformers Trainer. `training_step` is the method."""
 
+import itertools
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from trl import GRPOConfig
 from . import adapters
 from .agents import AgentFunc, EnvironmentFactory, Environments
 from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
-from .checks import check_arguments, check_model, check_settled_prompts
+from .checks import check_arguments, check_auto_step, check_model, check_settled_prompts
 from .config import ESConfig
 from .data import by_name, check_datasets
 from .engines import Engine
@@ -36,10 +37,11 @@ from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Generations
 from .run import fingerprint
+from .run.auto_step import choose_step_scale
 from .run.consistency import check_same_weights
 from .run.history import tell_again
 from .run.history_file import HISTORY_NAME
-from .run.metrics import completion_metrics, json_number
+from .run.metrics import Summary, completion_metrics, json_number
 from .run.processes import Processes
 from .run.recorder import Recorder
 from .run.run_history import RunHistory
@@ -246,6 +248,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self._inputs = inputs
         train_dataset, eval_dataset = inputs.train_dataset(args, train_dataset), inputs.with_prompts(eval_dataset)
         check_datasets(args, train_dataset, eval_dataset)
+        check_auto_step(args, eval_dataset)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
         self.processes.agree_if_several(lambda: fingerprint.of_run(args, self.scorer.names, datasets))
@@ -437,6 +440,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             raise self.recorder.divergence(str(error), self.state) from error
         self._report_members(len(population))
         utilities = self.optimizer.tell(population, evaluation.compared)
+        if self.args.auto_step and self.optimizer.updates % self.args.auto_step == 0 and utilities.any():
+            self._choose_step_scale()
         self.completions.choose(utilities)
         self.state.num_input_tokens_seen += evaluation.num_tokens
         if self.settled_prompts is not None:
@@ -444,6 +449,13 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             self.recorder.drawn(drawn, self.settled_prompts.share)
         step = self.state.global_step + 1
         return self.recorder.evaluated(evaluation, utilities, self.optimizer.sigma, self.backend.noise_seconds, step)
+
+    def _choose_step_scale(self) -> None:
+        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
+        held_out = itertools.chain.from_iterable(self.get_eval_dataloader(names[0]))
+        rows = list(itertools.islice(held_out, self.args.auto_step_prompts))
+        tried = choose_step_scale(self.optimizer, lambda: mean(self._evaluate_batches([rows])[0]))
+        self.recorder.tried(tried)
 
     def _prompts(self, rows: list[dict[str, Any]], number: int, seed: int) -> Prompts:
         return Prompts(rows, self.backend.answers.tokenize(self.engine, rows), number, seed)
@@ -496,20 +508,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer the dataloader's prompts with the unperturbed weights and average the rewards."""
-
-        def report() -> None:
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-        def prompts(rows: list[dict[str, Any]], number: int) -> Prompts:
-            # Other random numbers for every batch, the same ones at every evaluation
-            return self._prompts(rows, self.num_generations_eval, seed=number)
-
         with self.backend.in_working_dtype():
-            batches = evaluate_batches(self.backend, self.scorer, dataloader, prompts, self.state, report)
-        if not batches:
-            raise ValueError("`eval_dataset` is empty: the stream has no rows to evaluate.")
-        rewards = np.concatenate([values for values, _ in batches])
-        summaries = [summary for _, parts in batches for summary in parts]
+            rewards, summaries = self._evaluate_batches(dataloader)
         metrics = {
             "loss": -mean(rewards),
             "reward": mean(rewards),
@@ -523,3 +523,19 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             metrics={f"{metric_key_prefix}_{key}": json_number(value) for key, value in metrics.items()},
             num_samples=len(rewards),
         )
+
+    def _evaluate_batches(self, batches: Iterable[list[dict[str, Any]]]) -> tuple[np.ndarray, list[Summary]]:
+        """Rewards of all prompts with the weights as they are, of shape (prompts,), and what to log of them."""
+
+        def report() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        def prompts(rows: list[dict[str, Any]], number: int) -> Prompts:
+            # Other random numbers for every batch, the same ones at every evaluation
+            return self._prompts(rows, self.num_generations_eval, seed=number)
+
+        evaluated = evaluate_batches(self.backend, self.scorer, batches, prompts, self.state, report)
+        if not evaluated:
+            raise ValueError("`eval_dataset` is empty: the stream has no rows to evaluate.")
+        rewards = np.concatenate([values for values, _ in evaluated])
+        return rewards, [summary for _, parts in evaluated for summary in parts]

@@ -1,8 +1,9 @@
 """The evolution strategy as a `torch.optim.Optimizer`: ask, tell, step."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.anchor_decay = anchor_decay
         self.anchor_penalty = anchor_penalty
         self.seed = seed
+        self.step_scale = 1.0  # length of the next steps, as a multiple of what `lr` says
         self.update_norm = 0.0  # of the last step
         self.update_record: UpdateRecord | None = None  # of the next step
 
@@ -225,11 +227,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Raises:
             `RuntimeError`: If nothing was told since the last step.
         """
-        if self.update_record is None:
-            raise RuntimeError(
-                "step() needs fitness: call ask(), evaluate the members and tell() their rewards first."
-            )
-        seeds, coefficients = self._coefficients(self.update_record)
+        seeds, coefficients = self._coefficients()
         self.weights.to_working_dtype()
         self.restore()
         self.update_norm = 0.0
@@ -239,35 +237,66 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.updates += 1
         self.update_record = None
 
-    def _coefficients(self, record: UpdateRecord) -> tuple[list[int], list[float]]:
+    @contextlib.contextmanager
+    def previewed(self, step_scale: float) -> Iterator[None]:
+        """
+        Inside, the model computes with the weights that the next step would give with this `step_scale`. It is not
+        done: nothing is kept of it, and it needs no memory.
+
+        Raises:
+            `RuntimeError`: If nothing was told since the last step, or there are no masters to come back to.
+        """
+        if self.weights.drifts:
+            raise RuntimeError("A step can be previewed with master weights only.")
+        seeds, coefficients = self._coefficients()
+        self.weights.to_working_dtype()
+        self.restore()
+        kept, self.step_scale = self.step_scale, step_scale
+        try:
+            with torch.no_grad():
+                self._update(seeds, coefficients, keep=False)
+            yield
+        finally:
+            self.step_scale = kept
+            self.weights.refresh()
+
+    def _coefficients(self) -> tuple[list[int], list[float]]:
         """Seeds and factors of g; the two halves of an antithetic pair become one."""
+        record = self.update_record
+        if record is None:
+            raise RuntimeError(
+                "A step needs fitness: call ask(), evaluate the members and tell() their rewards first."
+            )
         factors: dict[int, float] = {}
         for seed, sign, utility in zip(record.seeds, record.signs, record.utilities, strict=True):
             factors[seed] = factors.get(seed, 0.0) + sign * utility / len(record.seeds)
         factors = {seed: factor for seed, factor in factors.items() if factor != 0.0}
         return list(factors), list(factors.values())
 
-    def _update(self, seeds: list[int], coefficients: list[float]) -> list[float]:
-        """Update all weights; returns the squared norms of the pieces' updates."""
+    def _update(self, seeds: list[int], coefficients: list[float], keep: bool = True) -> list[float]:
+        """Update all weights, or only the working ones; returns the squared norms of the pieces' updates."""
         shards = {shard.parameter: shard for shard in self.weights.shards}
         squares = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
                 for start, stop, g in self.weights.weighted_sums(shard, seeds, coefficients):
-                    update = functools.partial(self._update_piece, shard, g, group, start)
+                    update = functools.partial(self._update_piece, shard, g, group, keep, start)
                     pieces = noise.for_pieces(update, stop - start, shard.working.device)
                     if not shard.part.replica:
                         squares += pieces
         return squares
 
-    def _update_piece(self, shard: Shard, g: Sum, group: dict[str, Any], offset: int, low: int, high: int) -> float:
+    def _update_piece(
+        self, shard: Shard, g: Sum, group: dict[str, Any], keep: bool, offset: int, low: int, high: int
+    ) -> float:
+        lr = group["lr"] * self.step_scale
         low, high = offset + low, offset + high
         piece = slice(low, high)
         device = shard.working.device
         state = self.state[shard.parameter]
-        weights = shard.trained[piece].to(device, torch.float32)
-        averages = [state[key][piece].to(device) for key in self._rule.averages]
+        weights = shard.trained[piece].to(device, torch.float32, copy=not keep)
+        averages = [state[key][piece].to(device, copy=not keep) for key in self._rule.averages]
 
         delta = noise.scratch(weights.numel(), device)
         g.add(None, delta, low)
@@ -278,16 +307,17 @@ class EvolutionStrategy(torch.optim.Optimizer):
             anchor = state["anchor"][piece].to(device, torch.float32)
             pull = weights - anchor
             if self.anchor_penalty == "l1":  # the step of soft thresholding, which ends at the anchor
-                pull.div_(max(group["lr"] * self.anchor_decay, TINY)).clamp_(-1.0, 1.0)
+                pull.div_(max(lr * self.anchor_decay, TINY)).clamp_(-1.0, 1.0)
             delta.sub_(pull, alpha=self.anchor_decay)
-        delta.mul_(group["lr"])
+        delta.mul_(lr)
 
         weights.add_(delta)
         shard.working[piece].copy_(weights)
-        # Both are no-ops where `to` returned the tensor itself
-        _write_back(shard.trained[piece], weights)
-        for key, average in zip(self._rule.averages, averages, strict=True):
-            _write_back(state[key][piece], average)
+        if keep:
+            # Both are no-ops where `to` returned the tensor itself
+            _write_back(shard.trained[piece], weights)
+            for key, average in zip(self._rule.averages, averages, strict=True):
+                _write_back(state[key][piece], average)
         return float(torch.linalg.vector_norm(delta)) ** 2
 
     def distance_from_start(self) -> float:
@@ -324,6 +354,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             "updates": self.updates,
             "moves": self.moves,
             "stride": self._stride,
+            "step_scale": self.step_scale,
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
         }
 
@@ -410,6 +441,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             group.update(loaded)
         self.updates = facts["updates"]
         self.moves = facts.get("moves", self.updates)  # states had no such number once
+        self.step_scale = facts.get("step_scale", 1.0)
         self.weights.refresh()
 
     def _take_samples(self, samples: dict[str, Slice]) -> None:

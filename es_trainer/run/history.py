@@ -30,6 +30,7 @@ T = TypeVar("T", bound=EvolutionStrategy)
 
 # What a line says for its update to be done again. Those of earlier versions have no sigma: it was the config's
 UPDATE = ("seeds", "signs", "utilities", "learning_rate", "sigma", "in_place")
+STEP_SCALE = "step_scale"  # and this one with `auto_step`
 
 
 def first_digest(header: dict[str, Any]) -> str:
@@ -39,15 +40,18 @@ def first_digest(header: dict[str, Any]) -> str:
 
 def agree(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
     """Whether the lines of two histories, as far as both go, say the same of the updates."""
-    return all(
-        {key: mine.get(key) for key in UPDATE} == {key: theirs.get(key) for key in UPDATE}
-        for mine, theirs in zip(lines, others, strict=False)
-    )
+    return all(update_of(mine) == update_of(theirs) for mine, theirs in zip(lines, others, strict=False))
 
 
 def extend_digest(digest: str, line: dict[str, Any]) -> str:
     """What stands for a history, given what stands for it without its last line."""
-    return _hash(digest + json.dumps({key: line.get(key) for key in UPDATE}))
+    return _hash(digest + json.dumps(update_of(line)))
+
+
+def update_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What a line says for its update to be done again."""
+    scale = {STEP_SCALE: line[STEP_SCALE]} if STEP_SCALE in line else {}
+    return {key: line.get(key) for key in UPDATE} | scale
 
 
 def _hash(text: str) -> str:
@@ -314,6 +318,7 @@ def tell_again(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     """Tell the optimizer what a line of the history says, and do to the weights what evaluating the members did."""
     optimizer.update_record = UpdateRecord(line["seeds"], line["signs"], line["utilities"])
     optimizer.sigma = line.get("sigma", optimizer.sigma)
+    optimizer.step_scale = line.get(STEP_SCALE, 1.0)
     if optimizer.weights.drifts and line["in_place"]:
         # Every evaluation left its rounding error in the weights
         for seed, sign in zip(line["seeds"], line["signs"], strict=True):

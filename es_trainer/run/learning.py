@@ -86,7 +86,8 @@ class Learning:
         """What the update should gain, if it is the plain sum of which this is known, and there is a signal."""
         if optimizer.rule != "sgd" or math.isnan(self._expected):
             return {}
-        return {"expected_gain": optimizer.param_groups[0]["lr"] / optimizer.sigma * self._expected}
+        step_length = optimizer.step_scale * optimizer.param_groups[0]["lr"] / optimizer.sigma
+        return {"expected_gain": step_length * self._expected}
 
     def walked(self, update_norm: float) -> dict[str, float]:
         """How far updates of the lengths of all steps would lead in random directions: their root of squares."""

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy
 from ..evolution.fitness import deviation, fitness, mean
+from .history import STEP_SCALE
 from .learning import Evaluation, Learning
 from .metrics import average, completion_metrics, json_number
 from .processes import Processes
@@ -91,6 +92,10 @@ class Recorder:
         self._prompts = {"prompts": prompts}
         self._metrics["frac_settled_prompts"] = share
 
+    def tried(self, metrics: dict[str, float]) -> None:
+        """Record the held-out rewards after steps of several lengths; see [`choose_step_scale`]."""
+        self._metrics |= metrics
+
     def evaluated(
         self, evaluation: Evaluation, utilities: np.ndarray, sigma: float, noise_seconds: float, step: int
     ) -> float:
@@ -141,6 +146,8 @@ class Recorder:
         """Begin to measure the update."""
         self._update_record = optimizer.update_record
         self._metrics |= self._learning.updating(optimizer)
+        if self.args.auto_step:
+            self._metrics["step_scale"] = optimizer.step_scale
         self._update_start = time.perf_counter()
 
     def updated(self, optimizer: EvolutionStrategy, state: TrainerState, in_place: bool) -> None:
@@ -175,6 +182,7 @@ class Recorder:
                     **asdict(self._update_record),
                     "learning_rate": optimizer.param_groups[0]["lr"],
                     "sigma": optimizer.sigma,
+                    **({STEP_SCALE: optimizer.step_scale} if self.args.auto_step else {}),
                     "in_place": in_place,
                     "rewards": self._member_rewards,
                     **self._prompts,

@@ -549,3 +549,56 @@ def test_an_optimizer_that_begins_again_is_a_new_one_with_these_weights():
         run_steps(each, 2)
     assert_same(snapshot(parameters), snapshot(others))
     assert optimizer.updates == 2 and optimizer.distance_from_start() == new.distance_from_start()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"perturbation": LowRank(2), "antithetic": True, "population_size": 6},
+        {"rule": "momentum", "weight_decay": 0.1},
+        {"rule": "adam", "anchor_decay": 30.0, "anchor_penalty": "l1"},
+        {"dtype": torch.bfloat16, "master_weights": "host", "anchor_decay": 0.1},
+    ],
+    ids=["sgd", "low_rank", "momentum", "adam", "bfloat16"],
+)
+def test_a_step_that_is_previewed_is_the_step_and_leaves_nothing(options):
+    options = dict(options)
+    decay = options.pop("weight_decay", 0.0)
+    parameters, optimizer = make(**options)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = decay
+    run_steps(optimizer, 2)
+    optimizer.tell(optimizer.ask(), np.random.default_rng(7).normal(size=optimizer.population_size))
+    before, state = snapshot(parameters), copy.deepcopy(optimizer.state_dict())
+    found = {}
+    for scale in (0.5, 2.0):
+        with optimizer.previewed(scale):
+            found[scale] = snapshot(parameters)
+        assert_same(snapshot(parameters), before)
+    after = optimizer.state_dict()
+    assert {key: after[key] for key in after if key != "slices"} == {
+        key: state[key] for key in state if key != "slices"
+    }
+    for key, (*_, values) in state["slices"].items():
+        assert torch.equal(after["slices"][key][-1], values), key
+    optimizer.step_scale = 2.0
+    optimizer.step()
+    assert_same(snapshot(parameters), found[2.0])
+    assert not torch.equal(found[0.5]["linear.weight"], found[2.0]["linear.weight"])
+
+
+def test_step_scale_is_a_factor_of_the_learning_rate():
+    parameters, optimizer = make(lr=0.02)
+    others, other = make(lr=0.01)
+    other.step_scale = 2.0
+    run_steps(optimizer, 1)
+    run_steps(other, 1)
+    assert_same(snapshot(others), snapshot(parameters))
+
+
+def test_without_masters_no_step_is_previewed():
+    _, optimizer = make(master_weights="none")
+    optimizer.tell(optimizer.ask(), np.arange(5.0))
+    with pytest.raises(RuntimeError, match="master weights"), optimizer.previewed(1.0):
+        pass

@@ -1,0 +1,129 @@
+"""Updates that are tried at several lengths."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same, logs, make_model, weights
+from datasets import Dataset
+
+from es_trainer import replay
+from es_trainer.evolution import EvolutionStrategy
+from es_trainer.run.auto_step import choose_step_scale
+
+
+def told(**options) -> tuple[torch.nn.Parameter, EvolutionStrategy]:
+    parameter = torch.nn.Parameter(torch.zeros(50))
+    optimizer = EvolutionStrategy([("weight", parameter)], lr=0.1, population_size=4, **options)
+    optimizer.tell(optimizer.ask(), [1.0, 2.0, 3.0, 4.0])
+    return parameter, optimizer
+
+
+@pytest.mark.parametrize(("best", "expected"), [(0.3, 0.5), (0.5, 0.5), (1.2, 1.0), (1.9, 2.0), (9.0, 2.0)])
+def test_the_best_length_is_taken(best, expected):
+    parameter, optimizer = told()
+    with optimizer.previewed(1.0):
+        step = parameter.detach().clone()
+
+    def reward() -> float:
+        return -float((parameter.detach() - best * step).norm())
+
+    metrics = choose_step_scale(optimizer, reward)
+    assert optimizer.step_scale == expected
+    away = {
+        name: -abs(length - best) * float(step.norm()) for name, length in [("half", 0.5), ("same", 1), ("double", 2)]
+    }
+    assert metrics == pytest.approx({f"auto_step/{name}": reward for name, reward in away.items()}, rel=1e-5)
+    assert not parameter.any()
+
+
+@pytest.mark.parametrize("reward", [0.0, math.nan])
+def test_rewards_that_say_nothing_leave_it(reward):
+    _, optimizer = told()
+    choose_step_scale(optimizer, lambda: reward)
+    assert optimizer.step_scale == 1.0
+
+
+@pytest.mark.parametrize(("sign", "bound"), [(1, 16.0), (-1, 1 / 16)])
+def test_it_is_bounded(sign, bound):
+    parameter, optimizer = told()
+    for _ in range(6):
+        choose_step_scale(optimizer, lambda: sign * float(parameter.detach().norm()))
+    assert optimizer.step_scale == bound
+
+
+OPTIONS = {"auto_step": 2, "auto_step_prompts": 2, "max_steps": 5, "learning_rate": 0.4}
+
+
+def lines_of(run) -> list[dict]:
+    text = (Path(run.args.output_dir) / "history.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("options", [{}, {"perturbation": "low_rank", "es_optimizer": "adam", "bf16": True}])
+def test_the_history_replays_it_and_resuming_goes_on_with_it(trainer, tmp_path, options):
+    options = OPTIONS | options
+    whole = trainer(make_model(), **options, save_strategy="steps", save_steps=3)
+    whole.train()
+    scales = [line["step_scale"] for line in lines_of(whole)]
+    assert scales[0] == scales[1] and scales[2] == scales[3] and set(scales) != {1.0}
+    assert [log["step_scale"] for log in logs(whole)] == scales
+    assert ["auto_step/half" in log for log in logs(whole)] == [True, False, True, False, True]
+    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
+
+    resumed = trainer(make_model(), **options, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
+    assert [line["step_scale"] for line in lines_of(resumed)] == scales
+    assert_same(weights(resumed.model), weights(whole.model))
+
+    # From the history alone, no prompt is answered
+    for checkpoint in Path(whole.args.output_dir).glob("checkpoint-*"):
+        checkpoint.rename(tmp_path / checkpoint.name)
+
+    def never(**kwargs):
+        raise AssertionError("a reward was asked for")
+
+    never.__name__ = "letters"
+    again = trainer(make_model(), never, **options)
+    again.train(resume_from_checkpoint=True)
+    assert_same(weights(again.model), weights(whole.model))
+
+
+def test_held_out_prompts_are_the_first_of_the_first_dataset(trainer):
+    asked = []
+
+    def reward(completions, prompts, **kwargs):
+        asked.append(list(prompts))
+        return [float(len(completion)) for completion in completions]
+
+    task = Dataset.from_list([{"prompt": f"Held out {number}"} for number in range(9)])
+    run = trainer(
+        make_model(),
+        reward,
+        eval_dataset={"task": task, "other": Dataset.from_list([{"prompt": "Other"}])},
+        **OPTIONS | {"max_steps": 1, "auto_step_prompts": 3, "per_device_eval_batch_size": 2},
+    )
+    run.train()
+    assert asked[4:] == [["Held out 0", "Held out 1", "Held out 2"]] * 3
+
+
+def test_a_run_without_it_says_nothing_of_it(trainer):
+    run = trainer(make_model())
+    run.train()
+    assert "step_scale" not in lines_of(run)[0] and "step_scale" not in logs(run)[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"auto_step": -1}, {"auto_step_prompts": 0}, {"master_weights": "none"}],
+)
+def test_what_cannot_be(config, wrong):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong)) if 'master_weights' not in wrong else 'auto_step'}="):
+        config(**OPTIONS | wrong)
+
+
+def test_it_needs_held_out_prompts(trainer):
+    with pytest.raises(ValueError, match="`auto_step=2` is not valid: .*`eval_dataset`"):
+        trainer("no/model", eval_dataset=None, **OPTIONS)
