@@ -37,7 +37,7 @@ from .rewards.model import RewardModel
 from .rewards.scorer import RewardFunc, Scorer
 from .rollout import Generations
 from .run import fingerprint
-from .run.auto_step import choose_step_scale
+from .run.auto_step import AutoStep
 from .run.consistency import check_same_weights
 from .run.history import tell_again
 from .run.history_file import HISTORY_NAME
@@ -284,6 +284,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.create_optimizer()
         self.history = RunHistory(Path(args.output_dir) / HISTORY_NAME, self.processes)
         self.recorder = Recorder(args, self.processes, self.history, self.scorer.names)
+        self.auto_step = AutoStep()
         self.completions = BestCompletions(args, self.processes, self.scorer.names)
         self._reported = 0  # members of the step under way of which callbacks were told
         self.optimizer.weights.to_checkpoint_dtype()
@@ -404,6 +405,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             return self._evaluate_and_tell(population, rows)
         # Before the run was interrupted
         tell_again(self.optimizer, done)
+        self.auto_step.repeat([done])
         self.state.num_input_tokens_seen = done["metrics"]["num_tokens"]
         if self.settled_prompts is not None:
             self.settled_prompts.repeat(done["prompts"])
@@ -454,8 +456,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
         held_out = itertools.chain.from_iterable(self.get_eval_dataloader(names[0]))
         rows = list(itertools.islice(held_out, self.args.auto_step_prompts))
-        tried = choose_step_scale(self.optimizer, lambda: mean(self._evaluate_batches([rows])[0]))
-        self.recorder.tried(tried)
+        self.recorder.tried(self.auto_step.choose(self.optimizer, lambda: self._evaluate_batches([rows])[0]))
 
     def _prompts(self, rows: list[dict[str, Any]], number: int, seed: int) -> Prompts:
         return Prompts(rows, self.backend.answers.tokenize(self.engine, rows), number, seed)

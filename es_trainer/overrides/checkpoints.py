@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..backends import Backend
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy
+from ..run.auto_step import AutoStep
 from ..run.checkpoint import check_complete, has_state, load_state, remove_state, save_state
 from ..run.consistency import check_same_weights
 from ..run.history import describe, differences
@@ -39,6 +40,7 @@ class CheckpointTrainer(Trainer):
     processes: Processes
     recorder: Recorder
     history: RunHistory
+    auto_step: AutoStep
     settled_prompts: SettledPrompts | None
 
     _peft_config: dict[str, Any] | None = None  # of an adapter that the trainer made
@@ -191,6 +193,7 @@ class CheckpointTrainer(Trainer):
         ):
             group["lr"] = learning_rate
         self.recorder.resume(checkpoint, steps, self.optimizer.updates, self.state)
+        self.auto_step.repeat(steps)
         if self.settled_prompts is not None:  # of this call of train(): the history counts all updates
             done = steps[len(steps) - self.state.global_step :]
             self.settled_prompts.resume([line["prompts"] for line in done])

@@ -93,7 +93,7 @@ class Recorder:
         self._metrics["frac_settled_prompts"] = share
 
     def tried(self, metrics: dict[str, float]) -> None:
-        """Record the held-out rewards after steps of several lengths; see [`choose_step_scale`]."""
+        """Record what was found about the length of the step; see [`AutoStep`]."""
         self._metrics |= metrics
 
     def evaluated(

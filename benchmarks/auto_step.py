@@ -1,0 +1,57 @@
+"""
+Learning rates that are 8 times too large or too small, with and without `auto_step`: `python benchmarks/auto_step.py`,
+some minutes.
+
+A tiny model with random weights learns with `learning_rate` = 1/8, 1 and 8 times a good one. Printed is the held-out
+reward before and after each run, as the median over the seeds.
+"""
+
+import argparse
+import logging
+import statistics
+
+from subjects import subject
+
+
+def held_out(task: str, seed: int, options: argparse.Namespace, ratio: float, auto_step: int) -> tuple[float, ...]:
+    """Held-out reward before and after a run, and the last `step_scale`."""
+    chosen = subject(task)
+    args = chosen.config(
+        seed,
+        max_steps=options.steps,
+        population_size=options.population,
+        num_prompts_per_step=options.prompts,
+        sigma=chosen.sigma,
+        learning_rate=ratio * options.learning_rate * chosen.sigma,
+        auto_step=auto_step,
+        eval_strategy="steps",
+        eval_steps=options.steps,
+        eval_on_start=True,
+    )
+    trainer = chosen.trainer(args)
+    trainer.train()
+    before, after = (log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log)
+    return before, after, trainer.optimizer.step_scale
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["letters", "parity"])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1.0, help="a good one, in units of sigma")
+    parser.add_argument("--every", type=int, default=5, help="auto_step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    logging.getLogger("es_trainer").setLevel(logging.ERROR)
+    for task in options.tasks:
+        for ratio in (1 / 8, 1.0, 8.0):
+            for auto_step in (0, options.every):
+                found = [held_out(task, seed, options, ratio, auto_step) for seed in options.seeds]
+                before, after, scale = (statistics.median(values) for values in zip(*found, strict=True))
+                print(
+                    f"{task}, {ratio:g} times the learning rate, auto_step={auto_step}: held-out reward "
+                    f"{before:.3f} -> {after:.3f}, last step_scale {scale:g}",
+                    flush=True,
+                )
