@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, logs, make_model, weights
+from conftest import assert_same, letters, logs, make_model, weights
 from datasets import Dataset
 
 from es_trainer import replay
@@ -40,6 +41,8 @@ def test_the_best_length_is_taken(best, expected):
     assert metrics == pytest.approx(
         {
             "auto_step/reward": 0.5 - abs(1 - best),
+            "auto_step/gain": best - abs(1 - best),
+            "auto_step/gain_error": 0.0,
             "auto_step/half": abs(1 - best) - abs(0.5 - best),
             "auto_step/half_error": 0.0,
             "auto_step/double": abs(1 - best) - abs(2 - best),
@@ -55,11 +58,14 @@ def test_trials_are_added_up_until_they_are_certain():
     One prompt gains 3 by a double step and the other loses 1: 1 on average, with a standard error of 2. After n trials
     that is n beside 2 sqrt(n), which is certain (1.645 standard errors) from n = 11 on: 11 > 1.645 * 2 * 3.317.
     """
-    _, optimizer = told()
+    parameter, optimizer = told()
+    with optimizer.previewed(1.0):
+        step = parameter.detach().clone()
     tried = AutoStep()
 
     def rewards() -> np.ndarray:
-        return np.array([3.0, -1.0]) * math.log2(optimizer.step_scale)
+        length = float(parameter.detach() @ step / (step @ step))
+        return np.array([3.0, -1.0]) * (math.log2(length) if length > 0 else -9.0)
 
     lines = []
     for _ in range(10):
@@ -71,11 +77,19 @@ def test_trials_are_added_up_until_they_are_certain():
     tried.choose(optimizer, rewards)  # nothing is known of the new length
     assert optimizer.step_scale == 2.0
 
-    _, optimizer = told()
+    optimizer.step_scale = 1.0
     resumed = AutoStep()
     resumed.repeat(lines)
     resumed.choose(optimizer, rewards)
     assert optimizer.step_scale == 2.0
+
+
+def test_a_step_that_ends_all_rewards_is_halved_although_half_of_it_is_no_better():
+    parameter, optimizer = told()
+    with optimizer.previewed(1.0):
+        step = parameter.detach().clone()
+    AutoStep().choose(optimizer, lambda: np.array([1.0, 0.9]) * float(parameter.detach() @ step < 0.2 * step @ step))
+    assert optimizer.step_scale == 0.125
 
 
 @pytest.mark.parametrize("rewards", [[0.5, 0.5], [math.nan, math.nan], [1.0]])
@@ -103,18 +117,30 @@ def lines_of(run) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()[1:]]
 
 
+def near(model) -> Callable[..., list[float]]:
+    """Prefers letters, and weights that have not gone far: the latter by the same for all prompts."""
+    first = model.model.layers[0].mlp.up_proj.weight
+
+    def letters_and_near(completions, **kwargs):
+        return [reward - float(first.detach().float().norm()) for reward in letters(completions)]
+
+    return letters_and_near
+
+
 @pytest.mark.parametrize("options", [{}, {"perturbation": "low_rank", "es_optimizer": "adam", "bf16": True}])
 def test_the_history_replays_it_and_resuming_goes_on_with_it(trainer, tmp_path, options):
     options = OPTIONS | options
-    whole = trainer(make_model(), **options, save_strategy="steps", save_steps=3)
+    model = make_model()
+    whole = trainer(model, near(model), **options, save_strategy="steps", save_steps=3)
     whole.train()
     scales = [line["step_scale"] for line in lines_of(whole)]
-    assert scales[0] == scales[1] and scales[2] == scales[3]
+    assert scales[0] == scales[1] and scales[2] == scales[3] < 1.0
     assert [log["step_scale"] for log in logs(whole)] == scales
     assert ["auto_step/reward" in log for log in logs(whole)] == [True, False, True, False, True]
     assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
 
-    resumed = trainer(make_model(), **options, output_dir=str(tmp_path / "resumed"))
+    model = make_model()
+    resumed = trainer(model, near(model), **options, output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
     assert [line["step_scale"] for line in lines_of(resumed)] == scales
     assert_same(weights(resumed.model), weights(whole.model))
@@ -126,7 +152,7 @@ def test_the_history_replays_it_and_resuming_goes_on_with_it(trainer, tmp_path, 
     def never(**kwargs):
         raise AssertionError("a reward was asked for")
 
-    never.__name__ = "letters"
+    never.__name__ = "letters_and_near"
     again = trainer(make_model(), never, **options)
     again.train(resume_from_checkpoint=True)
     assert_same(weights(again.model), weights(whole.model))

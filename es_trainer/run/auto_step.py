@@ -32,8 +32,9 @@ class AutoStep:
 
     def choose(self, optimizer: EvolutionStrategy, held_out_rewards: Rewards) -> dict[str, float]:
         """
-        Try the next step, and let this and the following ones have the length that is best. As long as half of it is
-        better than that, it is halved again: the next trial might come too late.
+        Try the next step, and let this and the following ones have the length that is best.
+
+        A step that makes rewards worse is halved until it does not: the next trial might come too late.
 
         Args:
             optimizer ([`EvolutionStrategy`]):
@@ -42,20 +43,25 @@ class AutoStep:
                 Evaluates the weights as they are: returns the rewards of the prompts, of shape `(prompts,)`.
 
         Returns:
-            `dict[str, float]`: metrics: the mean reward after the step, and by how much it is higher after steps of
-            half and double length, each with its standard error.
+            `dict[str, float]`: metrics: the mean reward after the step, and by how much it is higher than without the
+            step, and after steps of half and double length, each with its standard error.
         """
         scale = optimizer.step_scale
         if scale != self._scale:  # of other weights, which were loaded
             self._follow({}, scale)
-        rewards = _rewards_after(optimizer, scale, held_out_rewards)
-        metrics = {"auto_step/reward": mean(rewards)}
+
+        def rewards_after(scale: float) -> np.ndarray:
+            with optimizer.previewed(scale):
+                return held_out_rewards()
+
+        before, rewards = held_out_rewards(), rewards_after(scale)
+        metrics = {"auto_step/reward": mean(rewards), **_compared("gain", rewards, before)}
         for name, length in LENGTHS.items():
             if 1 / MOST <= scale * length <= MOST:
-                metrics |= _compared(name, _rewards_after(optimizer, scale * length, held_out_rewards), rewards)
+                metrics |= _compared(name, rewards_after(scale * length), rewards)
         better = [name for name in LENGTHS if _is_better(name, [*self._trials, metrics])]
-        if better == ["half"]:
-            optimizer.step_scale = _halved(optimizer, held_out_rewards)
+        if scale > 1 / MOST and (_is_worse(rewards, before) or better == ["half"]):
+            optimizer.step_scale = _halved(scale / 2, before, rewards_after)
         elif better:  # also if both are: a longer step has more to say
             optimizer.step_scale = 2 * scale
         self._follow(metrics, optimizer.step_scale)
@@ -70,11 +76,6 @@ class AutoStep:
     def _follow(self, metrics: dict[str, Any], scale: float) -> None:
         self._trials = [*self._trials, metrics][1 - WINDOW :] if scale == self._scale else []
         self._scale = scale
-
-
-def _rewards_after(optimizer: EvolutionStrategy, scale: float, held_out_rewards: Rewards) -> np.ndarray:
-    with optimizer.previewed(scale):
-        return held_out_rewards()
 
 
 def _compared(name: str, rewards: np.ndarray, others: np.ndarray) -> dict[str, float]:
@@ -93,13 +94,16 @@ def _is_better(name: str, trials: list[dict[str, Any]]) -> bool:
     return gain > CERTAIN * math.hypot(*(trial[f"auto_step/{name}_error"] for trial in known))
 
 
-def _halved(optimizer: EvolutionStrategy, held_out_rewards: Rewards) -> float:
-    """The first half of the step, half of that, ... than which the next is not better."""
-    scale = optimizer.step_scale / 2
-    rewards = _rewards_after(optimizer, scale, held_out_rewards)
+def _is_worse(rewards: np.ndarray, others: np.ndarray) -> bool:
+    return _is_better("others", [_compared("others", others, rewards)])
+
+
+def _halved(scale: float, before: np.ndarray, rewards_after: Callable[[float], np.ndarray]) -> float:
+    """The first of this scale, half of it, ... that does not make rewards worse, and than which half is no better."""
+    rewards = rewards_after(scale)
     while scale / 2 >= 1 / MOST:
-        shorter = _rewards_after(optimizer, scale / 2, held_out_rewards)
-        if not _is_better("half", [_compared("half", shorter, rewards)]):
+        shorter = rewards_after(scale / 2)
+        if not _is_worse(rewards, before) and not _is_worse(rewards, shorter):
             break
         scale, rewards = scale / 2, shorter
     return scale
