@@ -172,10 +172,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             on it.
         auto_step (`int`, *optional*, defaults to `0`):
             Every so many steps, from the first one on, the update is tried at 1/2, 1 and 2 times its length: the
-            weights that it would give answer `auto_step_prompts` held-out prompts, and the best length is taken, by
-            this and the following steps (`step_scale`, from 1/16 to 16). It costs three evaluations of these prompts
+            weights that it would give answer `auto_step_prompts` held-out prompts, and this and the following updates
+            have the length that is best (`step_scale`, from 1/16 to 16). It costs four evaluations of these prompts
             and no memory. `0` leaves updates as long as the learning rate says. Needs an `eval_dataset` and master
-            weights; not with `vllm_mode="server"`.
+            weights; not with `vllm_mode="server"`. See docs/monitoring.md.
         auto_step_prompts (`int`, *optional*, defaults to `32`):
             Number of held-out prompts: the first ones of the `eval_dataset`, or of the first of several.
         skip_settled_prompts (`float`, *optional*, defaults to `0.0`):
