@@ -118,6 +118,12 @@ class ESConfig(GRPOFields, TrainingArguments):
         antithetic (`bool`, *optional*, defaults to `False`):
             Mirrored sampling: draw half as many noises and evaluate each with both signs. Needs an even
             `population_size`.
+        num_steps_per_population (`int`, *optional*, defaults to `1`):
+            Steps that evaluate the same noises, each on new prompts (reuse of noise, as in
+            [EGGROLL](https://huggingface.co/papers/2511.16652)). It shows whether the same members win on other
+            prompts: `update_cosine` is logged then. It saves no time, as noise is made anew whenever a member is
+            evaluated. Updates along the same noises add up instead of being orthogonal, so a population moves the
+            weights up to so many times as far: lower `learning_rate` by as much to keep its step.
         perturbation (`str`, *optional*, defaults to `"gaussian"`):
             Shape of the noise:
 
@@ -485,6 +491,10 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
     antithetic: bool = field(
         default=False, metadata=about("Evaluate each noise with both signs. Needs an even `population_size`.", "run")
+    )
+    num_steps_per_population: int = field(
+        default=1,
+        metadata=about("Steps that evaluate the same noises, each on new prompts.", "run", valid=AT_LEAST_1),
     )
     perturbation: str = field(
         default="gaussian",

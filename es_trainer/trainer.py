@@ -421,7 +421,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self._reported = 0
         try:
             with self.backend.evaluating_members():
-                prompts = self._prompts(rows, self.num_generations, seed=population.members[0].seed)
+                prompts = self._prompts(rows, self.num_generations, seed=population.seed)
                 if not isinstance(self.train_dataset, Dataset):
                     self.processes.agree_if_several(lambda: fingerprint.of_prompts(rows, self.state.global_step + 1))
                 evaluation = evaluate_population(

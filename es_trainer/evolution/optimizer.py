@@ -74,6 +74,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Members per step, N.
         antithetic (`bool`, *optional*, defaults to `False`):
             Evaluate each noise with both signs.
+        num_steps_per_population (`int`, *optional*, defaults to `1`):
+            Steps that have the same members.
         fitness_shaping (`str`, *optional*, defaults to `"z_score"`):
             How rewards become utilities; see [`fitness.utilities`].
         rule (`str`, *optional*, defaults to `"sgd"`):
@@ -114,6 +116,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         sigma: float = 1e-3,
         population_size: int = 30,
         antithetic: bool = False,
+        num_steps_per_population: int = 1,
         fitness_shaping: FitnessShaping = "z_score",
         rule: Rule = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -133,6 +136,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.sigma = sigma
         self.population_size = population_size
         self.antithetic = antithetic
+        self.num_steps_per_population = num_steps_per_population
         self.fitness_shaping = fitness_shaping
         self.rule = rule
         self._rule = UPDATE_RULES[rule](betas, eps)
@@ -181,7 +185,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def ask(self) -> Population:
         """The members to evaluate next; the same until the next step."""
-        return Population.sample(self.population_size, self.seed, self.updates, self.antithetic)
+        return Population.sample(
+            self.population_size, self.seed, self.updates, self.antithetic, self.num_steps_per_population
+        )
 
     def perturb(self, member: Member) -> None:
         """Write `weights + sigma * sign * noise(seed)` into the model."""

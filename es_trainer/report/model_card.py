@@ -23,6 +23,7 @@ SETTINGS = (
     "perturbation",
     "perturbation_rank",
     "antithetic",
+    "num_steps_per_population",
     "fitness_shaping",
     "es_optimizer",
     "weight_decay",

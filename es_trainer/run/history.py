@@ -191,6 +191,7 @@ def make_optimizer(
         sigma=config["sigma"],
         population_size=config["population_size"],
         antithetic=config["antithetic"],
+        num_steps_per_population=config["num_steps_per_population"],
         fitness_shaping=config["fitness_shaping"],
         rule=config["es_optimizer"],
         betas=(config["adam_beta1"], config["adam_beta2"]),
