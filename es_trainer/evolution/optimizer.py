@@ -47,6 +47,41 @@ class UpdateRecord:
     signs: list[int]
     utilities: list[float]
 
+    @classmethod
+    def of_line(cls, line: dict[str, Any]) -> "UpdateRecord":
+        """That of a line of a history."""
+        return cls(line["seeds"], line["signs"], line["utilities"])
+
+    def coefficients(self) -> dict[int, float]:
+        """Factors of the noises in g, by seed; the two halves of an antithetic pair become one."""
+        factors: dict[int, float] = {}
+        for seed, sign, utility in zip(self.seeds, self.signs, self.utilities, strict=True):
+            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(self.seeds)
+        return factors
+
+    def cosine(self, other: "UpdateRecord") -> float:
+        """
+        Cosine of the angle between the estimates g of two updates.
+
+        It follows from the coefficients alone. With D weights, the noises of two seeds have an expected inner product
+        of 0, and a noise has one of D with itself. So `cosine = sum_i c_i * c'_i / (|c| * |c'|)` over all seeds, which
+        is 0 if no seed is in both. With Gaussian noise, the error is of the order of `1 / sqrt(D)`. The norms of
+        low-rank noises differ more: those of a `(m, n)` matrix have a relative error of the order of
+        `sqrt((1/m + 1/n) / rank)`.
+
+        Args:
+            other ([`UpdateRecord`]):
+                The other update.
+
+        Returns:
+            `float`: NaN if all coefficients of an update are 0.
+        """
+        mine, theirs = self.coefficients(), other.coefficients()
+        lengths = math.hypot(*mine.values()) * math.hypot(*theirs.values())
+        if lengths == 0.0:
+            return math.nan
+        return math.fsum(factor * theirs.get(seed, 0.0) for seed, factor in mine.items()) / lengths
+
 
 class EvolutionStrategy(torch.optim.Optimizer):
     """
@@ -235,23 +270,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
             raise RuntimeError(
                 "step() needs fitness: call ask(), evaluate the members and tell() their rewards first."
             )
-        seeds, coefficients = self._coefficients(self.update_record)
+        factors = {seed: factor for seed, factor in self.update_record.coefficients().items() if factor != 0.0}
         self.weights.to_working_dtype()
         self.restore()
         self.update_norm = 0.0
-        if seeds:
-            self.update_norm = math.sqrt(math.fsum(self._update(seeds, coefficients)))
+        if factors:
+            self.update_norm = math.sqrt(math.fsum(self._update(list(factors), list(factors.values()))))
             self.moves += 1
         self.updates += 1
         self.update_record = None
-
-    def _coefficients(self, record: UpdateRecord) -> tuple[list[int], list[float]]:
-        """Seeds and factors of g; the two halves of an antithetic pair become one."""
-        factors: dict[int, float] = {}
-        for seed, sign, utility in zip(record.seeds, record.signs, record.utilities, strict=True):
-            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(record.seeds)
-        factors = {seed: factor for seed, factor in factors.items() if factor != 0.0}
-        return list(factors), list(factors.values())
 
     def _update(self, seeds: list[int], coefficients: list[float]) -> list[float]:
         """Update all weights; returns the squared norms of the pieces' updates."""

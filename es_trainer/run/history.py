@@ -313,7 +313,7 @@ def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any], scale: float
 
 def tell_again(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     """Tell the optimizer what a line of the history says, and do to the weights what evaluating the members did."""
-    optimizer.update_record = UpdateRecord(line["seeds"], line["signs"], line["utilities"])
+    optimizer.update_record = UpdateRecord.of_line(line)
     optimizer.sigma = line.get("sigma", optimizer.sigma)
     if optimizer.weights.drifts and line["in_place"]:
         # Every evaluation left its rounding error in the weights
