@@ -42,6 +42,7 @@ from .fields import (
     was_set,
     without_effect,
 )
+from .schedules import as_schedule, value_after
 from .values import InSigmas, converted, in_sigmas, plain, with_schemas
 
 
@@ -107,6 +108,10 @@ class ESConfig(GRPOFields, TrainingArguments):
 
         population_size (`int`, *optional*, defaults to `30`):
             Members (perturbed models) evaluated per step; N in [the paper](https://huggingface.co/papers/2509.24372).
+        population_size_schedule (`str` or `dict[int, int]`, *optional*):
+            Other sizes of the population, by the number of steps after which they begin: with `{50: 16, 100: 32}`,
+            the first 50 steps have `population_size` members, the next 50 steps 16, and all later ones 32. The text
+            of such a dict means the same. The learning rate has a schedule of its own (`lr_scheduler_type`).
         sigma (`float`, *optional*, defaults to `1e-3`):
             Standard deviation of the noise added to every weight.
         sigma_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -462,6 +467,17 @@ class ESConfig(GRPOFields, TrainingArguments):
             "Members (perturbed models) evaluated per step.",
             "run",
             valid=((lambda size: size >= 2), "members are compared, so at least 2 are needed."),
+        ),
+    )
+    population_size_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=about(
+            "Other sizes of the population, by the number of steps after which they begin: '{50: 16, 100: 32}'.",
+            "run",
+            valid=(
+                (lambda sizes: sizes is None or min(sizes) >= 1 and min(sizes.values()) >= 2),
+                "sizes must be at least 2, and begin after at least 1 step; `population_size` is the first.",
+            ),
         ),
     )
     sigma: float = field(
@@ -977,6 +993,15 @@ class ESConfig(GRPOFields, TrainingArguments):
         left = 1.0 - done if self.sigma_schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2
         return self.sigma * (self.sigma_min_ratio + (1.0 - self.sigma_min_ratio) * left)
 
+    def population_size_after(self, steps: int) -> int:
+        """Members of the step that follows so many steps."""
+        return value_after(steps, self.population_size, self.population_size_schedule)
+
+    @property
+    def largest_population(self) -> int:
+        """The most members that a step can have."""
+        return max([self.population_size, *(self.population_size_schedule or {}).values()])
+
     @property
     def on_servers(self) -> bool:
         """Whether servers generate."""
@@ -1092,6 +1117,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                     "name. Leave 'torch_dtype' out."
                 )
             self.model_init_kwargs = options
+        self.population_size_schedule = as_schedule("population_size_schedule", self.population_size_schedule)
         if self.chat_template_kwargs:
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
         if self.generation_kwargs:
@@ -1182,12 +1208,10 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
                     "text, lists and dictionaries."
                 ) from error
-        require(
-            self,
-            not self.antithetic or self.population_size % 2 == 0,
-            "population_size",
-            "antithetic sampling evaluates members in pairs; use an even number or antithetic=False.",
-        )
+        pairs = "antithetic sampling evaluates members in pairs; use even numbers or antithetic=False."
+        sizes = (self.population_size_schedule or {}).values()
+        require(self, not self.antithetic or self.population_size % 2 == 0, "population_size", pairs)
+        require(self, not self.antithetic or all(size % 2 == 0 for size in sizes), "population_size_schedule", pairs)
         for name in ("num_generations", "num_generations_eval"):
             number = getattr(self, name)
             require(

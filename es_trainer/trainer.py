@@ -395,6 +395,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
     def _reward_of_step(self, rows: list[dict[str, Any]]) -> float:
         """Tell the optimizer how a population did. Returns the mean reward."""
         self.optimizer.sigma = self.args.sigma_at(self.state.global_step, self.state.max_steps)
+        self.optimizer.population_size = self.args.population_size_after(self.state.global_step)
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
@@ -450,7 +451,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
 
     def _report_members(self, done: int) -> None:
         """Tell callbacks of members that are done, here or elsewhere."""
-        done = min(done, self.args.population_size)  # the unperturbed weights are none
+        done = min(done, self.optimizer.population_size)  # the unperturbed weights are none
         for _ in range(self._reported, done):
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self._reported = done

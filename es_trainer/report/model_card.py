@@ -17,6 +17,7 @@ REWARD_PLOT = "reward.png"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 SETTINGS = (
     "population_size",
+    "population_size_schedule",
     "sigma",
     "learning_rate",
     "lr_scheduler_type",

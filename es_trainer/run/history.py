@@ -69,7 +69,7 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     return {
         "noise_version": noise.VERSION,
         "device": args.device.type,  # the kernels of different kinds round differently
-        "config": run_config(args),
+        "config": json.loads(json.dumps(run_config(args))),  # as a file says it, whose keys are text
         "parameters": {shard.name: list(shard.shape) for shard in optimizer.weights.shards},
         "decayed": [
             name for group in optimizer.param_groups if group["weight_decay"] > 0 for name in group["param_names"]
