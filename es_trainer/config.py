@@ -42,6 +42,7 @@ from .fields import (
     was_set,
     without_effect,
 )
+from .schedules import as_schedule, value_after
 from .values import InSigmas, converted, in_sigmas, plain, with_schemas
 
 
@@ -108,6 +109,10 @@ class ESConfig(GRPOFields, TrainingArguments):
 
         population_size (`int`, *optional*, defaults to `30`):
             Members (perturbed models) evaluated per step; N in [the paper](https://huggingface.co/papers/2509.24372).
+        population_size_schedule (`str` or `dict[int, int]`, *optional*):
+            Other sizes of the population, by the number of steps after which they begin: with `{50: 16, 100: 32}`,
+            the first 50 steps have `population_size` members, the next 50 steps 16, and all later ones 32. The text
+            of such a dict means the same. The learning rate has a schedule of its own (`lr_scheduler_type`).
         sigma (`float`, *optional*, defaults to `1e-3`):
             Standard deviation of the noise added to every weight.
         sigma_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -119,6 +124,12 @@ class ESConfig(GRPOFields, TrainingArguments):
         antithetic (`bool`, *optional*, defaults to `False`):
             Mirrored sampling: draw half as many noises and evaluate each with both signs. Needs an even
             `population_size`.
+        num_steps_per_population (`int`, *optional*, defaults to `1`):
+            Steps that evaluate the same noises, each on new prompts (reuse of noise, as in
+            [EGGROLL](https://huggingface.co/papers/2511.16652)). It shows whether the same members win on other
+            prompts: `update_cosine` is logged then. It saves no time, as noise is made anew whenever a member is
+            evaluated. Updates along the same noises add up instead of being orthogonal, so a population moves the
+            weights up to so many times as far: lower `learning_rate` by as much to keep its step.
         perturbation (`str`, *optional*, defaults to `"gaussian"`):
             Shape of the noise:
 
@@ -467,6 +478,17 @@ class ESConfig(GRPOFields, TrainingArguments):
             valid=((lambda size: size >= 2), "members are compared, so at least 2 are needed."),
         ),
     )
+    population_size_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=about(
+            "Other sizes of the population, by the number of steps after which they begin: '{50: 16, 100: 32}'.",
+            "run",
+            valid=(
+                (lambda sizes: sizes is None or min(sizes) >= 1 and min(sizes.values()) >= 2),
+                "sizes must be at least 2, and begin after at least 1 step; `population_size` is the first.",
+            ),
+        ),
+    )
     sigma: float = field(
         default=1e-3,
         metadata=about(
@@ -494,6 +516,10 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
     antithetic: bool = field(
         default=False, metadata=about("Evaluate each noise with both signs. Needs an even `population_size`.", "run")
+    )
+    num_steps_per_population: int = field(
+        default=1,
+        metadata=about("Steps that evaluate the same noises, each on new prompts.", "run", valid=AT_LEAST_1),
     )
     perturbation: str = field(
         default="gaussian",
@@ -989,6 +1015,15 @@ class ESConfig(GRPOFields, TrainingArguments):
         left = 1.0 - done if self.sigma_schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2
         return self.sigma * (self.sigma_min_ratio + (1.0 - self.sigma_min_ratio) * left)
 
+    def population_size_after(self, steps: int) -> int:
+        """Members of the step that follows so many steps."""
+        return value_after(steps, self.population_size, self.population_size_schedule)
+
+    @property
+    def largest_population(self) -> int:
+        """The most members that a step can have."""
+        return max([self.population_size, *(self.population_size_schedule or {}).values()])
+
     @property
     def on_servers(self) -> bool:
         """Whether servers generate."""
@@ -1104,6 +1139,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                     "name. Leave 'torch_dtype' out."
                 )
             self.model_init_kwargs = options
+        self.population_size_schedule = as_schedule("population_size_schedule", self.population_size_schedule)
         if self.chat_template_kwargs:
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
         if self.generation_kwargs:
@@ -1194,12 +1230,10 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
                     "text, lists and dictionaries."
                 ) from error
-        require(
-            self,
-            not self.antithetic or self.population_size % 2 == 0,
-            "population_size",
-            "antithetic sampling evaluates members in pairs; use an even number or antithetic=False.",
-        )
+        pairs = "antithetic sampling evaluates members in pairs; use even numbers or antithetic=False."
+        sizes = (self.population_size_schedule or {}).values()
+        require(self, not self.antithetic or self.population_size % 2 == 0, "population_size", pairs)
+        require(self, not self.antithetic or all(size % 2 == 0 for size in sizes), "population_size_schedule", pairs)
         for name in ("num_generations", "num_generations_eval"):
             number = getattr(self, name)
             require(

@@ -106,7 +106,7 @@ GRPOS_ADAM = "Adam is `es_optimizer='adam'`"
 
 _GRADIENTS = "there are no gradients"
 _ANCHOR = "`anchor_decay` pulls towards the initial weights"
-_PASSES = "every population is evaluated once, on `num_prompts_per_step` prompts"
+_PASSES = "a step evaluates each member once, on `num_prompts_per_step` prompts"
 _EVALUATION = "evaluations are the rewards of completions"
 _COMPILE = "nothing is compiled: members are written into the model"
 _LIGER = "a module with Liger's kernels would not see the members' noise"

@@ -399,6 +399,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
     def _reward_of_step(self, rows: list[dict[str, Any]]) -> float:
         """Tell the optimizer how a population did. Returns the mean reward."""
         self.optimizer.sigma = self.args.sigma_at(self.state.global_step, self.state.max_steps)
+        self.optimizer.population_size = self.args.population_size_after(self.state.global_step)
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
@@ -426,7 +427,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self._reported = 0
         try:
             with self.backend.evaluating_members():
-                prompts = self._prompts(rows, self.num_generations, seed=population.members[0].seed)
+                prompts = self._prompts(rows, self.num_generations, seed=population.seed)
                 if not isinstance(self.train_dataset, Dataset):
                     self.processes.agree_if_several(lambda: fingerprint.of_prompts(rows, self.state.global_step + 1))
                 evaluation = evaluate_population(
@@ -463,7 +464,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
 
     def _report_members(self, done: int) -> None:
         """Tell callbacks of members that are done, here or elsewhere."""
-        done = min(done, self.args.population_size)  # the unperturbed weights are none
+        done = min(done, self.optimizer.population_size)  # the unperturbed weights are none
         for _ in range(self._reported, done):
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self._reported = done

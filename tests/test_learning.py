@@ -1,7 +1,9 @@
 """What a run logs about whether it learns."""
 
+import itertools
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import assert_same, letters, logs, weights
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from es_trainer.evolution.optimizer import UpdateRecord
 from es_trainer.evolution.signal import signal
 from es_trainer.run.learning import WINDOW, Learning
 
@@ -117,6 +120,68 @@ def test_updates_are_measured_in_norms_of_the_weights(trainer):
     (log,) = logs(run)
     norm = np.sqrt(sum(float(p.detach().double().square().sum()) for p in run.model.parameters()))
     assert log["relative_update_norm"] == pytest.approx(log["update_norm"] / norm, rel=1e-3)
+
+
+REUSED = {"num_steps_per_population": 3, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+
+
+def cosines(run) -> list[float | None]:
+    return [log.get("update_cosine") for log in logs(run)]
+
+
+@pytest.mark.parametrize("options", [{}, {"antithetic": True, "es_optimizer": "adam"}])
+def test_updates_of_a_reused_population_are_compared(trainer, options):
+    run = trainer(**REUSED | options)
+    run.train()
+    _, *lines = map(json.loads, (Path(run.args.output_dir) / "history.jsonl").read_text().splitlines())
+    halves = 2 if options else 1
+    noises = [
+        (np.array(line["utilities"]) * line["signs"]).reshape(-1, halves).sum(axis=1)  # a pair is one noise
+        for line in lines
+    ]
+    expected = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.pairwise(noises)]
+    # The fourth step has another population
+    assert cosines(run) == [
+        None,
+        pytest.approx(expected[0]),
+        pytest.approx(expected[1]),
+        None,
+        pytest.approx(expected[3]),
+    ]
+
+
+def test_updates_of_fresh_populations_are_not(trainer):
+    run = trainer()
+    run.train()
+    assert cosines(run) == [None] * 3
+
+
+@pytest.mark.parametrize("checkpoint", [2, 4])
+@pytest.mark.parametrize("from_history", [False, True])
+def test_a_resumed_run_compares_the_same_updates(trainer, tmp_path, checkpoint, from_history):
+    whole = trainer(**REUSED)
+    whole.train()
+    output = tmp_path / "resumed"
+    shutil.copytree(Path(whole.args.output_dir) / f"checkpoint-{checkpoint}", output / f"checkpoint-{checkpoint}")
+    if from_history:
+        shutil.copy(Path(whole.args.output_dir) / "history.jsonl", output)
+    resumed = trainer(**REUSED | {"output_dir": str(output)})
+    resumed.train(resume_from_checkpoint=True)
+    assert cosines(resumed) == cosines(whole)
+
+
+def test_a_further_call_goes_on_comparing_unless_weights_went_back(trainer):
+    run = trainer(**REUSED | {"max_steps": 1})
+    run.train()
+    run.train()  # the second step of the population
+    assert cosines(run)[-1] is not None
+    line = {"seeds": [1], "signs": [1], "utilities": [2.0], "metrics": {"update_norm": 1.0}}
+    for updates, expected in ((2, {"update_cosine": 1.0}), (1, {})):  # of two; the first step's update is not at hand
+        learning = Learning()
+        learning.resume([line, line])
+        learning.go_back(updates)
+        run.optimizer.update_record = UpdateRecord([1], [1], [1.0])
+        assert learning.updating(run.optimizer) == expected
 
 
 def test_a_resumed_run_says_the_same(trainer, tmp_path):

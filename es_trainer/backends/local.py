@@ -170,4 +170,4 @@ class Local(Backend):
                 self._warned_of_memory = True
             batch_size = fitting
         # No more than leaves something for the other processes
-        return min(members, -(-self.args.population_size // self.processes.count)), batch_size
+        return min(members, -(-self.optimizer.population_size // self.processes.count)), batch_size

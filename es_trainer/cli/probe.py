@@ -1,5 +1,6 @@
 """`es-trainer probe`"""
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
     from ..probe import Probe, settings
     from ..report import probe as report
     from ..report.console import duration, memory
+    from ..schedules import total_of
     from ..scripts.es import make_parser, make_trainer
 
     parser = make_parser(prog="es-trainer probe")
@@ -35,6 +37,8 @@ def main(argv: list[str]) -> None:
         trainer = make_trainer(*parser.parse_args_and_config(argv), trainer_class=Probe)
         found = trainer.run()
         steps = run.max_steps if run.max_steps > 0 else run.num_train_epochs * len(trainer.get_train_dataloader())
+        members = total_of(math.ceil(steps), run.population_size, run.population_size_schedule)
+        populations = members / run.population_size  # of the size that was probed
         peak = memory() / 2**30
         trainer.end()
     console = Console()
@@ -43,8 +47,8 @@ def main(argv: list[str]) -> None:
     print(report.advice(found))
     if found.sigma is not None:
         print(
-            f"# {steps:.0f} steps: {steps * found.sigma.tokens:,.0f} tokens, {found.sigma.seconds:.3g} s each, "
-            f"{duration(steps * found.sigma.seconds)} without evaluations, {peak:.1f} GiB on one process"
+            f"# {steps:.0f} steps: {populations * found.sigma.tokens:,.0f} tokens, {found.sigma.seconds:.3g} s each, "
+            f"{duration(populations * found.sigma.seconds)} without evaluations, {peak:.1f} GiB on one process"
         )
     picture = Path(run.output_dir) / PICTURE
     report.plot(found, picture)

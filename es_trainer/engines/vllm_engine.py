@@ -113,7 +113,7 @@ class VLLMEngine(Engine):
             options["distributed_executor_backend"] = "external_launcher"
         if args.vllm_lora:
             groups = processes.count // args.vllm_tensor_parallel_size
-            self.max_loras = args.population_batch_size or -(-args.population_size // groups)
+            self.max_loras = args.population_batch_size or -(-args.largest_population // groups)
             options["enable_lora"] = True
             options["max_loras"] = options["max_cpu_loras"] = self.max_loras
             options["max_lora_rank"] = next(r for r in get_args(MaxLoRARanks) if r >= args.perturbation_rank)

@@ -48,6 +48,41 @@ class UpdateRecord:
     signs: list[int]
     utilities: list[float]
 
+    @classmethod
+    def of_line(cls, line: dict[str, Any]) -> "UpdateRecord":
+        """That of a line of a history."""
+        return cls(line["seeds"], line["signs"], line["utilities"])
+
+    def coefficients(self) -> dict[int, float]:
+        """Factors of the noises in g, by seed; the two halves of an antithetic pair become one."""
+        factors: dict[int, float] = {}
+        for seed, sign, utility in zip(self.seeds, self.signs, self.utilities, strict=True):
+            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(self.seeds)
+        return factors
+
+    def cosine(self, other: "UpdateRecord") -> float:
+        """
+        Cosine of the angle between the estimates g of two updates.
+
+        It follows from the coefficients alone. With D weights, the noises of two seeds have an expected inner product
+        of 0, and a noise has one of D with itself. So `cosine = sum_i c_i * c'_i / (|c| * |c'|)` over all seeds, which
+        is 0 if no seed is in both. With Gaussian noise, the error is of the order of `1 / sqrt(D)`. The norms of
+        low-rank noises differ more: those of a `(m, n)` matrix have a relative error of the order of
+        `sqrt((1/m + 1/n) / rank)`.
+
+        Args:
+            other ([`UpdateRecord`]):
+                The other update.
+
+        Returns:
+            `float`: NaN if all coefficients of an update are 0.
+        """
+        mine, theirs = self.coefficients(), other.coefficients()
+        lengths = math.hypot(*mine.values()) * math.hypot(*theirs.values())
+        if lengths == 0.0:
+            return math.nan
+        return math.fsum(factor * theirs.get(seed, 0.0) for seed, factor in mine.items()) / lengths
+
 
 class EvolutionStrategy(torch.optim.Optimizer):
     """
@@ -75,6 +110,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             Members per step, N.
         antithetic (`bool`, *optional*, defaults to `False`):
             Evaluate each noise with both signs.
+        num_steps_per_population (`int`, *optional*, defaults to `1`):
+            Steps that have the same members.
         fitness_shaping (`str`, *optional*, defaults to `"z_score"`):
             How rewards become utilities; see [`fitness.utilities`].
         rule (`str`, *optional*, defaults to `"sgd"`):
@@ -115,6 +152,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         sigma: float = 1e-3,
         population_size: int = 30,
         antithetic: bool = False,
+        num_steps_per_population: int = 1,
         fitness_shaping: FitnessShaping = "z_score",
         rule: Rule = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
@@ -134,6 +172,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.sigma = sigma
         self.population_size = population_size
         self.antithetic = antithetic
+        self.num_steps_per_population = num_steps_per_population
         self.fitness_shaping = fitness_shaping
         self.rule = rule
         self._rule = UPDATE_RULES[rule](betas, eps)
@@ -183,7 +222,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def ask(self) -> Population:
         """The members to evaluate next; the same until the next step."""
-        return Population.sample(self.population_size, self.seed, self.updates, self.antithetic)
+        return Population.sample(
+            self.population_size, self.seed, self.updates, self.antithetic, self.num_steps_per_population
+        )
 
     def perturb(self, member: Member) -> None:
         """Write `weights + sigma * sign * noise(seed)` into the model."""
@@ -261,16 +302,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
             self.weights.refresh()
 
     def _coefficients(self) -> tuple[list[int], list[float]]:
-        """Seeds and factors of g; the two halves of an antithetic pair become one."""
-        record = self.update_record
-        if record is None:
+        """Seeds and factors of g, without those that are zero."""
+        if self.update_record is None:
             raise RuntimeError(
                 "A step needs fitness: call ask(), evaluate the members and tell() their rewards first."
             )
-        factors: dict[int, float] = {}
-        for seed, sign, utility in zip(record.seeds, record.signs, record.utilities, strict=True):
-            factors[seed] = factors.get(seed, 0.0) + sign * utility / len(record.seeds)
-        factors = {seed: factor for seed, factor in factors.items() if factor != 0.0}
+        factors = {seed: factor for seed, factor in self.update_record.coefficients().items() if factor != 0.0}
         return list(factors), list(factors.values())
 
     def _update(self, seeds: list[int], coefficients: list[float], keep: bool = True) -> list[float]:

@@ -50,9 +50,10 @@ class Lines:
 
     def before(self, args: ESConfig, state: TrainerState) -> Text:
         """What a run is going to do."""
-        completions = args.population_size * args.num_prompts_per_step * args.num_generations
+        completions = args.largest_population * args.num_prompts_per_step * args.num_generations
         several = f" x {args.num_generations} completions" if args.num_generations > 1 else ""
-        step = f"{args.population_size} members x {args.num_prompts_per_step} prompts{several}"
+        later = [f", {size} from step {steps + 1} on" for steps, size in (args.population_size_schedule or {}).items()]
+        step = f"{args.population_size} members{''.join(later)} x {args.num_prompts_per_step} prompts{several}"
         tokens = completions * args.max_completion_length
         return Text(f"{state.max_steps:,} steps of {step}: up to {tokens:,} new tokens a step.")
 

@@ -17,12 +17,14 @@ REWARD_PLOT = "reward.png"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 SETTINGS = (
     "population_size",
+    "population_size_schedule",
     "sigma",
     "learning_rate",
     "lr_scheduler_type",
     "perturbation",
     "perturbation_rank",
     "antithetic",
+    "num_steps_per_population",
     "fitness_shaping",
     "es_optimizer",
     "weight_decay",

@@ -14,9 +14,8 @@ class MemberProgressCallback(TrainerCallback):
 
     def on_step_begin(self, args: ESConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=args.population_size, desc="Members", leave=False, position=1, miniters=1, dynamic_ncols=True
-            )
+            total = args.population_size_after(state.global_step)
+            self.bar = tqdm(total=total, desc="Members", leave=False, position=1, miniters=1, dynamic_ncols=True)
 
     def on_substep_end(self, args: ESConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:

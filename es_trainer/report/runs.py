@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.history_file import HISTORY_NAME, History
+from ..schedules import as_schedule, total_of
 from .plots import held_out_sets, read_run
 
 
@@ -84,8 +85,10 @@ class Run:
                 raise ValueError(
                     f"The run {self.name!r} has no {HISTORY_NAME}: how many completions it made is unknown."
                 )
-            of_a_step = self.settings[names[0]] * self.settings[names[1]] * self.settings[names[2]]
-            return lambda step: float(step * of_a_step)
+            size, prompts, generations = (self.settings[name] for name in names)
+            schedule = self.settings.get("population_size_schedule")
+            schedule = as_schedule("population_size_schedule", schedule)  # JSON has text for its steps
+            return lambda step: float(total_of(step, size, schedule) * prompts * generations)
         found, total = {0: 0.0}, 0.0
         key = "num_tokens" if axis == "tokens" else "step_time"
         for step, value in self.column(key):

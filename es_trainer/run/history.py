@@ -73,7 +73,7 @@ def describe(optimizer: EvolutionStrategy, args: ESConfig) -> dict[str, Any]:
     return {
         "noise_version": noise.VERSION,
         "device": args.device.type,  # the kernels of different kinds round differently
-        "config": run_config(args),
+        "config": json.loads(json.dumps(run_config(args))),  # as a file says it, whose keys are text
         "parameters": {shard.name: list(shard.shape) for shard in optimizer.weights.shards},
         "decayed": [
             name for group in optimizer.param_groups if group["weight_decay"] > 0 for name in group["param_names"]
@@ -195,6 +195,7 @@ def make_optimizer(
         sigma=config["sigma"],
         population_size=config["population_size"],
         antithetic=config["antithetic"],
+        num_steps_per_population=config["num_steps_per_population"],
         fitness_shaping=config["fitness_shaping"],
         rule=config["es_optimizer"],
         betas=(config["adam_beta1"], config["adam_beta2"]),
@@ -316,7 +317,7 @@ def replay_step(optimizer: EvolutionStrategy, line: dict[str, Any], scale: float
 
 def tell_again(optimizer: EvolutionStrategy, line: dict[str, Any]) -> None:
     """Tell the optimizer what a line of the history says, and do to the weights what evaluating the members did."""
-    optimizer.update_record = UpdateRecord(line["seeds"], line["signs"], line["utilities"])
+    optimizer.update_record = UpdateRecord.of_line(line)
     optimizer.sigma = line.get("sigma", optimizer.sigma)
     optimizer.step_scale = line.get(STEP_SCALE, 1.0)
     if optimizer.weights.drifts and line["in_place"]:

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..evolution import EvolutionStrategy
 from ..evolution.fitness import mean
+from ..evolution.optimizer import UpdateRecord
 from ..evolution.signal import expected_gain, signal
 from .metrics import Summary
 
@@ -54,15 +55,19 @@ class Learning:
 
     def __init__(self) -> None:
         self._steps: list[dict[str, Any]] = []  # metrics of all steps of the run
+        self._last: UpdateRecord | None = None  # of the last step, if its update is in the weights
         self._expected = math.nan  # gain of the step under way, for a learning rate of sigma
         self._warned = False
 
     def resume(self, steps: list[dict[str, Any]]) -> None:
         """Go on after these lines of the history."""
         self._steps = [line["metrics"] for line in steps]
+        self._last = UpdateRecord.of_line(steps[-1]) if steps else None
 
     def go_back(self, updates: int) -> None:
         """Go on after so many updates, where the weights are."""
+        if updates < len(self._steps):
+            self._last = None
         del self._steps[updates:]
 
     def evaluated(self, evaluation: Evaluation, fitness: np.ndarray, utilities: np.ndarray) -> dict[str, float]:
@@ -83,11 +88,18 @@ class Learning:
         return metrics
 
     def updating(self, optimizer: EvolutionStrategy) -> dict[str, float]:
-        """What the update should gain, if it is the plain sum of which this is known, and there is a signal."""
-        if optimizer.rule != "sgd" or math.isnan(self._expected):
-            return {}
-        step_length = optimizer.step_scale * optimizer.param_groups[0]["lr"] / optimizer.sigma
-        return {"expected_gain": step_length * self._expected}
+        """
+        How the update lies to that of the last step, if they share noises, and what it should gain, if it is the plain
+        sum of which this is known, and there is a signal.
+        """
+        metrics = {}
+        last, self._last = self._last, optimizer.update_record
+        if last is not None and not set(last.seeds).isdisjoint(self._last.seeds):
+            metrics["update_cosine"] = last.cosine(self._last)
+        if optimizer.rule == "sgd" and not math.isnan(self._expected):
+            step_length = optimizer.step_scale * optimizer.param_groups[0]["lr"] / optimizer.sigma
+            metrics["expected_gain"] = step_length * self._expected
+        return metrics
 
     def walked(self, update_norm: float) -> dict[str, float]:
         """How far updates of the lengths of all steps would lead in random directions: their root of squares."""

@@ -78,12 +78,17 @@ def probe_by_command(model_folder, tmp_path, *options: str) -> None:
     assert [path.name for path in Path(tmp_path / "run").iterdir()] == ["probe.png"]
 
 
-def test_the_command(model_folder, tmp_path, capsys):
-    probe_by_command(model_folder, tmp_path, "--reward_funcs", "conftest.letters")
+def test_the_command(model_folder, tmp_path, capsys, monkeypatch):
+    found = []
+    monkeypatch.setattr(Probe, "run", lambda self, run=Probe.run: found.append(run(self)) or found[-1])
+    options = ("--reward_funcs", "conftest.letters", "--population_size_schedule", "{10: 16}")
+    probe_by_command(model_folder, tmp_path, *options)
     out = capsys.readouterr().out
     assert re.search(r"^sigma: [\d.e-]+$", out, re.M)
     assert re.search(r"^(learning_rate: [\d.e-]+|# No step raised .*)$", out, re.M)
-    assert re.search(r"^# 50 steps: [\d,]+ tokens, [\d.]+ s each, .* GiB on one process$", out, re.M)
+    (tokens,) = re.findall(r"^# 50 steps: ([\d,]+) tokens, [\d.]+ s each, .* GiB on one process$", out, re.M)
+    # 10 steps of the 8 members that were probed, and 40 of twice as many
+    assert int(tokens.replace(",", "")) == (10 + 40 * 2) * found[0].sigma.tokens
 
 
 def test_nothing_is_recommended_without_a_signal(model_folder, tmp_path, capsys, monkeypatch):

@@ -1,3 +1,5 @@
+import pytest
+
 from es_trainer.evolution import Population
 
 
@@ -17,3 +19,17 @@ def test_antithetic_members_come_in_mirrored_pairs():
     assert [member.sign for member in members] == [1, -1] * 4
     assert [member.seed for member in members[::2]] == [member.seed for member in members[1::2]]
     assert len({member.seed for member in members}) == 4
+
+
+def test_steps_share_a_population_but_not_random_numbers():
+    steps = [Population.sample(6, seed=1, step=step, steps_per_population=3) for step in range(7)]
+    fresh = [Population.sample(6, seed=1, step=step) for step in range(7)]
+    assert [population.members for population in steps] == [fresh[i].members for i in (0, 0, 0, 3, 3, 3, 6)]
+    assert [population.seed for population in steps] == [population.seed for population in fresh]
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_random_numbers_of_a_fresh_population_are_those_of_its_first_member(antithetic):
+    for size in (2, 4, 30):  # as they were before populations could be used again: other bits would be another run
+        population = Population.sample(size, seed=3, step=5, antithetic=antithetic)
+        assert population.seed == population.members[0].seed

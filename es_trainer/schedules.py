@@ -1,0 +1,50 @@
+"""Settings that change after a number of steps, such as `{50: 16, 100: 32}`."""
+
+import math
+from typing import Any
+
+import yaml
+
+from .values import converted
+
+
+def as_schedule(name: str, value: Any) -> dict[int, int] | None:
+    """
+    A schedule as numbers by steps, in their order.
+
+    Args:
+        name (`str`):
+            The field.
+        value (`dict` or `str`, *optional*):
+            What it was given: a dict, or one as YAML or JSON write it.
+
+    Returns:
+        `dict[int, int]`: `None` if there are no steps in it.
+
+    Raises:
+        `ValueError`: If it is no such thing; names the field.
+    """
+    given = value
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            value = None
+    if given is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}={given!r}` is not valid: give numbers by steps, such as {{50: 16, 100: 32}}.")
+    numbers = [(converted(name, step, int), converted(name, number, int)) for step, number in (value or {}).items()]
+    return dict(sorted(numbers)) or None
+
+
+def value_after(steps: int, first: int, schedule: dict[int, int] | None) -> int:
+    """The number that a setting, which is `first` at the start, has after so many steps."""
+    return [first, *(number for step, number in (schedule or {}).items() if step <= steps)][-1]
+
+
+def total_of(steps: int, first: int, schedule: dict[int, int] | None) -> int:
+    """The sum of the setting's numbers over so many steps."""
+    numbers = {0: first, **(schedule or {})}
+    ends = [*list(numbers)[1:], math.inf]
+    return sum(
+        number * max(0, min(steps, end) - start) for (start, number), end in zip(numbers.items(), ends, strict=True)
+    )
