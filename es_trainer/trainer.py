@@ -18,7 +18,16 @@ from trl import GRPOConfig
 
 from . import adapters
 from .agents import AgentFunc, EnvironmentFactory, Environments
-from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
+from .backends import (
+    Drift,
+    Prompts,
+    RolloutFunc,
+    TrainerInputs,
+    check_mode,
+    evaluate_batches,
+    evaluate_population,
+    pick,
+)
 from .checks import check_arguments, check_model, check_settled_prompts
 from .config import ESConfig
 from .data import by_name, check_datasets
@@ -281,6 +290,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.create_optimizer()
         self.history = RunHistory(Path(args.output_dir) / HISTORY_NAME, self.processes)
         self.recorder = Recorder(args, self.processes, self.history, self.scorer.names)
+        self.drift = Drift(self.backend, args.eval_kl_prompts)
         self.completions = BestCompletions(args, self.processes, self.scorer.names)
         self._reported = 0  # members of the step under way of which callbacks were told
         self.optimizer.weights.to_checkpoint_dtype()
@@ -381,6 +391,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
                 f"Weights of `{broken}` are NaN or infinite before training{' in float16' * self.args.fp16}. Give a "
                 f"model with finite weights{', or set bf16=True' * self.args.fp16}."
             )
+        if self.optimizer.updates == 0:
+            self.drift.begin(by_name(self.eval_dataset).values())
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(
@@ -506,6 +518,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
 
         with self.backend.in_working_dtype():
             batches = evaluate_batches(self.backend, self.scorer, dataloader, prompts, self.state, report)
+            drift = self.drift.metrics(dataloader.dataset) if batches else {}
         if not batches:
             raise ValueError("`eval_dataset` is empty: the stream has no rows to evaluate.")
         rewards = np.concatenate([values for values, _ in batches])
@@ -515,6 +528,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             "reward": mean(rewards),
             "reward_std": deviation(rewards),
             **completion_metrics(summaries, self.scorer.names),
+            **drift,
             "num_tokens": self.state.num_input_tokens_seen,
         }
         return EvalLoopOutput(
