@@ -361,6 +361,11 @@ class ESConfig(GRPOFields, TrainingArguments):
 
         > Parameters that control the logging
 
+        eval_kl_prompts (`int`, *optional*, defaults to `0`):
+            Prompts of each evaluation dataset, the first ones, on which evaluations compare the model's next-token
+            distributions with those of the weights that the run began with. The mean of KL(start || now) over their
+            last 64 tokens each, in nats, is logged as `eval_kl`. The start's logits are kept in host memory. 0
+            compares none.
         log_format (`str`, *optional*, defaults to `"line"`):
             What is printed of a log: `"line"`, the few numbers that say how the run does, or `"dict"`, all of them.
             Trackers get all of them in any case. Notebooks show a table.
@@ -910,6 +915,15 @@ class ESConfig(GRPOFields, TrainingArguments):
     )
 
     # Parameters that control the logging
+    eval_kl_prompts: int = field(
+        default=0,
+        metadata=about(
+            "Prompts of each evaluation dataset on which next-token distributions are compared with the start's: "
+            "`eval_kl`. 0 compares none.",
+            "processes",
+            valid=NOT_NEGATIVE,
+        ),
+    )
     log_format: str = field(
         default="line",
         metadata=about("What is printed of a log: 'line' or 'dict'.", "nobody", valid=one_of(get_args(LogFormat))),

@@ -19,7 +19,16 @@ from trl import GRPOConfig
 
 from . import adapters
 from .agents import AgentFunc, EnvironmentFactory, Environments
-from .backends import Prompts, RolloutFunc, TrainerInputs, check_mode, evaluate_batches, evaluate_population, pick
+from .backends import (
+    Drift,
+    Prompts,
+    RolloutFunc,
+    TrainerInputs,
+    check_mode,
+    evaluate_batches,
+    evaluate_population,
+    pick,
+)
 from .checks import check_arguments, check_auto_step, check_model, check_settled_prompts
 from .config import ESConfig
 from .data import by_name, check_datasets
@@ -285,6 +294,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self.history = RunHistory(Path(args.output_dir) / HISTORY_NAME, self.processes)
         self.recorder = Recorder(args, self.processes, self.history, self.scorer.names)
         self.auto_step = AutoStep()
+        self.drift = Drift(self.backend, args.eval_kl_prompts)
         self.completions = BestCompletions(args, self.processes, self.scorer.names)
         self._reported = 0  # members of the step under way of which callbacks were told
         self.optimizer.weights.to_checkpoint_dtype()
@@ -385,6 +395,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
                 f"Weights of `{broken}` are NaN or infinite before training{' in float16' * self.args.fp16}. Give a "
                 f"model with finite weights{', or set bf16=True' * self.args.fp16}."
             )
+        if self.optimizer.updates == 0:
+            self.drift.begin(by_name(self.eval_dataset).values())
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(
@@ -512,11 +524,13 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         """Answer the dataloader's prompts with the unperturbed weights and average the rewards."""
         with self.backend.in_working_dtype():
             rewards, summaries = self._evaluate_batches(dataloader)
+            drift = self.drift.metrics(dataloader.dataset)
         metrics = {
             "loss": -mean(rewards),
             "reward": mean(rewards),
             "reward_std": deviation(rewards),
             **completion_metrics(summaries, self.scorer.names),
+            **drift,
             "num_tokens": self.state.num_input_tokens_seen,
         }
         return EvalLoopOutput(

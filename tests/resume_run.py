@@ -49,6 +49,7 @@ trainer = ESTrainer(
         save_steps=4,
         eval_strategy="steps",
         eval_steps=4,
+        eval_kl_prompts=1,
         lr_scheduler_type="linear",
         report_to="none",
         disable_tqdm=True,

@@ -62,6 +62,7 @@ def test_logs_are_bit_identical_after_a_kill(runs):
     whole = logs(runs["whole"] / "checkpoint-8")
     assert logs(runs["broken"] / "checkpoint-8") == whole
     assert [log["step"] for log in whole if "reward" in log] == [3, 6]
+    assert all(log["eval_kl"] > 0 for log in whole if "eval_reward" in log)
 
 
 def test_data_order_is_identical_after_a_kill(runs):

@@ -8,6 +8,7 @@ from ..run.processes import Processes
 from .agent_answers import AgentAnswers
 from .answers import Answers, RolloutFuncAnswers
 from .base import Backend
+from .drift import Drift
 from .evaluation import evaluate_batches, evaluate_population
 from .results import Prompts, Result
 from .rollout_func import RolloutFunc
@@ -17,6 +18,7 @@ from .trainer_inputs import TrainerInputs
 
 __all__ = [
     "Backend",
+    "Drift",
     "TrainerInputs",
     "Prompts",
     "Result",

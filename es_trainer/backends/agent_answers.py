@@ -14,6 +14,7 @@ from ..data import NO_PROMPT
 from ..engines import Engine
 from ..engines.requests import Requests
 from ..engines.sampling import derived_seed
+from ..fields import require
 from ..rollout import Completion
 from ..run.processes import Processes
 from .answers import Answers
@@ -59,6 +60,12 @@ class AgentAnswers(Answers):
                 "`agent_func` with `rollout_func`, `tools` or `environment_factory`: the program decides itself what "
                 "the model is asked. Leave the others out."
             )
+        require(
+            args,
+            args.eval_kl_prompts == 0,
+            "eval_kl_prompts",
+            "the rows of `agent_func` have no prompts to compare distributions on. Set it to 0.",
+        )
         missing = [package for package in ("fastapi", "uvicorn") if importlib.util.find_spec(package) is None]
         if missing:
             raise ImportError(f"`agent_func` needs {missing[0]}: pip install 'es-trainer[agents]'.")

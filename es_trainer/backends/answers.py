@@ -12,6 +12,7 @@ from ..data import prompts as prompts_of
 from ..engines import Engine
 from ..engines.decoding import Row
 from ..engines.sampling import derived_seed
+from ..fields import require
 from ..rollout import Completion
 from .results import Prompts
 from .rollout_func import RolloutFunc, call_rollout_func
@@ -137,6 +138,13 @@ class RolloutFuncAnswers(Answers):
                 f"`rollout_func` with `num_generations_eval={args.num_generations_eval}`: it could not tell "
                 "evaluations from training. Leave `num_generations_eval` out."
             )
+        require(
+            args,
+            args.eval_kl_prompts == 0,
+            "eval_kl_prompts",
+            "`rollout_func` makes the prompts' tokens by itself, so there are none to compare distributions on. Set "
+            "it to 0.",
+        )
 
     def __init__(self, args: ESConfig, rollout_func: RolloutFunc, trainer: Trainer):
         super().__init__(args, progress=False)

@@ -24,6 +24,12 @@ def check_vllm_arguments(args: ESConfig, inputs: TrainerInputs) -> None:
         "population_batch_size",
         "vLLM evaluates one member at a time; leave it out, or see vllm_lora.",
     )
+    require(
+        args,
+        args.eval_kl_prompts == 0,
+        "eval_kl_prompts",
+        "it needs logits by Transformers, but vLLM has the weights. Set it to 0, or use_vllm=False.",
+    )
     check_generation_kwargs(args)
     if inputs.quantization_config or (args.model_init_kwargs or {}).get("quantization_config"):
         raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import ESConfig
 from ..engines import TransformersEngine
 from ..evolution import Member
+from ..fields import require
 from ..weights.layouts.zero3 import is_partitioned
 from .base import require_saved_state
 from .local import Local
@@ -85,6 +86,13 @@ class Lockstep(Gathered):
                 "`ds3_gather_for_generation=False`: processes would have to run the model equally often. Set "
                 "`ds3_gather_for_generation=True`."
             )
+        require(
+            args,
+            args.eval_kl_prompts == 0,
+            "eval_kl_prompts",
+            "with ds3_gather_for_generation=False, no process can run the model alone. Set it to 0, or "
+            "ds3_gather_for_generation=True.",
+        )
 
     @property
     def in_place(self) -> bool:

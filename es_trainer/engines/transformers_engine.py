@@ -1,8 +1,10 @@
 """Completions by Transformers' `generate`."""
 
 import functools
+import inspect
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -167,6 +169,26 @@ class TransformersEngine(Engine):
             )
             completions.update(zip(batch, made, strict=True))
         return [completions[i] for i in range(len(rows))]
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int], last: int) -> torch.Tensor:
+        """
+        Logits that the weights as they are have after the last tokens of a text.
+
+        Args:
+            ids (`list[int]`):
+                Tokens of the text.
+            last (`int`):
+                After how many tokens at most.
+
+        Returns:
+            `torch.Tensor` of shape `(tokens, vocabulary)`, on the model's device and in the dtype that it has there.
+        """
+        self.use(None)
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        taken = inspect.signature(base.forward).parameters
+        options = {"logits_to_keep": last} if "logits_to_keep" in taken else {}
+        return base(input_ids=torch.tensor([ids], device=base.device), **options).logits[0, -last:]
 
     def requests(self, members: Rows | None, most_rows: int | None = None) -> ContinuousBatch:
         """

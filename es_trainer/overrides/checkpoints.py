@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..backends import Backend
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy
+from ..fields import require
 from ..run.auto_step import AutoStep
 from ..run.checkpoint import check_complete, has_state, load_state, remove_state, save_state
 from ..run.consistency import check_same_weights
@@ -178,6 +179,14 @@ class CheckpointTrainer(Trainer):
             raise ValueError(
                 f"The checkpoint {checkpoint} is of another run: {'; '.join(found)}. Resume with the same model and "
                 "settings, or start a new run from the checkpoint by giving its path as `model`."
+            )
+        if self.args.eval_kl_prompts > 0 and self.optimizer.updates == 0:
+            require(
+                self.args,
+                header.get("start") in (None, self.backend.start_checksum()),
+                "eval_kl_prompts",
+                f"the run of the checkpoint {checkpoint} began with other weights than `model` has, and the drift "
+                "from those is logged. Give the model that the run began with, or set it to 0.",
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
