@@ -36,18 +36,19 @@ def held_out(task: str, seed: int, options: argparse.Namespace, ratio: float, au
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["letters", "parity"])
+    parser.add_argument("--tasks", nargs="+", default=["letters"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=1.0, help="a good one, in units of sigma")
-    parser.add_argument("--every", type=int, default=5, help="auto_step")
+    parser.add_argument("--learning_rate", type=float, default=4.0, help="a good one, in units of sigma")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1 / 8, 1.0, 8.0])
+    parser.add_argument("--auto_step", type=int, nargs="+", default=[0, 1, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     logging.getLogger("es_trainer").setLevel(logging.ERROR)
     for task in options.tasks:
-        for ratio in (1 / 8, 1.0, 8.0):
-            for auto_step in (0, options.every):
+        for ratio in options.ratios:
+            for auto_step in options.auto_step:
                 found = [held_out(task, seed, options, ratio, auto_step) for seed in options.seeds]
                 before, after, scale = (statistics.median(values) for values in zip(*found, strict=True))
                 print(

@@ -395,7 +395,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
                 f"Weights of `{broken}` are NaN or infinite before training{' in float16' * self.args.fp16}. Give a "
                 f"model with finite weights{', or set bf16=True' * self.args.fp16}."
             )
-        if self.optimizer.updates == 0:
+        if self.optimizer.updates == 0:  # and no checkpoint is loaded yet
             self.drift.begin(by_name(self.eval_dataset).values())
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 

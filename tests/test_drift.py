@@ -163,6 +163,12 @@ def test_resuming_with_another_model_than_that_of_the_start_is_refused(trainer, 
 # ---- what cannot be measured ----
 
 
+def test_an_empty_stream_is_refused_as_without_it(trainer, rows):
+    nothing = rows.to_iterable_dataset().filter(lambda row: False)
+    with pytest.raises(ValueError, match="`eval_dataset` is empty"):
+        trainer(eval_dataset=nothing, eval_kl_prompts=2, **EVALUATED).train()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

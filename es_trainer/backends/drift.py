@@ -81,6 +81,8 @@ class Drift:
     def _prompts(self, dataset: Dataset | IterableDataset) -> list[tuple[int, ...]]:
         """The tokens of the first prompts."""
         rows = collate(list(islice(dataset, self.number)), "eval_dataset")
+        if not rows:  # of a stream, which the evaluation refuses
+            return []
         return list(map(tuple, self.backend.answers.tokenize(self.backend.engine, rows)))
 
     def _logits(self, prompt: tuple[int, ...]) -> torch.Tensor:
