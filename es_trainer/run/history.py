@@ -281,7 +281,7 @@ def read_history(history: str | Path, steps: int | None = None) -> tuple[dict[st
 def begin_replay(
     base_model: str | PreTrainedModel, history: str | Path, header: dict[str, Any], **model_init_kwargs: Any
 ) -> tuple[PreTrainedModel, EvolutionStrategy]:
-    """The model that a run started with and an optimizer of its weights; arguments and errors are those of `replay`."""
+    """The model that a run started with, and an optimizer of its weights. Arguments and errors are `replay`'s."""
     if isinstance(base_model, str):
         on_gpu = header.get("device") == "cuda" and torch.cuda.is_available()
         options = {"dtype": torch.float32, "device_map": "cuda" if on_gpu else None, **model_init_kwargs}
