@@ -339,13 +339,15 @@ def test_an_ensemble_beside_its_best_member_and_the_center(arguments, ensemble, 
 
 
 def test_report_and_table_of_an_ensemble(ensemble, tmp_path, capsys):
-    argv = ["--model_name_or_path", ensemble, "--ensemble", "--dataset_name", "words.jsonl", "--use_cpu"]
-    argv += ["--reward_funcs", "my_eval_rewards.letters", "--max_completion_length", "8", "--limit", "3"]
+    argv = ["--model_name_or_path", ensemble, "--ensemble", "--majority_key", "my_eval_rewards.first_letter"]
+    argv += ["--dataset_name", "words.jsonl", "--reward_funcs", "my_eval_rewards.letters", "--use_cpu"]
+    argv += ["--max_completion_length", "8", "--temperature", "1", "--num_samples", "2"]
     assert main(["eval", *argv, "--output", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     names = [ensemble, f"{ensemble}/member-1", "majority of 3 members"]
     assert [model["model"] for model in report["models"]] == names
-    first, _, last = (model["metrics"]["reward"]["mean"] for model in report["models"])
+    first, best, last = (model["metrics"]["reward"]["mean"] for model in report["models"])
+    assert best != last
     assert report["difference"]["reward"]["mean"] == pytest.approx(last - first)
     assert "The difference is the last model's minus the first's." in " ".join(capsys.readouterr().out.split())
 
