@@ -8,11 +8,17 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import ESConfig
     from .run.history import replay
+    from .run.top_members import replay_top_members
     from .trainer import ESTrainer
 
-__all__ = ["ESConfig", "ESTrainer", "__version__", "replay"]
+__all__ = ["ESConfig", "ESTrainer", "__version__", "replay", "replay_top_members"]
 
-_MODULES = {"ESConfig": "config", "ESTrainer": "trainer", "replay": "run.history"}
+_MODULES = {
+    "ESConfig": "config",
+    "ESTrainer": "trainer",
+    "replay": "run.history",
+    "replay_top_members": "run.top_members",
+}
 
 
 def __getattr__(name: str):

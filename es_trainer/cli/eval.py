@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..agents import AgentFunc
     from ..config import ESConfig
     from ..rewards.scorer import Scorer
-    from ..rollout import Completion
+    from ..rollout import Completion, Generations
     from .generation import Generator
 
 
@@ -47,6 +47,13 @@ class EvalArguments(RewardArguments, GenerationArguments):
             Completions of each prompt. More than one needs `temperature > 0`.
         pass_threshold (`float`, *optional*, defaults to `1.0`):
             A completion passes if its (weighted) reward is at least this.
+        ensemble (`bool`, *optional*, defaults to `False`):
+            Whether to score the members that `es-trainer replay --top_members` wrote into the model's folder, too: the
+            best of them, and their majority. Each member answers every prompt, and the answer that most of them give
+            is scored; of answers that equally many give, that of the better member.
+        majority_key (`str`, *optional*):
+            Dotted path of a function that returns the answer that a completion (text or messages) gives. If `None`,
+            it is the text.
         output (`str`, *optional*):
             JSON file for settings, versions, metrics, completions and rewards.
     """
@@ -75,6 +82,20 @@ class EvalArguments(RewardArguments, GenerationArguments):
     pass_threshold: float = field(
         default=1.0, metadata={"help": "A completion passes if its (weighted) reward is at least this."}
     )
+    ensemble: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to score the members that `replay --top_members` wrote into the model's folder, too: "
+            "the best of them, and their majority vote."
+        },
+    )
+    majority_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path of a function that returns the answer that a completion gives, such as my_lib.key. "
+            "If `None`, it is the text."
+        },
+    )
     output: str | None = field(
         default=None, metadata={"help": "JSON file for settings, versions, metrics, completions and rewards."}
     )
@@ -90,6 +111,13 @@ class EvalArguments(RewardArguments, GenerationArguments):
             )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit={self.limit}` is not valid: it must be at least 1.")
+        if self.ensemble and self.agent is not None:
+            raise ValueError(
+                "`ensemble` is given together with `agent`: members vote on answers to prompts, not on what a program "
+                "did with them. Leave out one of them."
+            )
+        if self.majority_key is not None and not self.ensemble:
+            raise ValueError("`majority_key` has no effect without `ensemble`: set both, or leave it out.")
 
 
 @dataclass
@@ -131,7 +159,8 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
             Models, data, rewards and how to generate.
 
     Returns:
-        `list[Results]`: Those of the model to compare with, if there is one, and of the model.
+        `list[Results]`: Those of the model to compare with, if there is one, and of the model; and with `ensemble`,
+        those of its best member and of the majority.
 
     Raises:
         `ValueError`: If something given cannot work.
@@ -139,10 +168,15 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
     from ..agents import reward_func as of_agent
     from ..rewards.caller import CallSettings
     from ..rewards.scorer import Scorer
-    from ..scripts.data import check_data, load_agent, load_data
+    from ..rollout import Generations
+    from ..run.top_members import member_folders
+    from ..scripts.data import check_data, import_function, load_agent, load_data
 
     mixture = DatasetMixtureConfig()
     check_data(arguments, mixture)
+    members = member_folders(arguments.model_name_or_path) if arguments.ensemble else []
+    key = None if arguments.majority_key is None else import_function("majority_key", arguments.majority_key)
+    vote = Generations("majority", key)
     config = arguments.to_config()
     splits, reward_funcs = load_data(arguments, mixture)
     rows = _rows(splits, arguments)
@@ -151,7 +185,10 @@ def evaluate(arguments: EvalArguments) -> list[Results]:
     calls = CallSettings.of(arguments)
     scorer = Scorer(reward_funcs, arguments.reward_weights, of_environments=of_environments, calls=calls)
     scorer.load_models(config)
-    return [_evaluate_model(name, rows, scorer, config, arguments, agent) for name in arguments.models]
+    results = [_evaluate_model(name, rows, scorer, config, arguments, agent) for name in arguments.models]
+    if members:
+        results += _evaluate_ensemble(members, rows, scorer, config, arguments, vote)
+    return results
 
 
 def mean_and_error(values: "np.ndarray") -> tuple[float, float]:
@@ -186,20 +223,83 @@ def _evaluate_model(
     arguments: EvalArguments,
     agent: "AgentFunc | None",
 ) -> Results:
+    from .generation import Generator
+
+    generator = Generator(name, config)
+    if agent is not None:
+        return _score(name, *_run_agent(generator, agent, rows, arguments.num_samples), scorer, arguments)
+    completions = generator.answer([row["prompt"] for row in rows], arguments.num_samples)
+    return _score(name, completions, _repeated(rows, arguments), scorer, arguments)
+
+
+def _evaluate_ensemble(
+    members: list[Path],
+    rows: list[dict[str, Any]],
+    scorer: "Scorer",
+    config: "ESConfig",
+    arguments: EvalArguments,
+    vote: "Generations",
+) -> list[Results]:
+    """The best member, and the majority of all."""
+    from .generation import Generator
+
+    prompts = [row["prompt"] for row in rows]
+    completions = [
+        Generator(arguments.model_name_or_path, config, member).answer(prompts, arguments.num_samples)
+        for member in members
+    ]
+    repeated = _repeated(rows, arguments)
+    majority = majority_of(completions, prompts[0], vote)
+    return [
+        _score(str(members[0]), completions[0], repeated, scorer, arguments),
+        _score(f"majority of {len(members)} members", majority, repeated, scorer, arguments),
+    ]
+
+
+def majority_of(members: list[list["Completion"]], prompt: Any, vote: "Generations") -> list["Completion"]:
+    """
+    The completions with the answers that most members give.
+
+    Args:
+        members (`list[list[Completion]]`):
+            Completions of the same prompts by each member, the best member first.
+        prompt (`Any`):
+            One of the prompts.
+        vote ([`Generations`]):
+            What answer a completion gives.
+
+    Returns:
+        `list[Completion]`: Of each prompt, the completion of the best member that gives the answer. Of answers that
+        equally many give, that of the better member counts.
+    """
+    from ..evolution.generations import elected
+    from ..rollout import for_rewards
+
+    of_prompts = list(zip(*members, strict=True))
+    messages = for_rewards([completion for completions in of_prompts for completion in completions], prompt)
+    answers = vote.keys(messages, len(members))
+    return [completions[elected(given)] for completions, given in zip(of_prompts, answers, strict=True)]
+
+
+def _repeated(rows: list[dict[str, Any]], arguments: EvalArguments) -> list[dict[str, Any]]:
+    """The row of each completion."""
+    return [row for row in rows for _ in range(arguments.num_samples)]
+
+
+def _score(
+    name: str,
+    completions: list["Completion"],
+    repeated: list[dict[str, Any]],
+    scorer: "Scorer",
+    arguments: EvalArguments,
+) -> Results:
     import numpy as np
     from transformers import TrainerState
 
     from ..evolution.generations import pass_at, tries
     from ..rollout import for_rewards
-    from .generation import Generator
 
     number = arguments.num_samples
-    generator = Generator(name, config)
-    repeated = [row for row in rows for _ in range(number)]
-    if agent is None:
-        completions = generator.answer([row["prompt"] for row in rows], number)
-    else:
-        completions, repeated = _run_agent(generator, agent, rows, number)
     messages = for_rewards(completions, repeated[0]["prompt"])
     parts = []
     size = len(repeated) if scorer.has_sets else arguments.batch_size  # of completions that are scored together
@@ -207,7 +307,7 @@ def _evaluate_model(
         part = slice(start, start + size)
         ids = [completion.ids for completion in completions[part]]
         parts.append(scorer(repeated[part], messages[part], ids, TrainerState()))
-    shape = len(rows), number
+    shape = len(repeated) // number, number
     rewards = {
         reward: np.concatenate([part.by_function[:, i] for part in parts]).reshape(shape)
         for i, reward in enumerate(scorer.names)
@@ -229,7 +329,7 @@ def _evaluate_model(
             "reward": _json(total[i]),
             "rewards": {key: _json(values[i]) for key, values in rewards.items()},
         }
-        for i in range(len(rows))
+        for i in range(shape[0])
     ]
     return Results(name, recorded, by_prompt)
 
@@ -260,7 +360,8 @@ def _mean(values: "np.ndarray") -> "np.ndarray":
 
 
 def _differences(results: list[Results]) -> dict[str, "np.ndarray"]:
-    before, after = results
+    """The last model minus the first."""
+    before, after = results[0], results[-1]
     return {name: after.by_prompt[name] - before.by_prompt[name] for name in after.by_prompt}
 
 
@@ -277,7 +378,7 @@ def _report(arguments: EvalArguments, results: list[Results]) -> dict[str, Any]:
         "models": [
             {"model": result.model, "metrics": summary(result.by_prompt), "rows": result.rows} for result in results
         ],
-        **({"difference": summary(_differences(results))} if len(results) == 2 else {}),
+        **({"difference": summary(_differences(results))} if len(results) > 1 else {}),
     }
 
 
@@ -292,12 +393,12 @@ def _print_table(results: list[Results], pass_threshold: float) -> None:
     from rich.table import Table
 
     columns = {result.model: result.by_prompt for result in results}
-    if len(results) == 2:
+    if len(results) > 1:
         columns["difference"] = _differences(results)
-    table = Table(
-        title=f"{len(results[0].rows)} prompts: mean ± standard error",
-        caption=f"A completion passes with a reward of {pass_threshold:g} or more.",
-    )
+    caption = f"A completion passes with a reward of {pass_threshold:g} or more."
+    if len(results) > 2:
+        caption += " The difference is the last model's minus the first's."
+    table = Table(title=f"{len(results[0].rows)} prompts: mean ± standard error", caption=caption)
     table.add_column("", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", overflow="fold")

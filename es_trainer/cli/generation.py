@@ -1,5 +1,6 @@
 """Completions of saved models."""
 
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -21,9 +22,11 @@ class Generator(TransformersEngine):
             Name, or folder, of a model or PEFT adapter.
         config ([`ESConfig`]):
             How to load it and how it generates.
+        adapter (`Path`, *optional*):
+            Folder of a PEFT adapter to add to it.
     """
 
-    def __init__(self, name: str, config: ESConfig):
+    def __init__(self, name: str, config: ESConfig, adapter: Path | None = None):
         check_generation_kwargs(config)
         options = {"trust_remote_code": config.trust_remote_code, **config.model_init_kwargs}
         tokenizer = AutoTokenizer.from_pretrained(
@@ -31,9 +34,11 @@ class Generator(TransformersEngine):
         )
         require_pad_token(tokenizer)
         # It loads adapters, too, with the model that they name
-        model = AutoModelForCausalLM.from_pretrained(name, **options).to(config.device)
-        super().__init__(model, tokenizer, config)
-        self.name = name
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        if adapter is not None:
+            model.load_adapter(str(adapter))
+        super().__init__(model.to(config.device), tokenizer, config)
+        self.name = name if adapter is None else str(adapter)
         self.config = config
 
     def answer(self, prompts: list[Any], num_samples: int = 1) -> list[Completion]:

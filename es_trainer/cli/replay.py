@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..paths import check_local
 from ..scripts.arguments import Parser
@@ -21,6 +22,9 @@ class ReplayArguments:
             Folder for the trained model and its tokenizer.
         steps (`int`, *optional*):
             Number of updates to replay. If `None`, all.
+        top_members (`int`, *optional*):
+            Save the model before the last of these updates, and so many of that update's members, those with the
+            highest rewards, as LoRA adapters of it: `member-1`, ... in the folder.
         scale (`float`, *optional*, defaults to `1.0`):
             Length of the updates, as a multiple of what they were.
         average (`str`, *optional*):
@@ -37,6 +41,13 @@ class ReplayArguments:
     history: str = field(metadata={"help": "The run's history.jsonl, or the folder it is in."})
     output_dir: str = field(metadata={"help": "Folder for the trained model and its tokenizer."})
     steps: int | None = field(default=None, metadata={"help": "Number of updates to replay. If `None`, all."})
+    top_members: int | None = field(
+        default=None,
+        metadata={
+            "help": "Save the model before the last update, and so many of that update's members, those with the "
+            "highest rewards, as LoRA adapters of it: member-1, ... in the folder."
+        },
+    )
     scale: float = field(default=1.0, metadata={"help": "Length of the updates, as a multiple of what they were."})
     average: str | None = field(
         default=None, metadata={"help": "last:K gives the mean of the weights after each of the last K updates."}
@@ -52,6 +63,13 @@ class ReplayArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether to allow models and tokenizers defined by code in their repository."}
     )
+
+    def __post_init__(self):
+        if self.top_members is not None and (self.scale != 1.0 or self.average is not None):
+            raise ValueError(
+                f"`top_members={self.top_members}` is given together with `scale` or `average`: members were made of "
+                "the weights as they were. Leave these out."
+            )
 
     @property
     def averaged(self) -> int:
@@ -74,18 +92,22 @@ def main(argv: list[str]) -> None:
     check_local("model_name_or_path", arguments.model_name_or_path, folder=True)
     from transformers import AutoTokenizer
 
-    from .. import replay
+    from .. import replay, replay_top_members
+    from ..run.top_members import member_folders
 
     origin = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    model = replay(
-        arguments.model_name_or_path,
-        arguments.history,
-        arguments.steps,
-        arguments.scale,
-        averaged,
-        dtype=arguments.dtype,
-        **origin,
-    )
-    model.save_pretrained(arguments.output_dir)
-    AutoTokenizer.from_pretrained(arguments.model_name_or_path, **origin).save_pretrained(arguments.output_dir)
+    run = arguments.model_name_or_path, arguments.history
+    options = {"steps": arguments.steps, "dtype": arguments.dtype, **origin}
+    folders = [Path(arguments.output_dir)]
+    if arguments.top_members is None:
+        model = replay(*run, scale=arguments.scale, average=averaged, **options)
+        model.save_pretrained(arguments.output_dir)
+    else:
+        replay_top_members(*run, arguments.top_members, arguments.output_dir, **options)
+        folders += member_folders(arguments.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **origin)
+    for folder in folders:
+        tokenizer.save_pretrained(folder)
     print(f"💾 Model saved to {arguments.output_dir}.")
+    if arguments.top_members is not None:
+        print(f"   The best members of the last update, the best first: {', '.join(map(str, folders[1:]))}.")

@@ -23,6 +23,7 @@ from ..config import ESConfig
 from ..evolution import Member
 from ..rollout import Completion
 from ..run.history import run_config, working_dtype
+from ..run.member_adapters import WEIGHTS_NAME, of_linear
 from ..run.processes import Processes
 from ..weights.layouts import EngineWeights
 from ..weights.store import Weights
@@ -286,7 +287,7 @@ class LoRAAdapters:
                 self._made += 1
                 path = Path(folder) / str(number)
                 path.mkdir()
-                save_file(tensors, path / "adapter_model.safetensors")
+                save_file(tensors, path / WEIGHTS_NAME)
                 (path / "adapter_config.json").write_text(json.dumps(self._config()))
                 requests[number] = LoRARequest(str(self._made), self._made, str(path))
             yield requests
@@ -295,10 +296,8 @@ class LoRAAdapters:
         tensors: list[dict[str, torch.Tensor]] = [{} for _ in members]
         for shard in self.weights.shards:
             factors = self.weights.of_members(shard, members, sigma)
-            module = f"base_model.model.{shard.name.removesuffix('.weight')}"
             for number, adapter in enumerate(tensors):
-                adapter[f"{module}.lora_A.weight"] = factors.right[number, 0].cpu()
-                adapter[f"{module}.lora_B.weight"] = factors.left[number, 0].T.cpu().contiguous()
+                adapter.update(of_linear(shard.name.removesuffix(".weight"), factors, number))
         return tensors
 
     def _config(self) -> dict[str, Any]:

@@ -38,15 +38,25 @@ def tries(number: int) -> list[int]:
     return [1 << i for i in range((number - 1).bit_length())] + [number]
 
 
+def _most_frequent(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of the key that is there most often; of several such keys, in the order in which they come first."""
+    places: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    most = max(map(len, places.values()), default=0)
+    return [of_key for of_key in places.values() if len(of_key) == most]
+
+
+def elected(keys: Sequence[Hashable]) -> int:
+    """Index of the first voter for the key that most vote for; of several such keys, for the one that comes first."""
+    return _most_frequent(keys)[0][0]
+
+
 def _majority(rewards: np.ndarray, keys: Sequence[Hashable]) -> float:
     """Mean reward of the completions with the key that most have; of all of these, if there are several such keys."""
-    votes: dict[Hashable, list[float]] = {}
-    for reward, key in zip(rewards.tolist(), keys, strict=True):
-        if not math.isnan(reward):
-            votes.setdefault(key, []).append(reward)
-    most = max(map(len, votes.values()), default=0)
-    winners = [reward for of_key in votes.values() if len(of_key) == most for reward in of_key]
-    return mean(np.array(winners))
+    voters = np.flatnonzero(~np.isnan(rewards))
+    winners = [i for of_key in _most_frequent([keys[i] for i in voters]) for i in of_key]
+    return mean(rewards[voters][winners])
 
 
 def prompt_rewards(rewards: np.ndarray, way: str, keys: Sequence[Sequence[Hashable]] | None = None) -> np.ndarray:

@@ -252,15 +252,41 @@ def replay(
         `ValueError`: If the history is of another model, other initial weights or another version of the noise, or has
             fewer updates than `steps` or `average`.
     """
-    path = Path(history)
-    header, lines = History(path / HISTORY_NAME if path.is_dir() else path).read()
-    if steps is not None and steps > len(lines):
-        raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
-    header, lines = with_defaults(header), lines[:steps]
+    header, lines = read_history(history, steps)
     if not 1 <= average <= max(len(lines), 1):
         raise ValueError(
             f"`average={average}` is not valid: {len(lines)} updates are replayed; give one of 1 to that."
         )
+    base_model, optimizer = begin_replay(base_model, history, header, **model_init_kwargs)
+    _replay(optimizer, lines, scale, average)
+    end_replay(optimizer)
+    return base_model
+
+
+def read_history(history: str | Path, steps: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """
+    What describes a run, and the lines of its first updates.
+
+    Args:
+        history (`str` or `Path`):
+            The run's `history.jsonl`, or the folder it is in.
+        steps (`int`, *optional*):
+            Number of updates. `None` for all.
+
+    Raises:
+        `ValueError`: If there are fewer.
+    """
+    path = Path(history)
+    header, lines = History(path / HISTORY_NAME if path.is_dir() else path).read()
+    if steps is not None and steps > len(lines):
+        raise ValueError(f"`steps={steps}`: the history {path} has {len(lines)} updates.")
+    return with_defaults(header), lines[:steps]
+
+
+def begin_replay(
+    base_model: str | PreTrainedModel, history: str | Path, header: dict[str, Any], **model_init_kwargs: Any
+) -> tuple[PreTrainedModel, EvolutionStrategy]:
+    """The model that a run started with, and an optimizer of its weights. Arguments and errors are `replay`'s."""
     if isinstance(base_model, str):
         on_gpu = header.get("device") == "cuda" and torch.cuda.is_available()
         options = {"dtype": torch.float32, "device_map": "cuda" if on_gpu else None, **model_init_kwargs}
@@ -273,21 +299,25 @@ def replay(
         )
     if header.get("peft_config") is not None and not is_peft_model(base_model):
         base_model = add_adapter(base_model, from_json(header["peft_config"]), header["config"]["seed"])
-    trained = trained_parameters(base_model, header, f"history {path}")
+    trained = trained_parameters(base_model, header, f"history {history}")
     float32 = kept_in_float32(base_model, working_dtype(header["config"]))
     optimizer = make_optimizer(trained, set(header["decayed"]), header["config"], float32=float32)
     if header.get("start") not in (None, start_checksum(optimizer)):
         raise ValueError(
-            f"The history {path} started with other weights than the base model has. Give the model that the run "
+            f"The history {history} started with other weights than the base model has. Give the model that the run "
             "started with, in the dtype it was loaded in; of an adapter, the `PeftModel` with its initial weights."
         )
-    _replay(optimizer, lines, scale, average)
+    return base_model, optimizer
+
+
+def end_replay(optimizer: EvolutionStrategy) -> None:
+    """Let the model have the trained weights for good, in the dtype in which they were given."""
+    trained = [shard.parameter for shard in optimizer.weights.shards]
     with optimizer.weights.in_checkpoint_dtype():
         # The model keeps what the parameters hold here
-        trained_data = [parameter.data for _, parameter in trained]
-    for (_, parameter), data in zip(trained, trained_data, strict=True):
+        trained_data = [parameter.data for parameter in trained]
+    for parameter, data in zip(trained, trained_data, strict=True):
         parameter.data = data
-    return base_model
 
 
 def _replay(optimizer: EvolutionStrategy, lines: list[dict[str, Any]], scale: float, average: int) -> None:

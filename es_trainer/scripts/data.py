@@ -245,7 +245,7 @@ def _load_reward_func(name: str) -> Callable:
         if name == "get_soft_overlong_punishment":
             return function(max_completion_len=1280, soft_punish_cache=256)
         return function
-    return _import("reward_funcs", name)
+    return import_function("reward_funcs", name)
 
 
 def _metric_arguments(name: str, arguments: list[str]) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _metric_arguments(name: str, arguments: list[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = text
     if "postprocess" in found:
-        found["postprocess"] = _import("reward_funcs", found["postprocess"])
+        found["postprocess"] = import_function("reward_funcs", found["postprocess"])
     return found
 
 
@@ -274,11 +274,25 @@ def load_agent(path: str | None) -> Callable | None:
     Raises:
         `ValueError`: If there is no such function.
     """
-    return None if path is None else _import("agent", path)
+    return None if path is None else import_function("agent", path)
 
 
-def _import(option: str, path: str) -> Callable:
+def import_function(option: str, path: str) -> Callable:
+    """
+    The function of a dotted path, which may be in the working directory.
+
+    Args:
+        option (`str`):
+            The option that was given the path.
+        path (`str`):
+            Such as `"my_lib.rewards.custom_reward"`.
+
+    Raises:
+        `ValueError`: If there is no such function.
+    """
     module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ValueError(f"`{option}={path!r}` is no dotted path of a function, such as my_lib.{path or 'function'}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -180,23 +180,35 @@ class Weights:
                 self.weighted_sum(shard, seeds[some], coefficients[some]).add(values, values, low)
             yield low, high, PrecomputedSum(values, low)
 
-    def of_members(self, shard: Shard, members: Sequence[Member], sigma: float) -> Factors | torch.Tensor:
+    def of_members(
+        self, shard: Shard, members: Sequence[Member], sigma: float, dtype: torch.dtype | None = None
+    ) -> Factors | torch.Tensor:
         """
         The values that a parameter has in each of the members, without a change to the model.
 
+        Args:
+            shard ([`Shard`]):
+                The parameter.
+            members (`Sequence[Member]`):
+                The members.
+            sigma (`float`):
+                Standard deviation of the perturbations.
+            dtype (`torch.dtype`, *optional*):
+                Dtype of what is returned. If `None`, of matrices the working dtype, and of vectors float32 at least,
+                since 16 bits would swallow the noise of weights near 1.
+
         Returns:
             [`Factors`] to add to the working weights if the perturbation has them, or else a tensor of shape
-            `(members, *parameter shape)`: of matrices in the working dtype, of vectors in float32 at least, since
-            16 bits would swallow the noise of weights near 1.
+            `(members, *parameter shape)`.
         """
         working = shard.working
         seeds, coefficients = [m.seed for m in members], [sigma * m.sign for m in members]
         factors = self.perturbation.factors(
-            shard.name, shard.shape, seeds, coefficients, working.device, working.dtype
+            shard.name, shard.shape, seeds, coefficients, working.device, dtype or working.dtype
         )
         if factors is not None:
             return factors
-        dtype = _dtype_of_values(shard)
+        dtype = dtype or _dtype_of_values(shard)
         values = torch.empty(len(members), working.numel(), dtype=dtype, device=working.device)
         for row, member in zip(values, members, strict=True):
             if member.is_center:

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from es_trainer import ESTrainer
+from es_trainer import ESTrainer, replay_top_members
 from es_trainer.cli import main
-from es_trainer.cli.eval import EvalArguments, evaluate, mean_and_error
+from es_trainer.cli.eval import EvalArguments, evaluate, majority_of, mean_and_error
+from es_trainer.rollout import Completion, Generations
 from es_trainer.tasks import conciseness
 
 
@@ -36,6 +38,10 @@ def is_message(completions, **kwargs):
 
 def of_two(prompts, completions, **kwargs):
     return [1.0 if prompt.endswith("two") else None for prompt in prompts]
+
+
+def first_letter(completion):
+    return completion[:1]
 
 
 def solve(example, endpoint):
@@ -273,3 +279,96 @@ def test_a_program_asks_the_model(folder, model_folder, capsys):
         main(["eval", *options, "--agent", "my_eval_rewards.solved"])
     assert exit.value.code == 2
     assert "`agent` has 'my_eval_rewards.solved'" in capsys.readouterr().err
+
+
+# ---- ensembles ----
+
+
+@pytest.fixture
+def ensemble(model_folder, dataset, reward, config, tmp_path) -> str:
+    """A model with its three best members."""
+    args = config(perturbation="low_rank", sigma=0.3, max_steps=1)
+    ESTrainer(model_folder, reward, args, train_dataset=dataset).train()
+    replay_top_members(model_folder, tmp_path / "run", 3, tmp_path / "ensemble")
+    for folder in ("ensemble", "ensemble/member-1", "ensemble/member-2", "ensemble/member-3"):
+        make_tokenizer().save_pretrained(tmp_path / folder)
+    return str(tmp_path / "ensemble")
+
+
+def answers(*texts: str) -> list[Completion]:
+    return [Completion([1], text, False) for text in texts]
+
+
+def test_the_answer_that_most_members_give_counts_and_of_several_that_of_the_better_member():
+    members = [answers("a", "a", " b", "a 1"), answers("b", "b", "c", "b 2"), answers("b", "c", "b ", "b 3")]
+    assert majority_of(members, "Say", Generations("majority")) == answers("b", "a", " b", "a 1")
+    by_letter = Generations("majority", lambda text: text[0])
+    assert majority_of(members, "Say", by_letter) == answers("b", "a", " b", "b 2")
+    conversation = [{"role": "user", "content": "Say"}]
+    by_message = Generations("majority", lambda messages: messages[-1]["content"][0])
+    assert majority_of(members, conversation, by_message) == answers("b", "a", " b", "b 2")
+
+
+def test_an_ensemble_beside_its_best_member_and_the_center(arguments, ensemble, model_folder):
+    options = {"model_name_or_path": ensemble, "temperature": 1.0, "num_samples": 2}
+    alone = [evaluate(arguments(**{**options, "model_name_or_path": f"{ensemble}/member-{i}"}))[0] for i in (1, 2, 3)]
+    assert completions(alone[0]) != completions(alone[1]) != completions(alone[2])
+
+    base, center, best, majority = evaluate(
+        arguments(
+            **options,
+            compare_to=model_folder,
+            ensemble=True,
+            majority_key="my_eval_rewards.first_letter",
+            batch_size=5,
+        )
+    )
+    # The run had one update, before which the weights are those of the base model
+    assert completions(base) == completions(center)
+    assert [best.model, completions(best)] == [f"{ensemble}/member-1", completions(alone[0])]
+    assert majority.model == "majority of 3 members"
+    elected = []
+    for row, of_members in zip(majority.rows, zip(*(one.rows for one in alone), strict=True), strict=True):
+        for number, text in enumerate(row["completions"]):
+            given = [of_member["completions"][number] for of_member in of_members]
+            votes = Counter(one[:1] for one in given)
+            assert text == max(given, key=lambda one: votes[one[:1]])  # the first of those with the most votes
+            assert row["reward"][number] == sum(map(str.islower, text))
+            elected.append(given.index(text))
+    assert len(set(elected)) > 1
+
+
+def test_report_and_table_of_an_ensemble(ensemble, tmp_path, capsys):
+    argv = ["--model_name_or_path", ensemble, "--ensemble", "--majority_key", "my_eval_rewards.first_letter"]
+    argv += ["--dataset_name", "words.jsonl", "--reward_funcs", "my_eval_rewards.letters", "--use_cpu"]
+    argv += ["--max_completion_length", "8", "--temperature", "1", "--num_samples", "2"]
+    assert main(["eval", *argv, "--output", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [ensemble, f"{ensemble}/member-1", "majority of 3 members"]
+    assert [model["model"] for model in report["models"]] == names
+    first, best, last = (model["metrics"]["reward"]["mean"] for model in report["models"])
+    assert best != last
+    assert report["difference"]["reward"]["mean"] == pytest.approx(last - first)
+    assert "The difference is the last model's minus the first's." in " ".join(capsys.readouterr().out.split())
+
+
+def test_ensembles_that_cannot_be(arguments, model_folder):
+    with pytest.raises(ValueError, match="has no members. Give one that `es-trainer replay --top_members` wrote"):
+        evaluate(arguments(ensemble=True))
+    with pytest.raises(ValueError, match="`ensemble` is given together with `agent`"):
+        arguments(ensemble=True, agent="my_eval_rewards.solve")
+    with pytest.raises(ValueError, match="`majority_key` has no effect without `ensemble`"):
+        arguments(majority_key="my_eval_rewards.first_letter")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("first_letter", "`majority_key='first_letter'` is no dotted path of a function, such as my_lib.first_letter"),
+        ("my_eval_rewards.first", "`majority_key` has 'my_eval_rewards.first', but .* has no 'first'"),
+    ],
+)
+def test_a_key_that_is_no_function(key, message, arguments, tmp_path):
+    (tmp_path / "member-1").mkdir()
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(model_name_or_path=str(tmp_path), ensemble=True, majority_key=key))

@@ -68,3 +68,37 @@ def test_more_steps_than_there_are(model_folder, dataset, reward, config, tmp_pa
         replayed("--steps", "9", model=model_folder, history=tmp_path / "run", output=tmp_path / "a")
     assert re.search("`steps=9`: the history .* has 3 updates", capsys.readouterr().err)
     assert not (tmp_path / "a").exists()
+
+
+def test_top_members_are_adapters_of_the_model_before_the_last_update(
+    model_folder, dataset, reward, config, tmp_path, capsys
+):
+    run(model_folder, dataset, reward, config(perturbation="low_rank"))
+    source = {"model": model_folder, "history": tmp_path / "run"}
+    for steps, before in ((None, "2"), ("2", "1")):
+        out = tmp_path / f"steps-{steps}"
+        options = ("--steps", steps) if steps else ()
+        center = replayed("--top_members", "3", *options, **source, output=out)
+        assert_same(center, replayed("--steps", before, **source, output=tmp_path / f"before-{steps}"))
+        assert sorted(path.name for path in out.glob("member-*")) == ["member-1", "member-2", "member-3"]
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"the best first: {', '.join(str(out / f'member-{i}') for i in (1, 2, 3))}." in printed
+        # Each can be named wherever a model can
+        member = AutoModelForCausalLM.from_pretrained(out / "member-1")
+        assert not torch.equal(member.model.norm.weight, center["model.norm.weight"])
+        assert len(AutoTokenizer.from_pretrained(out / "member-1")) == 259
+
+
+@pytest.mark.parametrize("other", [("--scale", "2"), ("--average", "last:2")])
+def test_top_members_of_other_weights(other, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        replayed("--top_members", "1", *other, model=str(tmp_path), history=tmp_path, output=tmp_path / "a")
+    assert "`top_members=1` is given together with `scale` or `average`" in capsys.readouterr().err
+
+
+def test_top_members_of_full_rank_noise(model_folder, dataset, reward, config, tmp_path, capsys):
+    run(model_folder, dataset, reward, config())
+    with pytest.raises(SystemExit):
+        replayed("--top_members", "1", model=model_folder, history=tmp_path / "run", output=tmp_path / "a")
+    assert "only the members of low-rank noise are LoRA adapters" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from es_trainer.evolution.generations import pass_at, prompt_rewards, tries
+from es_trainer.evolution.generations import elected, pass_at, prompt_rewards, tries
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -47,6 +47,13 @@ def test_the_majority_has_the_reward_of_the_answer_that_most_give():
 
 def test_several_answers_that_most_give_share_the_majority():
     assert prompt_rewards(np.array([[1.0, 0.0, 1.0, 0.0, 5.0]]), "majority", [["a", "b", "a", "b", "c"]]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"), [("a", 0), ("abb", 1), ("abbaa", 0), ("cbaab", 1), ("cbaaab", 2), ("abc", 0)]
+)
+def test_the_first_voter_for_the_answer_that_most_give(keys, expected):
+    assert elected(keys) == expected
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
