@@ -145,7 +145,7 @@ RUNS = {
         "config": {
             **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
             **{"load_best_model_at_end": True, "learning_rate": 0.3, "max_steps": 4},
-            "eval_kl_prompts": 2,
+            **{"eval_kl_prompts": 2, "auto_step": 2, "auto_step_prompts": 2},
         },
         "evaluate": True,
     },

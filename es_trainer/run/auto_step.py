@@ -14,6 +14,7 @@ from .history import STEP_SCALE
 LENGTHS = {"half": 0.5, "double": 2.0}
 MOST = 16.0  # times the learning rate; the least is 1 / MOST of it
 CERTAIN = 1.645  # standard errors: one change in twenty is luck where lengths do not differ
+HARM = 3.0  # standard errors: of what is judged by a single trial, at each of them
 
 WINDOW = 20  # trials: what was found long ago is of other weights
 
@@ -60,7 +61,7 @@ class AutoStep:
             if 1 / MOST <= scale * length <= MOST:
                 metrics |= _compared(name, rewards_after(scale * length), rewards)
         better = [name for name in LENGTHS if _is_better(name, [*self._trials, metrics])]
-        if scale > 1 / MOST and (_is_worse(rewards, before) or better == ["half"]):
+        if scale > 1 / MOST and (_harms(rewards, before) or better == ["half"]):
             optimizer.step_scale = _halved(scale / 2, before, rewards_after)
         elif better:  # also if both are: a longer step has more to say
             optimizer.step_scale = 2 * scale
@@ -88,14 +89,14 @@ def _compared(name: str, rewards: np.ndarray, others: np.ndarray) -> dict[str, f
     return {f"auto_step/{name}": float(difference.mean()), f"auto_step/{name}_error": float(error)}
 
 
-def _is_better(name: str, trials: list[dict[str, Any]]) -> bool:
+def _is_better(name: str, trials: list[dict[str, Any]], errors: float = CERTAIN) -> bool:
     known = [trial for trial in trials if f"auto_step/{name}" in trial]
     gain = math.fsum(trial[f"auto_step/{name}"] for trial in known)
-    return gain > CERTAIN * math.hypot(*(trial[f"auto_step/{name}_error"] for trial in known))
+    return gain > errors * math.hypot(*(trial[f"auto_step/{name}_error"] for trial in known))
 
 
-def _is_worse(rewards: np.ndarray, others: np.ndarray) -> bool:
-    return _is_better("others", [_compared("others", others, rewards)])
+def _harms(rewards: np.ndarray, before: np.ndarray) -> bool:
+    return _is_better("before", [_compared("before", before, rewards)], HARM)
 
 
 def _halved(scale: float, before: np.ndarray, rewards_after: Callable[[float], np.ndarray]) -> float:
@@ -103,7 +104,7 @@ def _halved(scale: float, before: np.ndarray, rewards_after: Callable[[float], n
     rewards = rewards_after(scale)
     while scale / 2 >= 1 / MOST:
         shorter = rewards_after(scale / 2)
-        if not _is_worse(rewards, before) and not _is_worse(rewards, shorter):
+        if not _harms(rewards, before) and not _is_better("half", [_compared("half", shorter, rewards)]):
             break
         scale, rewards = scale / 2, shorter
     return scale
