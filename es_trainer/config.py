@@ -128,8 +128,9 @@ class ESConfig(GRPOFields, TrainingArguments):
             Steps that evaluate the same noises, each on new prompts (reuse of noise, as in
             [EGGROLL](https://huggingface.co/papers/2511.16652)). It shows whether the same members win on other
             prompts: `update_cosine` is logged then. It saves no time, as noise is made anew whenever a member is
-            evaluated. Updates along the same noises add up instead of being orthogonal, so a population moves the
-            weights up to so many times as far: lower `learning_rate` by as much to keep its step.
+            evaluated, and learned no faster where it was measured (docs/monitoring.md). Updates along the same noises
+            add up instead of being orthogonal, so the learning rate of a population is so many times as large: divide
+            `learning_rate` by as much to keep it.
         perturbation (`str`, *optional*, defaults to `"gaussian"`):
             Shape of the noise:
 
