@@ -64,7 +64,7 @@ class Gathered(Local):
 
     @contextlib.contextmanager
     def ready(self, for_members: bool) -> Iterator[None]:
-        with self.optimizer.weights.gathered(masters=for_members and self.population_batch is None):
+        with self.optimizer.weights.gathered(for_members, masters=self.population_batch is None):
             yield
 
 

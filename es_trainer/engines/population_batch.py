@@ -433,7 +433,11 @@ class PopulationBatch:
                 break
         else:
             return "its answers do not depend enough on the trained parameters to tell members apart"
-        with self.weights.gathered(masters=False), self.install(members, sigma) as rows, self._measured_cache():
+        with (
+            self.weights.gathered(for_members=True, masters=False),
+            self.install(members, sigma) as rows,
+            self._measured_cache(),
+        ):
             rows.assign(TRIAL_ROWS)
             together = trial.answers(self.model)
             for parameter in rows.parameters:
@@ -447,7 +451,7 @@ class PopulationBatch:
 
     def _answers_alone(self, member: Member, sigma: float) -> torch.Tensor:
         # Partitioned weights are gathered anew for each member, and without masters there is nothing to restore from
-        with self.weights.gathered(masters=False):
+        with self.weights.gathered(for_members=True, masters=False):
             shards = self.weights.shards if self.weights.drifts else []
             kept = [(shard.working, shard.working.to("cpu", copy=True)) for shard in shards]
             try:

@@ -222,12 +222,14 @@ class Weights:
         return sum(self.perturbation.numbers(shard.shape) * _dtype_of_values(shard).itemsize for shard in self.shards)
 
     @contextlib.contextmanager
-    def gathered(self, masters: bool) -> Iterator[None]:
+    def gathered(self, for_members: bool, masters: bool) -> Iterator[None]:
         """
         Inside, this process has all of the parameters that DeepSpeed has partitioned, and members are written into its
         own copy.
 
         Args:
+            for_members (`bool`):
+                Whether members will be evaluated. If not, the working weights are all that is needed.
             masters (`bool`):
                 Whether members will be written into the weights, for which those are needed in the best precision
                 there is. Weights that low-rank members share are needed in the working dtype only.
@@ -238,7 +240,10 @@ class Weights:
         parts, drifts = self.shards, self.drifts
         try:
             self._frozen.hold()
-            self.shards = [_gathered(part, masters or not self.perturbation.factored(part.shape)) for part in parts]
+            self.shards = [
+                _gathered(part, for_members and (masters or not self.perturbation.factored(part.shape)))
+                for part in parts
+            ]
             self.drifts = False
             yield
         finally:
