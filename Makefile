@@ -55,6 +55,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/settled_prompts.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
 
 bench-vllm: $(VLLM)/installed

@@ -9,7 +9,7 @@ from .plots import pictures
 
 
 def tables(found: Found) -> list[Table]:
-    """The sigmas that were tried, and the step lengths with the best of them. A star is at what to take."""
+    """The sigmas that were tried, and the step lengths with the best of them. A star is at the best ones."""
     sigmas = Table("", "sigma", "center", "members", "spread", "signal", "expected gain")
     for one in found.sigmas:
         numbers = (one.sigma, one.center, one.reward, one.spread, one.signal, one.expected_gain)
@@ -19,7 +19,7 @@ def tables(found: Found) -> list[Table]:
     lengths = Table("", "learning rate", "held-out", "change")
     lengths.add_row("", "0", _number(found.before), "")
     for learning_rate, reward in found.held_out.items():
-        star = "*" if learning_rate == found.learning_rate else ""
+        star = "*" if learning_rate == found.best_held_out else ""
         lengths.add_row(star, _number(learning_rate), _number(reward), f"{reward - found.before:+.3g}")
     return [sigmas, lengths]
 
@@ -54,7 +54,7 @@ def advice(found: Found) -> str:
         )
     lines = [f"sigma: {found.sigma.sigma:.4g}"]
     if found.learning_rate is not None:
-        lines.append(f"learning_rate: {found.learning_rate:.4g}")
+        lines.append(f"learning_rate: {found.learning_rate:.4g}  # half of the best single step")
     else:
         lines.append("# No step raised the held-out reward: raise population_size or num_prompts_per_step")
     if found.sigma in (found.sigmas[0], found.sigmas[-1]):

@@ -47,11 +47,14 @@ class TriedSigma:
 
 def best_of(tried: Sequence[TriedSigma]) -> TriedSigma | None:
     """
-    The sigma to take: of those whose noise costs the members no more than they differ by, the one whose update has the
-    highest expected gain. `None` if there is none with a signal.
+    The sigma to take: the smallest one whose signal is at least half of the highest, of those whose noise costs the
+    members no more than they differ by. Larger noise has more signal, but less and less of it is linear in the
+    weights, which is what the update follows; that a small sigma's update is short, a higher learning rate makes up
+    for. `None` if there is none with a signal.
     """
     good = [one for one in tried if one.expected_gain > 0 and one.cost <= one.spread]
-    return max(good, key=lambda one: one.expected_gain, default=None)
+    highest = max((one.signal for one in good), default=None)
+    return min((one for one in good if one.signal >= highest / 2), key=lambda one: one.sigma, default=None)
 
 
 @dataclass
@@ -76,7 +79,16 @@ class Found:
     held_out: dict[float, float] = field(default_factory=dict)
 
     @property
-    def learning_rate(self) -> float | None:
-        """The one to take: that of the highest held-out reward. `None` if no step raises it."""
+    def best_held_out(self) -> float | None:
+        """The learning rate of the highest held-out reward. `None` if no step raises it."""
         best = max(self.held_out, key=self.held_out.get, default=None)
         return None if best is None or self.held_out[best] <= self.before else best
+
+    @property
+    def learning_rate(self) -> float | None:
+        """
+        The one to take for a run: half of that of the best single step. If a step gains `a * length - b * length**2`,
+        half the best length gains 3/4 as much at a quarter of the cost `b * length**2`, and the best of several
+        lengths was also lucky. `None` if no step raises the held-out reward.
+        """
+        return None if self.best_held_out is None else self.best_held_out / 2

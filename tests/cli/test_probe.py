@@ -9,7 +9,7 @@ from conftest import TINY_RUN, letters, make_tokenizer
 
 from es_trainer.cli import main
 from es_trainer.probe import SIGMAS, STEP_LENGTHS, Probe, settings
-from es_trainer.run.probed import TriedSigma, best_of
+from es_trainer.run.probed import Found, TriedSigma, best_of
 from es_trainer.trainer import ESTrainer
 
 
@@ -17,14 +17,22 @@ def tried(sigma, center, reward, spread, signal) -> TriedSigma:
     return TriedSigma(sigma, center, reward, spread, signal, 1.0, 1)
 
 
-def test_the_best_sigma_has_the_highest_gain_of_those_that_leave_the_model_whole():
-    quiet, good, loud = tried(1, 5.0, 5.0, 0.1, 0.5), tried(2, 5.0, 4.9, 0.5, 0.8), tried(4, 5.0, 4.0, 2.0, 0.1)
+def test_the_best_sigma_is_the_smallest_with_a_signal_of_those_that_leave_the_model_whole():
+    weak, good, loud = tried(1, 5.0, 5.0, 0.1, 0.3), tried(2, 5.0, 4.9, 0.5, 0.4), tried(4, 5.0, 4.0, 2.0, 0.8)
     broken = tried(8, 5.0, 1.0, 2.0, 0.9)
-    assert (quiet.expected_gain, good.expected_gain) == pytest.approx((0.05, 0.4))
-    assert best_of([quiet, good, loud, broken]) is good
-    assert best_of([quiet, loud, broken]) is loud
+    assert (weak.expected_gain, good.expected_gain) == pytest.approx((0.03, 0.2))
+    assert best_of([weak, good, loud, broken]) is good
+    assert best_of([weak, loud, broken]) is loud
+    assert best_of([weak, broken]) is weak
     unknown = tried(1, 5.0, 5.0, 0.0, None)
     assert best_of([unknown, broken, tried(1, 5.0, 5.0, 0.5, -0.2)]) is None
+
+
+def test_a_run_takes_half_the_best_single_step():
+    found = Found(before=1.0, held_out={0.5: 1.1, 1.0: 1.3, 2.0: 0.9})
+    assert (found.best_held_out, found.learning_rate) == (1.0, 0.5)
+    worse = Found(before=1.0, held_out={0.5: 1.0, 1.0: 0.3})
+    assert worse.best_held_out is None and worse.learning_rate is None
 
 
 @pytest.fixture
@@ -66,7 +74,7 @@ def test_sigmas_are_tried_on_one_population_and_lengths_along_one_update(probe, 
     assert found.held_out[longest] == pytest.approx(run.evaluate()["eval_reward"])
     for (name, mine), theirs in zip(probe.model.named_parameters(), run.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
-    assert found.learning_rate is None or found.held_out[found.learning_rate] == max(found.held_out.values())
+    assert found.best_held_out is None or found.held_out[found.best_held_out] == max(found.held_out.values())
 
 
 def probe_by_command(model_folder, tmp_path, *options: str) -> None:
@@ -85,7 +93,7 @@ def test_the_command(model_folder, tmp_path, capsys, monkeypatch):
     probe_by_command(model_folder, tmp_path, *options)
     out = capsys.readouterr().out
     assert re.search(r"^sigma: [\d.e-]+$", out, re.M)
-    assert re.search(r"^(learning_rate: [\d.e-]+|# No step raised .*)$", out, re.M)
+    assert re.search(r"^(learning_rate: [\d.e-]+  # half of .*|# No step raised .*)$", out, re.M)
     (tokens,) = re.findall(r"^# 50 steps: ([\d,]+) tokens, [\d.]+ s each, .* GiB on one process$", out, re.M)
     # 10 steps of the 8 members that were probed, and 40 of twice as many
     assert int(tokens.replace(",", "")) == (10 + 40 * 2) * found[0].sigma.tokens
