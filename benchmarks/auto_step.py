@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=1.0, help="a good one, in units of sigma")
+    parser.add_argument("--learning_rate", type=float, default=4.0, help="a good one, in units of sigma")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1 / 8, 1.0, 8.0])
     parser.add_argument("--auto_step", type=int, nargs="+", default=[0, 1, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -5,8 +5,6 @@ from typing import Any
 
 import yaml
 
-from .values import converted
-
 
 def as_schedule(name: str, value: Any) -> dict[int, int] | None:
     """
@@ -24,6 +22,9 @@ def as_schedule(name: str, value: Any) -> dict[int, int] | None:
     Raises:
         `ValueError`: If it is no such thing; names the field.
     """
+    # Imported where it is used: it imports torch, which plots do without
+    from .values import converted
+
     given = value
     if isinstance(value, str):
         try:
