@@ -55,6 +55,8 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/settled_prompts.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/auto_step.py
+	$(BIN)/python benchmarks/reuse.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
 
