@@ -469,7 +469,10 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
         held_out = itertools.chain.from_iterable(self.get_eval_dataloader(names[0]))
         rows = list(itertools.islice(held_out, self.args.auto_step_prompts))
-        self.recorder.tried(self.auto_step.choose(self.optimizer, lambda: self._evaluate_batches([rows])[0]))
+        try:
+            self.recorder.tried(self.auto_step.choose(self.optimizer, lambda: self._evaluate_batches([rows])[0]))
+        except FloatingPointError as error:
+            raise self.recorder.divergence(str(error), self.state) from error
 
     def _prompts(self, rows: list[dict[str, Any]], number: int, seed: int) -> Prompts:
         return Prompts(rows, self.backend.answers.tokenize(self.engine, rows), number, seed)
@@ -522,8 +525,12 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Answer the dataloader's prompts with the unperturbed weights and average the rewards."""
+
+        def report() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
         with self.backend.in_working_dtype():
-            rewards, summaries = self._evaluate_batches(dataloader)
+            rewards, summaries = self._evaluate_batches(dataloader, report)
             drift = self.drift.metrics(dataloader.dataset)
         metrics = {
             "loss": -mean(rewards),
@@ -540,11 +547,10 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             num_samples=len(rewards),
         )
 
-    def _evaluate_batches(self, batches: Iterable[list[dict[str, Any]]]) -> tuple[np.ndarray, list[Summary]]:
+    def _evaluate_batches(
+        self, batches: Iterable[list[dict[str, Any]]], report: Callable[[], None] = lambda: None
+    ) -> tuple[np.ndarray, list[Summary]]:
         """Rewards of all prompts with the weights as they are, of shape (prompts,), and what to log of them."""
-
-        def report() -> None:
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         def prompts(rows: list[dict[str, Any]], number: int) -> Prompts:
             # Other random numbers for every batch, the same ones at every evaluation

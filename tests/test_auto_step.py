@@ -88,8 +88,14 @@ def test_a_step_that_ends_all_rewards_is_halved_although_half_of_it_is_no_better
     parameter, optimizer = told()
     with optimizer.previewed(1.0):
         step = parameter.detach().clone()
-    AutoStep().choose(optimizer, lambda: np.array([1.0, 0.9]) * float(parameter.detach() @ step < 0.2 * step @ step))
-    assert optimizer.step_scale == 0.125
+    for without in (0.0, math.nan):
+
+        def rewards(without=without) -> np.ndarray:
+            return np.array([1.0, 0.9]) if parameter.detach() @ step < 0.2 * step @ step else np.full(2, without)
+
+        optimizer.step_scale = 1.0
+        AutoStep().choose(optimizer, rewards)
+        assert optimizer.step_scale == 0.125
 
 
 @pytest.mark.parametrize("rewards", [[0.5, 0.5], [math.nan, math.nan], [1.0]])
