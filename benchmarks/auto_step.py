@@ -2,8 +2,8 @@
 Learning rates that are 8 times too large or too small, with and without `auto_step`: `python benchmarks/auto_step.py`,
 some minutes.
 
-A tiny model learns with `learning_rate` = 1/8, 1 and 8 times a good one. Printed is the held-out reward before and after
-each run, as the median over the seeds.
+A tiny model learns with `learning_rate` = 1/8, 1 and 8 times a good one. Printed is the held-out reward before and
+after each run, as the median over the seeds.
 """
 
 import argparse

@@ -194,6 +194,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             Probability of passing over a prompt on which all members had the same reward when it was drawn last: it
             does not tell members apart. An epoch has as many prompts as before; where some are passed over, others are
             drawn again. 0 draws all as often; it must be less than 1.
+        num_prompts_per_step_schedule (`str` or `dict[int, int]`, *optional*):
+            Other numbers of prompts, as in `population_size_schedule`. The largest of them is drawn for each step, and
+            a step that has fewer passes over the others, which come again in a later epoch. An epoch has as many steps
+            as with the largest number.
         num_prompts_per_step (`int`, *optional*):
             Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
             `per_device_train_batch_size * gradient_accumulation_steps`, which is 8 if neither is set. ES has no
@@ -610,6 +614,18 @@ class ESConfig(GRPOFields, TrainingArguments):
             "gradient_accumulation_steps`.",
             "run",
             valid=((lambda number: number >= 1), "every step needs at least 1 prompt."),
+        ),
+    )
+
+    num_prompts_per_step_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=about(
+            "Other numbers of prompts, by the number of steps after which they begin: '{50: 16, 100: 32}'.",
+            "run",
+            valid=(
+                (lambda numbers: numbers is None or min(numbers) >= 1 and min(numbers.values()) >= 1),
+                "numbers must be at least 1, and begin after at least 1 step; `num_prompts_per_step` is the first.",
+            ),
         ),
     )
 
@@ -1034,6 +1050,15 @@ class ESConfig(GRPOFields, TrainingArguments):
         """Members of the step that follows so many steps."""
         return value_after(steps, self.population_size, self.population_size_schedule)
 
+    def num_prompts_after(self, steps: int) -> int:
+        """Prompts of the step that follows so many steps."""
+        return value_after(steps, self.num_prompts_per_step, self.num_prompts_per_step_schedule)
+
+    @property
+    def largest_num_prompts(self) -> int:
+        """The most prompts that a step can have."""
+        return max([self.num_prompts_per_step, *(self.num_prompts_per_step_schedule or {}).values()])
+
     @property
     def largest_population(self) -> int:
         """The most members that a step can have."""
@@ -1089,10 +1114,11 @@ class ESConfig(GRPOFields, TrainingArguments):
             deepspeed_config.check(self.deepspeed_plugin, self.bf16)
             deepspeed_config.prepare(self.deepspeed_plugin)
 
-        # One batch of the dataloader is the batch of a step
         self.num_prompts_per_step = prompts
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = Derived(prompts), Derived(1)
         self._normalize()
+        # One batch of the dataloader is the batch of a step
+        self.per_device_train_batch_size = Derived(self.largest_num_prompts)
+        self.gradient_accumulation_steps = Derived(1)
         self._validate()
         if self.data_seed is None or isinstance(self.data_seed, Derived):
             self.data_seed = Derived(self.seed)  # the order of the prompts must not hang on the global random state
@@ -1154,7 +1180,8 @@ class ESConfig(GRPOFields, TrainingArguments):
                     "name. Leave 'torch_dtype' out."
                 )
             self.model_init_kwargs = options
-        self.population_size_schedule = as_schedule("population_size_schedule", self.population_size_schedule)
+        for name in ("population_size_schedule", "num_prompts_per_step_schedule"):
+            setattr(self, name, as_schedule(name, getattr(self, name)))
         if self.chat_template_kwargs:
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
         if self.generation_kwargs:
@@ -1249,6 +1276,12 @@ class ESConfig(GRPOFields, TrainingArguments):
         sizes = (self.population_size_schedule or {}).values()
         require(self, not self.antithetic or self.population_size % 2 == 0, "population_size", pairs)
         require(self, not self.antithetic or all(size % 2 == 0 for size in sizes), "population_size_schedule", pairs)
+        require(
+            self,
+            self.skip_settled_prompts == 0 or self.num_prompts_per_step_schedule is None,
+            "num_prompts_per_step_schedule",
+            "which prompts are settled is known of those of equally large steps only; set skip_settled_prompts to 0.",
+        )
         for name in ("num_generations", "num_generations_eval"):
             number = getattr(self, name)
             require(

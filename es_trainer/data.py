@@ -22,7 +22,7 @@ def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> Non
             f"`train_dataset` is a {type(train_dataset).__name__} with the splits {list(train_dataset)}: give one of "
             "them, for instance train_dataset=dataset['train']."
         )
-    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.num_prompts_per_step)
+    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.largest_num_prompts)
     for name, dataset in by_name(eval_dataset).items():
         check_eval_dataset(name, dataset, args)
     require(

@@ -31,7 +31,8 @@ def settings(args: ESConfig) -> dict[str, Any]:
         **{"max_steps": steps, "logging_strategy": "steps", "logging_steps": 1, "report_to": "none"},
         **{"eval_strategy": "steps", "eval_steps": steps + 1, "evaluate_center": True},
         **{"lr_scheduler_type": "constant", "sigma_schedule": "constant", "skip_settled_prompts": 0.0},
-        **{"population_size_schedule": {}, "auto_step": 0, "weight_decay": 0.0, "anchor_decay": 0.0},
+        **{"population_size_schedule": {}, "num_prompts_per_step_schedule": {}, "auto_step": 0},
+        **{"weight_decay": 0.0, "anchor_decay": 0.0},
         **{"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False},
     }
 

@@ -1,5 +1,6 @@
 """Settings that change after a number of steps, such as `{50: 16, 100: 32}`."""
 
+import itertools
 import math
 from typing import Any
 
@@ -42,10 +43,10 @@ def value_after(steps: int, first: int, schedule: dict[int, int] | None) -> int:
     return [first, *(number for step, number in (schedule or {}).items() if step <= steps)][-1]
 
 
-def total_of(steps: int, first: int, schedule: dict[int, int] | None) -> int:
-    """The sum of the setting's numbers over so many steps."""
-    numbers = {0: first, **(schedule or {})}
-    ends = [*list(numbers)[1:], math.inf]
+def total_of(steps: int, *settings: tuple[int, dict[int, int] | None]) -> int:
+    """The sum over so many steps of the product of settings, given the first number and the schedule of each."""
+    starts = sorted({0, *(start for _, schedule in settings for start in schedule or {})})
     return sum(
-        number * max(0, min(steps, end) - start) for (start, number), end in zip(numbers.items(), ends, strict=True)
+        math.prod(value_after(start, *setting) for setting in settings) * max(0, min(steps, end) - start)
+        for start, end in itertools.pairwise([*starts, math.inf])
     )

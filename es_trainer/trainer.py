@@ -415,7 +415,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
-            return self._evaluate_and_tell(population, rows)
+            return self._evaluate_and_tell(population, rows[: self.args.num_prompts_after(self.state.global_step)])
         # Before the run was interrupted
         tell_again(self.optimizer, done)
         self.auto_step.repeat([done])

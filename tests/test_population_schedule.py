@@ -1,11 +1,11 @@
-"""Runs whose population grows or shrinks."""
+"""Runs whose population, or whose number of prompts, grows or shrinks."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-from conftest import assert_same, logs, make_model, weights
+from conftest import assert_same, letters, logs, make_model, weights
 from transformers import TrainerCallback
 
 from es_trainer import ESConfig, replay
@@ -83,6 +83,40 @@ def test_what_a_person_sees_follows_it(trainer, capfd):
     assert [completions(step) for step in range(5)] == [0, 4, 16, 28, 36]
 
 
+@pytest.mark.parametrize("options", [{}, {"perturbation": "low_rank"}, {"shuffle_dataset": False}])
+def test_steps_have_the_prompts_that_it_says_and_replay_and_resume_exactly(trainer, tmp_path, options):
+    options = options | {"population_size": 2, "num_prompts_per_step": 1, "max_steps": 5, "evaluate_center": False}
+    options |= {"num_prompts_per_step_schedule": {1: 3, 3: 2}, "save_strategy": "steps", "save_steps": 2}
+    asked = []
+
+    def reward(prompts, completions, **kwargs):
+        asked.append(list(prompts))
+        return letters(completions)
+
+    whole = trainer(make_model(), reward, **options)
+    whole.train()
+    assert [len(prompts) for prompts in asked] == [1, 1, 3, 3, 3, 3, 2, 2, 2, 2]
+    assert asked[::2] == asked[1::2]
+    if options.get("shuffle_dataset") is False:  # six rows, three for each step
+        words = "one two three four five six".split()
+        of_steps = [words[:1], words[3:], words[:3], words[3:5], words[:2]]
+        assert asked[::2] == [[f"Say {word}" for word in of_step] for of_step in of_steps]
+    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
+    resumed = trainer(make_model(), reward, **options | {"output_dir": str(tmp_path / "resumed")})
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert asked[10:] == asked[4:10]
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+def test_what_a_person_sees_follows_both(trainer, capfd):
+    run = trainer(**GROWS, num_prompts_per_step_schedule={2: 1})
+    run.train()
+    said = "6 from step 2 on, 4 from step 4 on x 2 prompts, 1 from step 3 on: up to 96 new tokens a step."
+    assert said in capfd.readouterr().out
+    completions = Run.read(run.args.output_dir).spent("completions")
+    assert [completions(step) for step in range(5)] == [0, 2 * 2, 4 + 6 * 2, 16 + 6 * 1, 22 + 4 * 1]
+
+
 @pytest.mark.parametrize("text", ["{50: 16, 100: 32}", '{"100": 32, "50": 16}'])
 def test_it_can_be_given_on_the_command_line_and_in_a_file(tmp_path, text):
     def parsed(*argv: str) -> ESConfig:
@@ -104,6 +138,8 @@ def test_it_can_be_given_on_the_command_line_and_in_a_file(tmp_path, text):
     [
         ({"population_size_schedule": {10: 1}}, "sizes must be at least 2"),
         ({"population_size_schedule": {0: 4}}, "begin after at least 1 step"),
+        ({"num_prompts_per_step_schedule": {10: 0}}, "numbers must be at least 1"),
+        ({"num_prompts_per_step_schedule": {10: 4}, "skip_settled_prompts": 0.5}, "set skip_settled_prompts to 0"),
         ({"population_size_schedule": {10: 5}, "antithetic": True}, "evaluates members in pairs"),
         ({"population_size_schedule": [16, 32]}, "give numbers by steps, such as {50: 16, 100: 32}"),
         ({"population_size_schedule": "{50: 16"}, "give numbers by steps, such as {50: 16, 100: 32}"),
@@ -112,5 +148,5 @@ def test_it_can_be_given_on_the_command_line_and_in_a_file(tmp_path, text):
     ],
 )
 def test_what_cannot_be(config, options, said):
-    with pytest.raises(ValueError, match=rf"`population_size_schedule=.*{said}"):
+    with pytest.raises(ValueError, match=rf"`{next(iter(options))}=.*{said}"):
         config(**options)

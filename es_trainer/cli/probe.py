@@ -37,8 +37,10 @@ def main(argv: list[str]) -> None:
         trainer = make_trainer(*parser.parse_args_and_config(argv), trainer_class=Probe)
         found = trainer.run()
         steps = run.max_steps if run.max_steps > 0 else run.num_train_epochs * len(trainer.get_train_dataloader())
-        members = total_of(math.ceil(steps), run.population_size, run.population_size_schedule)
-        populations = members / run.population_size  # of the size that was probed
+        members = run.population_size, run.population_size_schedule
+        prompts = run.num_prompts_per_step, run.num_prompts_per_step_schedule
+        completions = total_of(math.ceil(steps), members, prompts)
+        populations = completions / (members[0] * prompts[0])  # of the size that was probed
         peak = memory() / 2**30
         trainer.end()
     console = Console()

@@ -70,7 +70,7 @@ class GradientFreeTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: ESConfig) -> int:
         """Prompts of a step, however many processes there are."""
-        return args.num_prompts_per_step
+        return args.largest_num_prompts
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
         """Not estimated: the Trainer's formula is for a training step with a backward pass."""

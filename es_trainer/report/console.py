@@ -50,10 +50,11 @@ class Lines:
 
     def before(self, args: ESConfig, state: TrainerState) -> Text:
         """What a run is going to do."""
-        completions = args.largest_population * args.num_prompts_per_step * args.num_generations
+        completions = args.largest_population * args.largest_num_prompts * args.num_generations
         several = f" x {args.num_generations} completions" if args.num_generations > 1 else ""
-        later = [f", {size} from step {steps + 1} on" for steps, size in (args.population_size_schedule or {}).items()]
-        step = f"{args.population_size} members{''.join(later)} x {args.num_prompts_per_step} prompts{several}"
+        members = f"{args.population_size} members{_later(args.population_size_schedule)}"
+        prompts = f"{args.num_prompts_per_step} prompts{_later(args.num_prompts_per_step_schedule)}"
+        step = f"{members} x {prompts}{several}"
         tokens = completions * args.max_completion_length
         return Text(f"{state.max_steps:,} steps of {step}: up to {tokens:,} new tokens a step.")
 
@@ -83,6 +84,11 @@ class Lines:
             text.append(f" ({change:+.2g})", style="green" if change > 0 else "red" if change < 0 else "")
         self.last[key] = value
         return text
+
+
+def _later(schedule: dict[int, int] | None) -> str:
+    """What a setting becomes."""
+    return "".join(f", {number} from step {steps + 1} on" for steps, number in (schedule or {}).items())
 
 
 def duration(seconds: float) -> str:

@@ -30,6 +30,7 @@ SETTINGS = (
     "weight_decay",
     "anchor_decay",
     "num_prompts_per_step",
+    "num_prompts_per_step_schedule",
     "num_generations",
     "max_completion_length",
     "temperature",

@@ -85,10 +85,10 @@ class Run:
                 raise ValueError(
                     f"The run {self.name!r} has no {HISTORY_NAME}: how many completions it made is unknown."
                 )
-            size, prompts, generations = (self.settings[name] for name in names)
-            schedule = self.settings.get("population_size_schedule")
-            schedule = as_schedule("population_size_schedule", schedule)  # JSON has text for its steps
-            return lambda step: float(total_of(step, size, schedule) * prompts * generations)
+            # JSON has text for the steps of a schedule
+            schedules = [as_schedule(name, self.settings.get(f"{name}_schedule")) for name in names]
+            settings = list(zip((self.settings[name] for name in names), schedules, strict=True))
+            return lambda step: float(total_of(step, *settings))
         found, total = {0: 0.0}, 0.0
         key = "num_tokens" if axis == "tokens" else "step_time"
         for step, value in self.column(key):
