@@ -3,31 +3,26 @@ Prompts that tell no members apart: `python benchmarks/settled_prompts.py`, some
 
 Half of the training prompts give every member the same reward. Runs with and without `skip_settled_prompts` go on
 until held-out prompts like the other half reach a reward. Printed is how many completions that took, for each seed,
-and the median of the ratios. The model is tiny, with random weights: it learns to write tokens with even numbers.
+and the median of the ratios. The model is tiny: it learns to write lower-case letters.
 """
 
 import argparse
 import logging
 import statistics
 import tempfile
+from dataclasses import replace
 
-import torch
-from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
-
-from es_trainer import ESConfig, ESTrainer
-from es_trainer.smollm2 import smollm2
+from datasets import Dataset, concatenate_datasets
+from subjects import Subject, letters, numbers, subject
+from transformers import TrainerCallback
 
 
-def even_tokens(completion_ids, is_settled, **kwargs) -> list[float]:
-    return [
-        1.0 if settled else sum(token % 2 == 0 for token in ids) / max(len(ids), 1)
-        for ids, settled in zip(completion_ids, is_settled, strict=True)
-    ]
+def letters_or_settled(completions, is_settled, **kwargs) -> list[float]:
+    return [1.0 if one else reward for one, reward in zip(is_settled, letters(completions), strict=True)]
 
 
-def rows(first: int, count: int, settled: bool) -> list[dict]:
-    return [{"prompt": f"Number {number}", "is_settled": settled} for number in range(first, first + count)]
+def rows(first: int, count: int, settled: bool) -> Dataset:
+    return numbers(first, count).add_column("is_settled", [settled] * count)
 
 
 class StopAt(TrainerCallback):
@@ -42,44 +37,31 @@ class StopAt(TrainerCallback):
         control.should_training_stop = self.last >= self.reward
 
 
-def completions_needed(tokenizer, options: argparse.Namespace, seed: int, skip: float) -> int:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.1,
-    )
-    args = ESConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
-        seed=seed,
-        max_steps=options.steps,
-        population_size=options.population,
-        num_prompts_per_step=options.prompts,
-        skip_settled_prompts=skip,
-        perturbation="low_rank",
-        evaluate_center=False,
-        sigma=0.01,
-        learning_rate="sigma",
-        max_completion_length=8,
-        eval_strategy="steps",
-        eval_steps=4,
-        save_strategy="no",
-        report_to="none",
-        log_format="dict",
-        disable_tqdm=True,
-    )
+def half_settled() -> Subject:
     # Few, so that training sees them many times: the first time, nothing is known of a prompt
-    train = Dataset.from_list(rows(0, 16, settled=True) + rows(16, 16, settled=False))
-    held_out = Dataset.from_list(rows(32, 32, settled=False))
-    stop = StopAt(options.reward)
-    trainer = ESTrainer(LlamaForCausalLM(config), even_tokens, args, train, held_out, tokenizer, callbacks=[stop])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    train = concatenate_datasets([rows(10, 16, settled=True), rows(26, 16, settled=False)])
+    return replace(subject("letters"), train=train, held_out=rows(66, 32, settled=False), reward=letters_or_settled)
+
+
+def completions_needed(options: argparse.Namespace, seed: int, skip: float) -> int:
+    chosen = half_settled()
+    with tempfile.TemporaryDirectory() as folder:
+        args = chosen.config(
+            seed,
+            output_dir=folder,
+            max_steps=options.steps,
+            population_size=options.population,
+            num_prompts_per_step=options.prompts,
+            skip_settled_prompts=skip,
+            sigma=chosen.sigma,
+            learning_rate="sigma/2",
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        stop = StopAt(options.reward)
+        trainer = chosen.trainer(args)
+        trainer.add_callback(stop)
+        trainer.train()
     if stop.last < options.reward:
         raise RuntimeError(
             f"Seed {seed}: the held-out reward is {stop.last:.3f} after {options.steps} steps. Allow more."
@@ -94,13 +76,12 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--reward", type=float, default=0.95, help="held-out reward at which a run ends")
     parser.add_argument("--skip", type=float, default=0.9)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     logging.getLogger("es_trainer").setLevel(logging.ERROR)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
     ratios = []
     for seed in options.seeds:
-        plain, skipping = (completions_needed(tokenizer, options, seed, skip) for skip in (0.0, options.skip))
+        plain, skipping = (completions_needed(options, seed, skip) for skip in (0.0, options.skip))
         ratios.append(plain / skipping)
         print(
             f"seed {seed}: {plain} completions, {skipping} with skip_settled_prompts: {ratios[-1]:.2f} times fewer",
