@@ -183,7 +183,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             Where the initial weights are that `anchor_decay` pulls to. It changes no bit of the updates, and a run
             may be resumed with another value:
 
-            - `"device"`: a copy beside the masters, in the dtype in which the model was loaded.
+            - `"device"`: a copy beside the masters, or beside the working weights if there are none, in the dtype in
+              which the model was loaded.
             - `"host"`: a copy in host memory (pinned); saves its bytes on the device for one transfer per step.
             - `"model"`: no copy. Each step reads the safetensors files that `model` was loaded from, which must stay
               as they are. For a model that is given by its name or folder, without an adapter, whose parameters have

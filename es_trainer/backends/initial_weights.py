@@ -103,17 +103,17 @@ WAY_OUT = "Set it to 'host', which keeps a copy in host memory."
 
 
 def _paths(source: str, options: dict[str, Any]) -> list[str]:
-    """The model's safetensors files, found where Transformers has loaded them from."""
+    """The model's safetensors files, found where Transformers has loaded them from, wherever the process goes."""
     where = {key: options[key] for key in ("revision", "cache_dir", "subfolder") if key in options}
     where |= {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     single = cached_file(source, SAFE_WEIGHTS_NAME, **where)
     if single is not None:
-        return [single]
+        return [os.path.abspath(single)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     if index is None:
         return []
     files = json.loads(Path(index).read_text())["weight_map"].values()
-    return [str(Path(index).with_name(file)) for file in sorted(set(files))]
+    return [str(Path(index).absolute().with_name(file)) for file in sorted(set(files))]
 
 
 def _stamp(path: str) -> tuple[int, int]:
