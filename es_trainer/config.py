@@ -188,8 +188,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             - `"host"`: a copy in host memory (pinned); saves its bytes on the device for one transfer per step.
             - `"model"`: no copy. Each step reads the safetensors files that `model` was loaded from, which must stay
               as they are. For a model that is given by its name or folder, without an adapter, whose parameters have
-              the same names and shapes in the files. Checkpoints have no copy either, so the run must be resumed with
-              the same `model`.
+              the same names and shapes in the files (not so for mixtures of experts, which Transformers merges into
+              one tensor). Checkpoints have no copy either, so the run must be resumed with the same `model`.
 
             With `vllm_mode="server"`, the only value is `"device"`.
         evaluate_center (`bool`, *optional*, defaults to `True`):
