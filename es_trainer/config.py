@@ -16,6 +16,7 @@ from . import deepspeed_config
 from .choices import (
     Aggregation,
     AnchorPenalty,
+    AnchorWeights,
     FitnessShaping,
     LogFormat,
     MasterWeights,
@@ -174,10 +175,23 @@ class ESConfig(GRPOFields, TrainingArguments):
         anchor_decay (`float`, *optional*, defaults to `0.0`):
             Decay towards the initial weights, against drifting away from what the model could do before: Anchored
             Weight Decay ([paper](https://huggingface.co/papers/2605.30148)), weights -=
-            learning_rate * anchor_decay * (weights - initial weights). Keeps a copy of the initial weights.
+            learning_rate * anchor_decay * (weights - initial weights).
         anchor_penalty (`str`, *optional*, defaults to `"l2"`):
             `"l2"` is the decay above. With `"l1"`, each weight moves by `learning_rate * anchor_decay` towards its
             initial value and not beyond it, so that many weights stay where they began.
+        anchor_weights (`str`, *optional*, defaults to `"device"`):
+            Where the initial weights are that `anchor_decay` pulls to. It changes no bit of the updates, and a run
+            may be resumed with another value:
+
+            - `"device"`: a copy beside the masters, or beside the working weights if there are none, in the dtype in
+              which the model was loaded.
+            - `"host"`: a copy in host memory (pinned); saves its bytes on the device for one transfer per step.
+            - `"model"`: no copy. Each step reads the safetensors files that `model` was loaded from, which must stay
+              as they are. For a model that is given by its name or folder, without an adapter, whose parameters have
+              the same names and shapes in the files (not so for mixtures of experts, which Transformers merges into
+              one tensor). Checkpoints have no copy either, so the run must be resumed with the same `model`.
+
+            With `vllm_mode="server"`, the only value is `"device"`.
         evaluate_center (`bool`, *optional*, defaults to `True`):
             Evaluate the unperturbed weights on the prompts of each step, too, like one more member. What the update
             did and what sigma costs is logged then (`reward/center`, `gain`, `sigma_cost`). The update does not depend
@@ -579,6 +593,15 @@ class ESConfig(GRPOFields, TrainingArguments):
             "Penalty of the distance from the initial weights: 'l2' or 'l1'.",
             "run",
             valid=one_of(get_args(AnchorPenalty)),
+            needs=ANCHORED,
+        ),
+    )
+    anchor_weights: str = field(
+        default="device",
+        metadata=about(
+            "Where the initial weights are: 'device', 'host' or 'model' (read from its files at each step).",
+            "processes",
+            valid=one_of(get_args(AnchorWeights)),
             needs=ANCHORED,
         ),
     )

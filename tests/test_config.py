@@ -309,6 +309,7 @@ def test_what_has_no_effect_is_named_and_reset(left_out, options, said):
         ({"num_completions_to_print": 2}, "(needs log_completions=True)", {"log_completions": True}),
         ({"eval_steps": 2}, "(needs eval_strategy='steps')", {"eval_strategy": "steps"}),
         ({"anchor_penalty": "l1"}, "(needs anchor_decay > 0)", {"anchor_decay": 0.1}),
+        ({"anchor_weights": "host"}, "(needs anchor_decay > 0)", {"anchor_decay": 0.1}),
         ({"sigma_min_ratio": 0.5}, "(needs sigma_schedule='linear' or 'cosine')", {"sigma_schedule": "cosine"}),
         (
             {"generation_reward": "max"},

@@ -130,7 +130,12 @@ RUNS = {
         },
         "stream": True,
     },
-    "adam": {"config": {"es_optimizer": "adam", "anchor_decay": 0.1, "master_weights": "host", "bf16": True, **SAVED}},
+    "adam": {
+        "config": {
+            **{"es_optimizer": "adam", "anchor_decay": 0.1, "anchor_weights": "model", "master_weights": "host"},
+            **{"bf16": True, **SAVED},
+        }
+    },
     "more_processes": {"config": {"population_size": 2, "num_prompts_per_step": 1, "bf16": True}},
     "adapter": {"adapter": True, "config": {"learning_rate": 0.2, "bf16": True}},
     "judge": {"judge": True, "config": {"reward_weights": [1.0, 0.5]}, "evaluate": True},

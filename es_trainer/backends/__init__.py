@@ -10,6 +10,7 @@ from .answers import Answers, RolloutFuncAnswers
 from .base import Backend
 from .drift import Drift
 from .evaluation import evaluate_batches, evaluate_population
+from .initial_weights import check_anchor_weights
 from .results import Prompts, Result
 from .rollout_func import RolloutFunc
 from .tool_answers import ToolAnswers
@@ -75,6 +76,7 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
     known = not args.use_vllm or args.vllm_mode in ("colocate", "server")
     require(args, known, "vllm_mode", "choose one of 'colocate', 'server'.")
     _kind(args).check_arguments(args, inputs)
+    check_anchor_weights(args, inputs)
     if inputs.rollout_func is not None:
         RolloutFuncAnswers.check_arguments(args, inputs)
     if inputs.agent_func is not None:

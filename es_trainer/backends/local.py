@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
 from .base import Backend, model_name, trained
+from .initial_weights import InitialWeights
 from .results import Prompts, Result, results
 from .trainer_inputs import TrainerInputs
 
@@ -57,10 +58,17 @@ class Local(Backend):
             frozen=frozen,
             engine_weights=self._engine_weights(),
             float32=float32,
+            anchor_weights=self._anchor_weights(),
         )
         self.population_batch = self._make_population_batch()
         self._check_drift()
         return self.optimizer
+
+    def _anchor_weights(self) -> Literal["device", "host"] | InitialWeights:
+        """Where the initial weights are, for the optimizer."""
+        if self.args.anchor_weights != "model" or self.args.anchor_decay == 0:
+            return "host" if self.args.anchor_weights == "host" else "device"
+        return InitialWeights(self.model, self.source, self.args.model_init_kwargs or {})
 
     def _engine_weights(self) -> None:
         """The weights that an engine has, if they are not the model's parameters."""

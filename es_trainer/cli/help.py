@@ -20,7 +20,7 @@ GROUPS = {
     "evolution": (
         *("population_size", "population_size_schedule", "sigma", "sigma_schedule", "sigma_min_ratio"),
         *("learning_rate", "lr_scheduler_type", "warmup_steps", "antithetic", "num_steps_per_population"),
-        *("anchor_penalty", "evaluate_center", "auto_step", "auto_step_prompts"),
+        *("anchor_penalty", "anchor_weights", "evaluate_center", "auto_step", "auto_step_prompts"),
         *("perturbation", "perturbation_rank", "population_batch_size", "fitness_shaping", "es_optimizer"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "anchor_decay", "num_prompts_per_step"),
         *("num_prompts_per_step_schedule",),

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..noise.shapes import Gaussian, Sum
 from ..weights.distributed_checkpoint import Slice, StateDicts, load
 from ..weights.layouts import EngineWeights
 from ..weights.part import Part
+from ..weights.pinned import PinnedMemory
 from ..weights.shard import Shard
 from ..weights.store import Weights
 from .fitness import utilities
@@ -26,6 +27,9 @@ from .update_rules import UPDATE_RULES
 
 
 TINY = torch.finfo(torch.float32).tiny
+
+# Gives weights of a part of a parameter as they were initially, from one index of the part to another
+ReadInitialWeights = Callable[[Part, int, int], torch.Tensor]
 
 DISTANCE_SAMPLE = 1 << 20  # least number of weights from which the distance from the start is measured
 
@@ -123,10 +127,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
         weight_decay (`float`, *optional*, defaults to `0.0`):
             Decay towards zero.
         anchor_decay (`float`, *optional*, defaults to `0.0`):
-            Decay towards the initial weights: Anchored Weight Decay (arXiv 2605.30148). Keeps a copy of the initial
-            weights.
+            Decay towards the initial weights: Anchored Weight Decay (arXiv 2605.30148).
         anchor_penalty (`str`, *optional*, defaults to `"l2"`):
             `"l2"` (far weights are pulled harder) or `"l1"` (all are pulled the same, so many stay where they began).
+        anchor_weights (`str` or `Callable[[Part, int, int], torch.Tensor]`, *optional*, defaults to `"device"`):
+            Where the initial weights are, if `anchor_decay > 0`. It changes no bit of the updates:
+
+            - `"device"`: a copy beside the masters.
+            - `"host"`: a copy in host memory, pinned if the weights are on an accelerator.
+            - A function: there is no copy. It is called with a part of a parameter and two indices of the part, and
+              returns the initial weights from the one to the other, in the dtype of a file that they were loaded from.
         master_weights (`str`, *optional*, defaults to `"device"`):
             Where the float32 masters are; see [`Weights`].
         dtype (`torch.dtype`, *optional*):
@@ -141,6 +151,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             The weights that an inference engine has of the parameters; see [`Weights`].
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32 whatever `dtype` is.
+
+    Raises:
+        `ValueError`: If `anchor_weights` is a function that returns other weights than the parameters hold.
     """
 
     weights_kind: type[Weights] = Weights
@@ -160,6 +173,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         anchor_decay: float = 0.0,
         anchor_penalty: AnchorPenalty = "l2",
+        anchor_weights: Literal["device", "host"] | ReadInitialWeights = "device",
         master_weights: MasterWeights = "device",
         dtype: torch.dtype | None = None,
         seed: int = 42,
@@ -178,6 +192,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self._rule = UPDATE_RULES[rule](betas, eps)
         self.anchor_decay = anchor_decay
         self.anchor_penalty = anchor_penalty
+        self.anchor_weights = anchor_weights
         self.seed = seed
         self.step_scale = 1.0  # length of the next steps, as a multiple of what `lr` says
         self.update_norm = 0.0  # of the last step
@@ -196,15 +211,43 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Forget all updates but what the weights have become."""
         self.updates = 0  # steps done
         self.moves = 0  # those of them that moved the weights: what Adam's averages are made of
+        self._pinned = PinnedMemory()
         for shard in self.weights.shards:
             self.state[shard.parameter] = self._initial_state(shard)
 
     def _initial_state(self, shard: Shard) -> dict[str, torch.Tensor]:
         state = {key: torch.zeros_like(shard.trained, dtype=torch.float32) for key in self._rule.averages}
         state["start"] = self._sample(shard).clone()
-        if self.anchor_decay > 0:
+        if self._reads_anchor:
+            noise.for_pieces(functools.partial(self._check_anchor, shard), shard.part.numel, shard.working.device)
+        elif self.anchor_decay > 0 and self.anchor_weights == "host":
+            state["anchor"] = self._pinned.copy(shard.trained, shard.checkpoint_dtype, shard.working.device)
+        elif self.anchor_decay > 0:
             state["anchor"] = shard.trained.to(shard.checkpoint_dtype, copy=True)
         return state
+
+    @property
+    def _reads_anchor(self) -> bool:
+        """Whether the initial weights are read instead of kept."""
+        return self.anchor_decay > 0 and callable(self.anchor_weights)
+
+    def _anchor(self, shard: Shard, low: int, high: int) -> torch.Tensor:
+        """The initial weights of a piece of a shard, in the dtype of checkpoints, on the device of the weights."""
+        device = shard.working.device
+        if not callable(self.anchor_weights):
+            return self.state[shard.parameter]["anchor"][low:high].to(device)
+        # Through all dtypes that the weights went through
+        read = self.anchor_weights(shard.part, low, high).to(device).to(shard.checkpoint_dtype)
+        return read.to(shard.trained.dtype).to(shard.checkpoint_dtype)
+
+    def _check_anchor(self, shard: Shard, low: int, high: int) -> None:
+        weights = shard.trained[low:high].to(shard.working.device, shard.checkpoint_dtype)
+        if not torch.equal(self._anchor(shard, low, high), weights):
+            raise ValueError(
+                f"`anchor_weights='model'` is not valid: the files of the model have other weights of `{shard.name}` "
+                "than the model, because they are changed as it is loaded. Set it to 'host', which keeps a copy in "
+                "host memory."
+            )
 
     def _sample(self, shard: Shard) -> torch.Tensor:
         """Every k-th weight, whatever part of the parameter the shard is."""
@@ -341,8 +384,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         if group["weight_decay"] > 0:
             delta.sub_(weights, alpha=group["weight_decay"])
         if self.anchor_decay > 0:
-            anchor = state["anchor"][piece].to(device, torch.float32)
-            pull = weights - anchor
+            pull = weights - self._anchor(shard, low, high).float()
             if self.anchor_penalty == "l1":  # the step of soft thresholding, which ends at the anchor
                 pull.div_(max(lr * self.anchor_decay, TINY)).clamp_(-1.0, 1.0)
             delta.sub_(pull, alpha=self.anchor_decay)
@@ -391,6 +433,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             "updates": self.updates,
             "moves": self.moves,
             "stride": self._stride,
+            "reads_anchor": self._reads_anchor,
             "step_scale": self.step_scale,
             "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
         }
@@ -452,14 +495,18 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 Has what [`~EvolutionStrategy.slices`] returned on each process, however many those were.
 
         Raises:
-            `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`.
+            `ValueError`: If the state is of other parameters or of another `rule` or `anchor_decay`, or if it has no
+                initial weights, and those of its run are others than this optimizer was made with.
         """
         self.weights.to_working_dtype()
         self.restore()
         # States that do not say it are of a time when it was the spacing
         self._sample_every(facts.get("stride", _spacing(shard.shape for shard in self.weights.shards)))
         saved = reader.read_metadata().state_dict_metadata
-        slices = {key: own for key, own in self.slices().items() if _kind(key) != "start"}
+        # Initial weights that are not saved, or not kept, are those that the optimizer was made with
+        is_anchor_given = self._reads_anchor or (self.anchor_decay > 0 and facts.get("reads_anchor", False))
+        others = ("start", "anchor") if is_anchor_given else ("start",)
+        slices = {key: own for key, own in self.slices().items() if _kind(key) not in others}
         known = {own.part.name for own in slices.values()}
         samples = {}
         for key, found in saved.items():
@@ -467,13 +514,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if _kind(key) == "start":
                 values = torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
                 samples[key] = Slice(Part.whole(name, found.size), values)
-            elif name in known and key not in slices:
+            elif name in known and key not in slices and _kind(key) not in others:
                 raise ValueError(_misfit(key, "this run does not keep"))
         try:
             load({**slices, **samples}, reader)
         except LookupError as error:
             raise ValueError(_misfit(*error.args)) from error
-        self._take_samples(samples)
+        self._take_samples(samples, is_anchor_given)
         for group, loaded in zip(self.param_groups, facts["param_groups"], strict=True):
             group.update(loaded)
         self.updates = facts["updates"]
@@ -481,8 +528,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.step_scale = facts.get("step_scale", 1.0)
         self.weights.refresh()
 
-    def _take_samples(self, samples: dict[str, Slice]) -> None:
-        """Put the samples of the weights at the start together, and take what is of this process's parts of them."""
+    def _take_samples(self, samples: dict[str, Slice], is_anchor_given: bool) -> None:
+        """
+        Put the samples of the weights at the start together, and take what is of this process's parts of them. They
+        must be those that the optimizer was made with if its anchor is.
+        """
         for shard in self.weights.shards:
             _, own = shard.part.sample(self._stride)
             size = -(-shard.shape.numel() // self._stride)
@@ -492,7 +542,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 part = Part(shard.name, shard.shape, *map(int, key.split("/")[2:]))
                 whole[part.sample(self._stride)[1]] = samples[key].values.to(whole.dtype)
             if keys:  # states of columns had another sample once; the distance then counts from the model as given
-                self.state[shard.parameter]["start"].copy_(whole[own])
+                start, saved = self.state[shard.parameter]["start"], whole[own]
+                if is_anchor_given and not torch.equal(start.cpu(), saved):
+                    raise ValueError(
+                        "`anchor_weights='model'`, here or in the run of the checkpoint, takes the initial weights "
+                        f"from `model`, but those of `{shard.name}` are others than the run began with. Give the "
+                        "model that the run began with."
+                    )
+                start.copy_(saved)
 
 
 def _sample_key(part: Part) -> str:

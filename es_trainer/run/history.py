@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..adapters import add_adapter, from_json
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Member
-from ..evolution.optimizer import UpdateRecord
+from ..evolution.optimizer import ReadInitialWeights, UpdateRecord
 from ..fields import default, same_in
 from ..noise import noise
 from ..noise.shapes import SHAPES
@@ -164,6 +164,7 @@ def make_optimizer(
     frozen: Iterable[torch.Tensor] = (),
     engine_weights: dict[torch.nn.Parameter, EngineWeights] | None = None,
     float32: Collection[str] = (),
+    anchor_weights: Literal["device", "host"] | ReadInitialWeights = "device",
     kind: type[T] = EvolutionStrategy,
 ) -> T:
     """
@@ -182,6 +183,8 @@ def make_optimizer(
             The weights that an inference engine has of the parameters.
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32; what `kept_in_float32` returned.
+        anchor_weights (`str` or `Callable`, *optional*, defaults to `"device"`):
+            Where the initial weights are; see [`EvolutionStrategy`].
         kind (`type`, *optional*, defaults to `EvolutionStrategy`):
             Its class.
     """
@@ -202,6 +205,7 @@ def make_optimizer(
         eps=config["adam_epsilon"],
         anchor_decay=config["anchor_decay"],
         anchor_penalty=config["anchor_penalty"],
+        anchor_weights=anchor_weights,
         master_weights=config["master_weights"],
         dtype=working_dtype(config),
         seed=config["seed"],

@@ -27,8 +27,4 @@ def make_master(
     if kind == "device":
         # Nothing is copied if the model computes in another dtype than float32
         return original.to(working.device, torch.float32, copy=original.data_ptr() == working.data_ptr())
-    if working.device.type == "cuda":
-        master = pinned.empty(original.shape)
-    else:
-        master = torch.empty(original.shape, dtype=torch.float32, device="cpu")
-    return master.copy_(original)
+    return pinned.copy(original, torch.float32, working.device)

@@ -67,6 +67,12 @@ class Part:
         """The slice of a whole parameter, or of anything of its shape; flat, a view where it is contiguous."""
         return whole.reshape(-1, self.period)[:, self.offset : self.offset + self.length].reshape(-1)
 
+    def piece_of(self, whole: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The weights `start` to `stop` of the slice of a whole parameter, without all of the slice in memory."""
+        first, last = start // self.length, -(-stop // self.length)  # periods
+        rows = whole.reshape(-1, self.period)[first:last, self.offset : self.offset + self.length]
+        return rows.reshape(-1)[start - first * self.length : stop - first * self.length]
+
     def put_into(self, whole: torch.Tensor, values: torch.Tensor) -> None:
         """Write the flat values of the slice into a contiguous whole."""
         slices = whole.view(-1, self.period)[:, self.offset : self.offset + self.length]

@@ -237,6 +237,73 @@ def test_an_l1_anchor_pulls_by_a_constant_step_and_stops_at_the_start():
     assert all(torch.equal(parameter.data, before[name]) for name, parameter in parameters.items())
 
 
+class Files:
+    """Stands for files from which initial weights are read."""
+
+    def __init__(self, dtype=torch.float32):
+        self.weights = {name: parameter.data for name, parameter in make_parameters(dtype).items()}
+
+    def __call__(self, part, start, stop):
+        return part.piece_of(self.weights[part.name], start, stop)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+@pytest.mark.parametrize(("stored", "given"), [(torch.float32,) * 2, (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(("dtype", "master_weights"), [(None, "device"), (torch.bfloat16, "none")])
+def test_where_the_anchor_is_changes_no_bit(penalty, stored, given, dtype, master_weights):
+    options = {"anchor_decay": 0.5, "anchor_penalty": penalty, "dtype": dtype, "master_weights": master_weights}
+    results = {}
+    for place in ("device", "host", Files(stored)):
+        results[place], optimizer = make(make_parameters(given), lr=0.1, anchor_weights=place, **options)
+        run_steps(optimizer, 3)
+        kept = [state["anchor"] for state in optimizer.state.values() if "anchor" in state]
+        assert len(kept) == (0 if callable(place) else len(SHAPES))
+        assert {anchor.dtype for anchor in kept} <= {given}
+    device, *others = map(snapshot, results.values())
+    for other in others:
+        assert_same(other, device)
+
+
+@pytest.mark.parametrize("before", ["device", "host", Files()], ids=["device", "host", "read"])
+@pytest.mark.parametrize("after", ["device", "host", Files()], ids=["device", "host", "read"])
+def test_a_run_goes_on_with_the_anchor_elsewhere(tmp_path, before, after):
+    options = {"rule": "adam", "anchor_decay": 0.5, "lr": 0.1}
+    whole, uninterrupted = make(**options)
+    run_steps(uninterrupted, 4)
+    _, first = make(**options, anchor_weights=before)
+    run_steps(first, 2)
+    resumed, second = make(**options, anchor_weights=after)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in (2, 3):
+        population = second.ask()
+        second.tell(population, np.random.default_rng(step).normal(size=5))
+        second.step()
+    assert_same(snapshot(resumed), snapshot(whole))
+
+
+@pytest.mark.parametrize(("before", "after"), [(Files(), "device"), ("device", Files()), (Files(), Files())])
+def test_a_run_does_not_go_on_with_another_anchor(before, after):
+    def make_other(anchor_weights):
+        parameters = make_parameters()
+        parameters["norm.weight"].data[7] += 1.0
+        if callable(anchor_weights):
+            anchor_weights = Files()
+            anchor_weights.weights["norm.weight"] = parameters["norm.weight"].data.clone()
+        return make(parameters, anchor_decay=0.5, anchor_weights=anchor_weights)[1]
+
+    _, first = make(anchor_decay=0.5, anchor_weights=before)
+    with pytest.raises(ValueError, match="those of `norm.weight` are others than the run began with. Give the model"):
+        make_other(after).load_state_dict(first.state_dict())
+
+
+def test_initial_weights_that_are_others_than_the_parameters_are_refused():
+    files = Files()
+    files.weights["norm.weight"][7] += 1e-6
+    with pytest.raises(ValueError, match="anchor_weights='model'.*other weights of `norm.weight`.*'host'"):
+        make(anchor_decay=0.5, anchor_weights=files)
+    make(anchor_decay=0.0, anchor_weights=files)  # which reads none
+
+
 def test_updates_too_small_for_bfloat16_add_up_in_the_master():
     parameters = {"norm.weight": nn.Parameter(torch.ones(33, dtype=torch.bfloat16))}
     with_master, optimizer = make(copy.deepcopy(parameters), lr=3e-4)

@@ -62,6 +62,17 @@ def test_masters_in_host_memory_have_the_same_bits(trainer, options):
     gc.collect()  # unlocks the memory
 
 
+@pytest.mark.parametrize("anchor_weights", ["host", "model"])
+def test_initial_weights_elsewhere_have_the_same_bits(trainer, model_folder, anchor_weights):
+    options = {"bf16": True, "anchor_decay": 5.0, **GPU}
+    runs = [trainer(model_folder, anchor_weights=place, **options) for place in (anchor_weights, "device")]
+    for run in runs:
+        run.train()
+    assert_same(*(weights(run.model) for run in runs))
+    del runs, run
+    gc.collect()  # unlocks the memory
+
+
 def test_perturb_and_restore():
     model = make_model().cuda()
     optimizer = EvolutionStrategy(list(model.named_parameters()), dtype=torch.bfloat16)

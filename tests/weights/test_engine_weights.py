@@ -1,5 +1,7 @@
 """Weights that live in an engine's memory, whole or in part."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,28 @@ def test_parts_put_together():
         part = engine_weights_of(rank, torch.float32)["columns"].part
         part.put_into(found, part.of(whole))
     assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "experts"])
+def test_any_weights_of_a_part_can_be_taken_from_the_whole(name):
+    part = engine_weights_of(1, torch.float32)[name].part
+    whole = make_parameters()[name].data
+    for start, stop in combinations(range(part.numel + 1), 2):
+        assert torch.equal(part.piece_of(whole, start, stop), part.of(whole)[start:stop])
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_parts_are_pulled_to_initial_weights_that_are_read(rank):
+    start, options = make_parameters(), {"rule": "adam", "anchor_decay": 0.5}
+    _, keeping = make(Gaussian(), rank, **options)
+    _, reading = make(
+        Gaussian(), rank, **options, anchor_weights=lambda part, *piece: part.piece_of(start[part.name].data, *piece)
+    )
+    for _ in range(3):
+        step(keeping)
+        step(reading)
+    for mine, theirs in zip(reading.weights.shards, keeping.weights.shards, strict=True):
+        assert torch.equal(mine.trained, theirs.trained), mine.name
 
 
 def kept(optimizer) -> dict[str, torch.Tensor]:

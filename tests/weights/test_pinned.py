@@ -42,6 +42,16 @@ def test_memory_is_locked_in_the_size_asked_for(monkeypatch):
     assert tensors[1].sum() == 1_000_000  # unlocked, and still there
 
 
+def test_copies_are_locked_where_a_gpu_reads_them(monkeypatch):
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    memory, original = PinnedMemory(), torch.arange(1000.0)
+    copies = [memory.copy(original, torch.bfloat16, torch.device(kind)) for kind in ("cpu", "cuda")]
+    assert cudart.locked == {copies[1].data_ptr(): 2000}
+    for copied in copies:
+        assert copied.device.type == "cpu" and torch.equal(copied, original.bfloat16())
+
+
 def test_memory_that_cannot_be_locked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(status=2))
     with pytest.raises(RuntimeError, match=r"4000 bytes of host memory .*\(CUDA error 2\).*`ulimit -l`"):
