@@ -34,12 +34,16 @@ def assert_alike(mine: ESTrainer, theirs: ESTrainer) -> None:
 
 
 def test_three_steps_are_those_of_transformers(start, tmp_path):
-    mine, theirs = start(eval_strategy="steps", eval_steps=3), start(False, eval_strategy="steps", eval_steps=3)
+    options = {"eval_strategy": "steps", "eval_steps": 3, "auto_step": 1, "auto_step_prompts": 4}
+    mine, theirs = start(**options), start(False, **options)
     before = weights(theirs.model)
     mine.train()
     theirs.train()
     assert_alike(mine, theirs)
     assert len({log["reward"] for log in logs(mine)}) == 3
+    for key in ("step_scale", "auto_step/reward", "auto_step/gain", "auto_step/half", "auto_step/double"):
+        assert [log.get(key) for log in logs(mine)] == [log.get(key) for log in logs(theirs)], key
+    assert any(log["auto_step/double"] for log in logs(mine))
     evaluations = [[log for log in t.state.log_history if "eval_reward" in log][-1] for t in (mine, theirs)]
     assert evaluations[0]["eval_reward"] == evaluations[1]["eval_reward"]
     mine.save_model(str(tmp_path / "saved"))
