@@ -175,8 +175,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         anchor_decay (`float`, *optional*, defaults to `0.0`):
             Decay towards the initial weights, against drifting away from what the model could do before: Anchored
             Weight Decay ([paper](https://huggingface.co/papers/2605.30148)), weights -=
-            learning_rate * anchor_decay * (weights - initial weights). Begin with `0.03 / learning_rate`
-            (docs/monitoring.md).
+            learning_rate * anchor_decay * (weights - initial weights). `0.03 / learning_rate`, by which each step
+            takes back 3 % of the way, is strong already (docs/monitoring.md).
         anchor_penalty (`str`, *optional*, defaults to `"l2"`):
             `"l2"` is the decay above. With `"l1"`, each weight moves by `learning_rate * anchor_decay` towards its
             initial value and not beyond it, so that many weights stay where they began.
