@@ -14,7 +14,7 @@ import statistics
 import tempfile
 
 from datasets import Dataset
-from macro_f1 import HELD_OUT, accuracy, messages
+from macro_f1 import HELD_OUT, accuracy, messages, settings
 from transformers import PrinterCallback
 
 from es_trainer import ESConfig, ESTrainer
@@ -53,21 +53,11 @@ def run(options: argparse.Namespace, seed: int, strength: float) -> tuple[float,
     with tempfile.TemporaryDirectory() as folder:
         args = ESConfig(
             output_dir=folder,
-            use_cpu=True,
             seed=seed,
-            max_steps=options.steps,
-            population_size=options.population,
-            num_prompts_per_step=options.prompts,
-            perturbation="low_rank",
-            sigma=options.sigma,
-            learning_rate="sigma",
+            **settings(options),
             anchor_decay=strength / options.sigma,
             evaluate_center=False,
             eval_kl_prompts=len(TEXTS),
-            max_completion_length=8,
-            per_device_eval_batch_size=options.held_out,
-            save_strategy="no",
-            report_to="none",
             log_format="dict",
             disable_tqdm=True,
         )

@@ -9,6 +9,7 @@ after each run, as the median over the seeds.
 import argparse
 import logging
 import statistics
+import tempfile
 
 from subjects import subject
 
@@ -16,21 +17,21 @@ from subjects import subject
 def held_out(task: str, seed: int, options: argparse.Namespace, ratio: float, auto_step: int) -> tuple[float, ...]:
     """Held-out reward before and after a run, and the last `step_scale`."""
     chosen = subject(task)
-    args = chosen.config(
-        seed,
-        max_steps=options.steps,
-        population_size=options.population,
-        num_prompts_per_step=options.prompts,
-        sigma=chosen.sigma,
-        learning_rate=ratio * options.learning_rate * chosen.sigma,
-        auto_step=auto_step,
-        eval_strategy="steps",
-        eval_steps=options.steps,
-        eval_on_start=True,
-    )
-    trainer = chosen.trainer(args)
-    trainer.train()
-    before, after = (log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log)
+    with tempfile.TemporaryDirectory() as folder:
+        args = chosen.config(
+            seed,
+            output_dir=folder,
+            max_steps=options.steps,
+            population_size=options.population,
+            num_prompts_per_step=options.prompts,
+            sigma=chosen.sigma,
+            learning_rate=ratio * options.learning_rate * chosen.sigma,
+            auto_step=auto_step,
+        )
+        trainer = chosen.trainer(args)
+        before = trainer.evaluate()["eval_reward"]
+        trainer.train()
+        after = trainer.evaluate()["eval_reward"]
     return before, after, trainer.optimizer.step_scale
 
 

@@ -10,6 +10,7 @@ import argparse
 import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -75,6 +76,23 @@ def macro_f1(completions, kind, **kwargs) -> float:
     return statistics.mean(scores)
 
 
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What all runs on this task have in common."""
+    return {
+        "use_cpu": True,
+        "max_steps": options.steps,
+        "population_size": options.population,
+        "num_prompts_per_step": options.prompts,
+        "perturbation": "low_rank",
+        "sigma": options.sigma,
+        "learning_rate": "sigma",
+        "max_completion_length": 8,
+        "per_device_eval_batch_size": options.held_out,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
 REWARDS = {"accuracy": [1.0, 0.0], "macro-F1": [0.0, 1.0]}
 
 
@@ -94,22 +112,12 @@ if __name__ == "__main__":
             folder = Path(options.output_dir) / f"{name}-{seed}"
             args = ESConfig(
                 output_dir=str(folder),
-                use_cpu=True,
                 seed=seed,
-                max_steps=options.steps,
-                population_size=options.population,
-                num_prompts_per_step=options.prompts,
-                perturbation="low_rank",
-                sigma=options.sigma,
-                learning_rate="sigma",
+                **settings(options),
                 reward_weights=reward_weights,
-                max_completion_length=8,
                 eval_strategy="steps",
                 eval_steps=max(options.steps // 4, 1),
                 eval_on_start=True,
-                per_device_eval_batch_size=options.held_out,
-                save_strategy="no",
-                report_to="none",
             )
             data = messages(1024, seed << 10), messages(options.held_out, HELD_OUT)
             trainer = ESTrainer(smollm2(), [accuracy, macro_f1], args, *data)

@@ -106,8 +106,8 @@ class Subject:
     sigma: float
     options: dict[str, Any]
 
-    def config(self, seed: int, **options) -> ESConfig:
-        common = {"output_dir": "unused", "use_cpu": True, "perturbation": "low_rank", "evaluate_center": False}
+    def config(self, seed: int, output_dir: str, **options) -> ESConfig:
+        common = {"output_dir": output_dir, "use_cpu": True, "perturbation": "low_rank", "evaluate_center": False}
         common |= {"max_completion_length": 8, "per_device_eval_batch_size": 64, "save_strategy": "no"}
         common |= {"report_to": "none", "log_format": "dict", "disable_tqdm": True}
         return ESConfig(**{**common, **self.options, "seed": seed, **options})

@@ -30,19 +30,6 @@ def check_settled_prompts(args: ESConfig, of_sets: np.ndarray) -> None:
     )
 
 
-def check_auto_step(args: ESConfig, eval_dataset: Any) -> None:
-    """
-    Raises:
-        `ValueError`: If steps of several lengths are to be tried, but there are no held-out prompts.
-    """
-    require(
-        args,
-        args.auto_step == 0 or bool(eval_dataset),
-        "auto_step",
-        "lengths are compared on held-out prompts; give an `eval_dataset`, or set it to 0.",
-    )
-
-
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """
     Raises:

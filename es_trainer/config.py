@@ -35,6 +35,7 @@ from .fields import (
     about,
     asks_for_something,
     at_least_1_or_none,
+    by_steps,
     default,
     known_of,
     listing,
@@ -43,7 +44,7 @@ from .fields import (
     was_set,
     without_effect,
 )
-from .schedules import as_schedule, value_after
+from .schedules import as_schedule, largest_of, value_after
 from .values import InSigmas, converted, in_sigmas, plain, with_schemas
 
 
@@ -508,10 +509,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         metadata=about(
             "Other sizes of the population, by the number of steps after which they begin: '{50: 16, 100: 32}'.",
             "run",
-            valid=(
-                (lambda sizes: sizes is None or min(sizes) >= 1 and min(sizes.values()) >= 2),
-                "sizes must be at least 2, and begin after at least 1 step; `population_size` is the first.",
-            ),
+            valid=by_steps("sizes", least=2, first="population_size"),
         ),
     )
     sigma: float = field(
@@ -646,10 +644,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         metadata=about(
             "Other numbers of prompts, by the number of steps after which they begin: '{50: 16, 100: 32}'.",
             "run",
-            valid=(
-                (lambda numbers: numbers is None or min(numbers) >= 1 and min(numbers.values()) >= 1),
-                "numbers must be at least 1, and begin after at least 1 step; `num_prompts_per_step` is the first.",
-            ),
+            valid=by_steps("numbers", least=1, first="num_prompts_per_step"),
         ),
     )
 
@@ -1081,12 +1076,12 @@ class ESConfig(GRPOFields, TrainingArguments):
     @property
     def largest_num_prompts(self) -> int:
         """The most prompts that a step can have."""
-        return max([self.num_prompts_per_step, *(self.num_prompts_per_step_schedule or {}).values()])
+        return largest_of(self.num_prompts_per_step, self.num_prompts_per_step_schedule)
 
     @property
     def largest_population(self) -> int:
         """The most members that a step can have."""
-        return max([self.population_size, *(self.population_size_schedule or {}).values()])
+        return largest_of(self.population_size, self.population_size_schedule)
 
     @property
     def on_servers(self) -> bool:

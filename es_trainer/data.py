@@ -31,12 +31,13 @@ def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> Non
         "skip_settled_prompts",
         "the rows of a stream cannot be drawn again. Give a `Dataset`, or set it to 0.",
     )
-    require(
-        args,
-        args.eval_kl_prompts == 0 or eval_dataset is not None,
-        "eval_kl_prompts",
-        "they are prompts of `eval_dataset`: give one, or set it to 0.",
-    )
+    for name in ("eval_kl_prompts", "auto_step"):
+        require(
+            args,
+            getattr(args, name) == 0 or bool(by_name(eval_dataset)),
+            name,
+            "it needs prompts of an `eval_dataset`: give one, or set it to 0.",
+        )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise ValueError(
             f"`max_steps={args.max_steps}`: the length of an `IterableDataset` is not known. Set `max_steps` to the "

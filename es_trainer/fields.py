@@ -86,6 +86,14 @@ def at_least_1_or_none(meaning: str) -> Valid:
     return (lambda value: value is None or value >= 1), f"it must be at least 1, or None for {meaning}."
 
 
+def by_steps(what: str, least: int, first: str) -> Valid:
+    """Numbers by the steps after which they begin, or `None`; the field `first` has the number of the start."""
+    return (
+        lambda numbers: numbers is None or min(numbers) >= 1 and min(numbers.values()) >= least,
+        f"{what} must be at least {least}, and begin after at least 1 step; `{first}` is the first.",
+    )
+
+
 ADAM: Needs = (lambda c: c.es_optimizer == "adam"), "es_optimizer='adam'"
 MOMENTUM: Needs = (lambda c: c.es_optimizer != "sgd"), "es_optimizer='adam' or 'momentum'"
 WARMUP: Needs = (

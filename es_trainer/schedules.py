@@ -43,6 +43,11 @@ def value_after(steps: int, first: int, schedule: dict[int, int] | None) -> int:
     return [first, *(number for step, number in (schedule or {}).items() if step <= steps)][-1]
 
 
+def largest_of(first: int, schedule: dict[int, int] | None) -> int:
+    """The largest number that a setting, which is `first` at the start, has."""
+    return max([first, *(schedule or {}).values()])
+
+
 def total_of(steps: int, *settings: tuple[int, dict[int, int] | None]) -> int:
     """The sum over so many steps of the product of settings, given the first number and the schedule of each."""
     starts = sorted({0, *(start for _, schedule in settings for start in schedule or {})})

@@ -29,7 +29,7 @@ from .backends import (
     evaluate_population,
     pick,
 )
-from .checks import check_arguments, check_auto_step, check_model, check_settled_prompts
+from .checks import check_arguments, check_model, check_settled_prompts
 from .config import ESConfig
 from .data import by_name, check_datasets
 from .engines import Engine
@@ -257,7 +257,6 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         self._inputs = inputs
         train_dataset, eval_dataset = inputs.train_dataset(args, train_dataset), inputs.with_prompts(eval_dataset)
         check_datasets(args, train_dataset, eval_dataset)
-        check_auto_step(args, eval_dataset)
         self.processes = Processes()
         datasets = {"train_dataset": train_dataset, **by_name(eval_dataset)}
         self.processes.agree_if_several(lambda: fingerprint.of_run(args, self.scorer.names, datasets))

@@ -1,9 +1,11 @@
 """Tiny models and tokenizers, built in a second."""
 
+import json
 import os
 import tempfile
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' models are made here; nothing is asked of the Hub
@@ -15,7 +17,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from es_trainer import ESConfig, ESTrainer
+from es_trainer import ESConfig, ESTrainer, replay
 
 
 needs_reasoning_gym = pytest.mark.skipif(
@@ -160,6 +162,23 @@ def trainer(model_folder, dataset, reward, config):
         return ESTrainer(model_folder if model is None else model, reward_funcs, config(**options), **given)
 
     return make
+
+
+def history(folder: str | Path) -> list[dict]:
+    """The lines of the updates of a run, by its folder."""
+    _, *lines = map(json.loads, (Path(folder) / "history.jsonl").read_text().splitlines())
+    return lines
+
+
+def assert_replays_and_resumes(
+    trainer, whole: ESTrainer, tmp_path: Path, reward_funcs=letters, **options
+) -> ESTrainer:
+    """That a run is replayed, and resumed from its checkpoint after two steps, exactly. Returns the resumed one."""
+    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
+    resumed = trainer(make_model(), reward_funcs, **options | {"output_dir": str(tmp_path / "resumed")})
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert_same(weights(resumed.model), weights(whole.model))
+    return resumed
 
 
 def logs(trainer: ESTrainer) -> list[dict]:

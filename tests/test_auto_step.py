@@ -1,6 +1,5 @@
 """Updates that are tried at several lengths."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, letters, logs, make_model, weights
+from conftest import assert_same, history, letters, logs, make_model, weights
 from datasets import Dataset
 
 from es_trainer import replay
@@ -118,11 +117,6 @@ def test_it_is_bounded():
 OPTIONS = {"auto_step": 2, "auto_step_prompts": 2, "max_steps": 5, "learning_rate": 0.4}
 
 
-def lines_of(run) -> list[dict]:
-    text = (Path(run.args.output_dir) / "history.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()[1:]]
-
-
 def near(model) -> Callable[..., list[float]]:
     """Prefers letters, and weights that have not gone far: the latter by the same for all prompts."""
     first = model.model.layers[0].mlp.up_proj.weight
@@ -139,7 +133,7 @@ def test_the_history_replays_it_and_resuming_goes_on_with_it(trainer, tmp_path, 
     model = make_model()
     whole = trainer(model, near(model), **options, save_strategy="steps", save_steps=3)
     whole.train()
-    scales = [line["step_scale"] for line in lines_of(whole)]
+    scales = [line["step_scale"] for line in history(whole.args.output_dir)]
     assert scales[0] == scales[1] and scales[2] == scales[3] < 1.0
     assert [log["step_scale"] for log in logs(whole)] == scales
     assert ["auto_step/reward" in log for log in logs(whole)] == [True, False, True, False, True]
@@ -148,7 +142,7 @@ def test_the_history_replays_it_and_resuming_goes_on_with_it(trainer, tmp_path, 
     model = make_model()
     resumed = trainer(model, near(model), **options, output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
-    assert [line["step_scale"] for line in lines_of(resumed)] == scales
+    assert [line["step_scale"] for line in history(resumed.args.output_dir)] == scales
     assert_same(weights(resumed.model), weights(whole.model))
 
     # From the history alone, no prompt is answered
@@ -185,7 +179,7 @@ def test_held_out_prompts_are_the_first_of_the_first_dataset(trainer):
 def test_a_run_without_it_says_nothing_of_it(trainer):
     run = trainer(make_model())
     run.train()
-    assert "step_scale" not in lines_of(run)[0] and "step_scale" not in logs(run)[0]
+    assert "step_scale" not in history(run.args.output_dir)[0] and "step_scale" not in logs(run)[0]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """Runs whose population, or whose number of prompts, grows or shrinks."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
-from conftest import assert_same, letters, logs, make_model, weights
+from conftest import assert_replays_and_resumes, history, letters, logs, make_model
 from transformers import TrainerCallback
 
-from es_trainer import ESConfig, replay
+from es_trainer import ESConfig
 from es_trainer.report.progress import MemberProgressCallback
 from es_trainer.report.runs import Run
 from es_trainer.scripts.arguments import Parser
@@ -35,24 +33,16 @@ class Substeps(TrainerCallback):
         self.counts[-1] += 1
 
 
-def history(run) -> list[dict]:
-    _, *lines = map(json.loads, (Path(run.args.output_dir) / "history.jsonl").read_text().splitlines())
-    return lines
-
-
 @pytest.mark.parametrize("options", KINDS)
 def test_steps_have_the_members_that_it_says_and_replay_and_resume_exactly(trainer, tmp_path, options):
     options = GROWS | options | {"evaluate_center": True, "save_strategy": "steps", "save_steps": 2}
     substeps = Substeps()
     whole = trainer(make_model(), callbacks=[substeps], **options)
     whole.train()
-    assert [len(line["seeds"]) for line in history(whole)] == SIZES
-    assert [len(line["rewards"]) for line in history(whole)] == SIZES
+    assert [len(line["seeds"]) for line in history(whole.args.output_dir)] == SIZES
+    assert [len(line["rewards"]) for line in history(whole.args.output_dir)] == SIZES
     assert substeps.counts == SIZES
-    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
-    resumed = trainer(make_model(), **options | {"output_dir": str(tmp_path / "resumed")})
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
-    assert_same(weights(resumed.model), weights(whole.model))
+    resumed = assert_replays_and_resumes(trainer, whole, tmp_path, **options)
     assert [log["reward"] for log in logs(resumed)] == [log["reward"] for log in logs(whole)]
 
 
@@ -101,11 +91,8 @@ def test_steps_have_the_prompts_that_it_says_and_replay_and_resume_exactly(train
         words = "one two three four five six".split()
         of_steps = [words[:1], words[3:], words[:3], words[3:5], words[:2]]
         assert asked[::2] == [[f"Say {word}" for word in of_step] for of_step in of_steps]
-    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
-    resumed = trainer(make_model(), reward, **options | {"output_dir": str(tmp_path / "resumed")})
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert_replays_and_resumes(trainer, whole, tmp_path, reward, **options)
     assert asked[10:] == asked[4:10]
-    assert_same(weights(resumed.model), weights(whole.model))
 
 
 def test_what_a_person_sees_follows_both(trainer, capfd):

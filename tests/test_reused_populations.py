@@ -1,18 +1,8 @@
 """Runs that use a population for several steps."""
 
-import json
-from pathlib import Path
-
 import pytest
-from conftest import assert_same, letters, make_model, weights
+from conftest import assert_replays_and_resumes, history, letters, make_model
 from datasets import Dataset
-
-from es_trainer import replay
-
-
-def history(output_dir: str | Path) -> list[dict]:
-    _, *lines = map(json.loads, (Path(output_dir) / "history.jsonl").read_text().splitlines())
-    return lines
 
 
 def seen_by(trainer, **options) -> list[list[tuple]]:
@@ -59,10 +49,7 @@ def test_it_replays_and_resumes_in_the_middle(trainer, tmp_path, options):
     options |= {"save_strategy": "steps", "save_steps": 2}
     whole = trainer(make_model(), **options)
     whole.train()
-    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
-    resumed = trainer(make_model(), **options | {"output_dir": str(tmp_path / "resumed")})
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
-    assert_same(weights(resumed.model), weights(whole.model))
+    resumed = assert_replays_and_resumes(trainer, whole, tmp_path, **options)
     mine, theirs = ([line["rewards"] for line in history(run.args.output_dir)] for run in (resumed, whole))
     assert mine == theirs
 

@@ -6,9 +6,9 @@ import pickle
 from pathlib import Path
 
 import pytest
-from conftest import assert_same, logs, make_model, weights
+from conftest import assert_replays_and_resumes, assert_same, history, logs, make_model, weights
 
-from es_trainer import ESConfig, replay
+from es_trainer import ESConfig
 from es_trainer.noise import noise
 from es_trainer.scripts.arguments import Parser
 
@@ -49,12 +49,8 @@ def test_the_history_replays_it_and_resuming_goes_on_with_it(trainer, tmp_path, 
     options = LINEAR | options | {"save_strategy": "steps", "save_steps": 2}
     whole = trainer(make_model(), **options)
     whole.train()
-    assert_same(weights(replay(make_model(), whole.args.output_dir)), weights(whole.model))
-    resumed = trainer(make_model(), **options | {"output_dir": str(tmp_path / "resumed")})
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
-    assert_same(weights(resumed.model), weights(whole.model))
-    lines = [json.loads(line) for line in (Path(whole.args.output_dir) / "history.jsonl").read_text().splitlines()]
-    assert [line["sigma"] for line in lines[1:]] == pytest.approx([0.1, 0.08, 0.06, 0.04])
+    assert_replays_and_resumes(trainer, whole, tmp_path, **options)
+    assert [line["sigma"] for line in history(whole.args.output_dir)] == pytest.approx([0.1, 0.08, 0.06, 0.04])
 
 
 @pytest.mark.parametrize("wrong", [{"sigma_min_ratio": 0.0}, {"sigma_min_ratio": 1.5}, {"sigma_schedule": "exp"}])
@@ -95,8 +91,7 @@ def test_such_a_learning_rate_follows_both_schedules(trainer, tmp_path):
     whole = trainer(make_model(), **options | {"save_steps": 2})
     whole.train()
     expected = [0.05, 0.04 * 0.75, 0.03 * 0.5, 0.02 * 0.25]
-    lines = [json.loads(line) for line in (Path(whole.args.output_dir) / "history.jsonl").read_text().splitlines()]
-    assert [line["learning_rate"] for line in lines[1:]] == pytest.approx(expected)
+    assert [line["learning_rate"] for line in history(whole.args.output_dir)] == pytest.approx(expected)
     resumed = trainer(make_model(), **options | {"output_dir": str(tmp_path / "resumed"), "save_steps": 2})
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
     assert_same(weights(resumed.model), weights(whole.model))

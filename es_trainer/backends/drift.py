@@ -91,10 +91,7 @@ class Drift:
 
     def _on_process_0(self, work: Callable[[], T]) -> T:
         with self.backend.ready(for_members=False):
-            (result, *_) = self.backend.processes.exchange(
-                lambda: work() if self.backend.processes.rank == 0 else None
-            )
-        return result
+            return self.backend.processes.on_first(work)
 
 
 def kl_divergence(start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def _evaluate_sets(
         keep(whole.number, rollout)
         return _of_member(backend, scorer, whole, rollout)
 
-    (share, *_) = backend.processes.exchange(lambda: score() if backend.processes.rank == 0 else None)
+    share = backend.processes.on_first(score)
     report(members[-1][0] + 1)
     return [share]
 
@@ -237,7 +237,7 @@ def _with_sets(
     def score() -> Scores:
         return _begin(backend, scorer, whole, state, scorer.of_sets)().scores
 
-    (of_set, *_) = backend.processes.exchange(lambda: score() if backend.processes.rank == 0 else None)
+    of_set = backend.processes.on_first(score)
     return [(result, replace(rollout, scores=scorer.with_sets(rollout.scores, of_set))) for result, rollout in mine]
 
 

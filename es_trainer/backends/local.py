@@ -66,9 +66,9 @@ class Local(Backend):
 
     def _anchor_weights(self) -> Literal["device", "host"] | InitialWeights:
         """Where the initial weights are, for the optimizer."""
-        if self.args.anchor_weights != "model" or self.args.anchor_decay == 0:
-            return "host" if self.args.anchor_weights == "host" else "device"
-        return InitialWeights(self.model, self.source, self.args.model_init_kwargs or {})
+        if self.args.anchor_weights == "model" and self.args.anchor_decay > 0:
+            return InitialWeights(self.model, self.source, self.args.model_init_kwargs or {})
+        return "host" if self.args.anchor_weights == "host" else "device"
 
     def _engine_weights(self) -> None:
         """The weights that an engine has, if they are not the model's parameters."""

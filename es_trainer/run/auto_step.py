@@ -1,5 +1,6 @@
 """Step lengths that are tried on held-out prompts."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -50,6 +51,7 @@ class AutoStep:
         if scale != self._scale:  # of other weights, which were loaded
             self._follow({}, scale)
 
+        @functools.cache
         def rewards_after(scale: float) -> np.ndarray:
             with optimizer.previewed(scale):
                 return held_out_rewards()

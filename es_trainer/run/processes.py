@@ -128,6 +128,11 @@ class Processes:
         """A new queue of `size` items, each for a group of processes."""
         return Queue(size, self._store, group_size)
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do something on process 0 and tell all processes what came of it."""
+        (result, *_) = self.exchange(lambda: work() if self.rank == 0 else None)
+        return result
+
     def exchange(self, work: Callable[[], T]) -> list[T]:
         """
         Do something on every process and tell all of them what came of it.
