@@ -1,14 +1,23 @@
 """The noise contract on CUDA: Philox4x32-10 and Box-Muller in Triton, one program for each block of 4096 weights.
 
-The values are those of the CPU kernel up to the rounding of float32: the same words, the same polynomials.
+The values are those of the CPU kernel up to the rounding of float32: the same words, the same polynomials. One launch
+writes many tensors: what a program works on, it reads from a table.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from .jobs import Addition, Product
+
+
+Job = TypeVar("Job", Addition, Product)
 
 
 LANES = tl.constexpr(1024)  # counters in a block
@@ -47,11 +56,16 @@ def box_muller(w0, w1):
 
 
 @triton.jit
-def load(source, index, size):
+def inside(index, size):
+    return (index >= 0) & (index < size)
+
+
+@triton.jit
+def load(source, index, mask):
     if source is None:
         return tl.zeros(index.shape, tl.float32)
     else:  # without it, this would be compiled for `None`, too
-        return tl.load(source + index, mask=(index >= 0) & (index < size)).to(tl.float32)
+        return tl.load(source + index, mask=mask).to(tl.float32)
 
 
 @triton.jit
@@ -76,121 +90,188 @@ def dither(values, index, key, small: tl.constexpr):
 
 
 @triton.jit
-def store(target, index, size, values, start, key, stochastic: tl.constexpr):
+def store(target, index, mask, values, start, key, stochastic: tl.constexpr):
     if stochastic:
         values = dither(values, start + index, key, target.dtype.element_ty == tl.float16)
-    tl.store(target + index, values.to(target.dtype.element_ty), mask=(index >= 0) & (index < size))
+    tl.store(target + index, values.to(target.dtype.element_ty), mask=mask)
+
+
+# ---- a table of jobs ----
+
+# A table is one tensor of 64-bit numbers: the first program of each job, the columns of each job, and the seeds and
+# coefficients that those point to. There is room for `jobs` of them, a power of two: others begin after all programs.
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ALIGNMENT = tl.constexpr(16)  # multiples of so many bytes or weights can be read and written as vectors
 
 
 @triton.jit
-def add_kernel(source, target, size, start, keys, coefficients, members, stochastic: tl.constexpr):
+def find(table, jobs: tl.constexpr, columns: tl.constexpr):
+    """Where the columns of this program's job are, and the number of the program among those of the job."""
+    program = tl.program_id(0).to(tl.int64)
+    job = tl.sum((tl.load(table + tl.arange(0, jobs)) <= program).to(tl.int32)) - 1
+    return table + jobs + job * columns, program - tl.load(table + job)
+
+
+@triton.jit
+def read(column, aligned: tl.constexpr):
+    number = tl.load(column)
+    return tl.multiple_of(number, ALIGNMENT) if aligned else number
+
+
+@triton.jit
+def read_tensor(column, dtype: tl.constexpr, aligned: tl.constexpr):
+    if dtype is None:
+        return None
+    else:
+        address = tl.load(column).to(tl.pointer_type(dtype))
+        return tl.multiple_of(address, ALIGNMENT) if aligned else address
+
+
+def _launch(jobs: Sequence[Job], kind: Callable[[Job], tuple[Any, ...]], launch: Callable[..., None]) -> None:
+    """Launch a kernel for all jobs of the same device, dtypes and `kind` together."""
+    groups: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        source = None if job.source is None else TYPES[job.source.dtype]
+        dithers = job.rounding is not None and job.target.dtype in (torch.bfloat16, torch.float16)
+        key = (job.target.device, source, TYPES[job.target.dtype], dithers, *kind(job))
+        groups.setdefault(key, []).append(job)
+    for (device, *constants), group in groups.items():
+        # Triton launches on the current device, which need not be the target's
+        with torch.cuda.device_of(group[0].target):
+            launch(group, device, constants)
+
+
+def _is_aligned(job: Job, *numbers: int) -> bool:
+    numbers = (*numbers, job.start, job.target.numel(), _address(job.source), _address(job.target))
+    return all(number % ALIGNMENT.value == 0 for number in numbers)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _table(
+    firsts: list[int], columns: list[list[int]], device: torch.device, more: Sequence[int] = ()
+) -> torch.Tensor:
+    end = np.iinfo(np.int64).max
+    padding = [end] * (triton.next_power_of_2(len(firsts)) - len(firsts))
+    numbers = [*firsts, *padding, *itertools.chain.from_iterable(columns), *more]
+    table = torch.from_numpy(np.array(numbers, dtype=np.uint64).view(np.int64))
+    # Without `non_blocking` each call would wait for all work that the device has been given
+    return table.to(device, non_blocking=True)
+
+
+# ---- noise ----
+
+ADDITION = tl.constexpr(8)  # columns
+
+
+@triton.jit
+def add_kernel(
+    table,
+    jobs: tl.constexpr,
+    source_type: tl.constexpr,
+    target_type: tl.constexpr,
+    stochastic: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    job, program = find(table, jobs, ADDITION)
+    source, target = read_tensor(job, source_type, aligned), read_tensor(job + 1, target_type, aligned)
+    size, start = read(job + 2, aligned), read(job + 3, aligned)
+    stream, key = tl.load(job + 4).to(tl.uint64, bitcast=True), tl.load(job + 5).to(tl.uint64, bitcast=True)
+    seeds, members = table + tl.load(job + 6), tl.load(job + 7)
+
     # 64 bits: a parameter may have more than 2**31 elements
-    block = start // BLOCK + tl.program_id(0).to(tl.int64)
+    block = start // BLOCK + program
     counter = block * LANES + tl.arange(0, LANES)
-    stream, key = tl.load(keys), tl.load(keys + 1)  # the seeds follow them
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     c2, c3 = stream.to(tl.uint32), (stream >> 32).to(tl.uint32)
 
     i0 = block * BLOCK - start + tl.arange(0, LANES)
     i1, i2, i3 = i0 + LANES, i0 + 2 * LANES, i0 + 3 * LANES
-    t0, t1, t2, t3 = load(source, i0, size), load(source, i1, size), load(source, i2, size), load(source, i3, size)
+    m0, m1, m2, m3 = inside(i0, size), inside(i1, size), inside(i2, size), inside(i3, size)
+    t0, t1, t2, t3 = load(source, i0, m0), load(source, i1, m1), load(source, i2, m2), load(source, i3, m3)
     for k in range(members):
-        w0, w1, w2, w3 = tl.philox(tl.load(keys + 2 + k), c0, c1, c2, c3, 10)
-        c = tl.load(coefficients + k)
+        w0, w1, w2, w3 = tl.philox(tl.load(seeds + k).to(tl.uint64, bitcast=True), c0, c1, c2, c3, 10)
+        c = tl.load(seeds + members + k).to(tl.int32).to(tl.float32, bitcast=True)
         z0, z1 = box_muller(w0, w1)
         z2, z3 = box_muller(w2, w3)
         t0 += c * z0
         t1 += c * z1
         t2 += c * z2
         t3 += c * z3
-    store(target, i0, size, t0, start, key, stochastic)
-    store(target, i1, size, t1, start, key, stochastic)
-    store(target, i2, size, t2, start, key, stochastic)
-    store(target, i3, size, t3, start, key, stochastic)
+    store(target, i0, m0, t0, start, key, stochastic)
+    store(target, i1, m1, t1, start, key, stochastic)
+    store(target, i2, m2, t2, start, key, stochastic)
+    store(target, i3, m3, t3, start, key, stochastic)
 
 
-def add(
-    source: torch.Tensor | None,
-    target: torch.Tensor,
-    start: int,
-    stream: int,
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
-    rounding: int | None = None,
-) -> None:
+def add_each(jobs: Sequence[Addition]) -> None:
     """
-    Write `target = source + sum_k coefficients[k] * noise(seeds[k])` with one read and one write of the weights.
+    Do additions of noise, each with one read and one write of the weights, and all of the same dtypes in one launch.
 
     Args:
-        source (`torch.Tensor` or `None`):
-            Flat tensor of the target's shape and device, or `None` for zeros. May be the target itself.
-        target (`torch.Tensor`):
-            Flat float32, bfloat16 or float16 tensor. The sum is computed in float32 and rounded once.
-        start (`int`):
-            Flat index of the target's first element in the whole parameter.
-        stream (`int`):
-            64-bit hash of the parameter's name.
-        seeds (`Sequence[int]`):
-            Seeds in `[0, 2**63)`.
-        coefficients (`Sequence[float]`):
-            One number for each seed; rounded to float32.
-        rounding (`int`, *optional*):
-            Key of a stochastic rounding to bfloat16 or float16. `None` rounds to nearest.
+        jobs (`Sequence[Addition]`):
+            What to write; targets are not empty.
     """
-    keys = _to_device([stream, rounding or 0, *seeds], torch.uint64, target.device)
-    factors = _to_device(coefficients, torch.float32, target.device)
-    size = target.numel()
-    blocks = triton.cdiv(start + size, BLOCK.value) - start // BLOCK.value
-    # Triton launches on the current device, which need not be the target's
-    with torch.cuda.device_of(target):
-        # Fused multiply-adds round differently, and whether they are the default depends on Triton's version
-        add_kernel[(blocks,)](
-            source, target, size, start, keys, factors, len(seeds), _dithers(target, rounding), enable_fp_fusion=True
-        )
+    _launch(jobs, lambda job: (_is_aligned(job),), _launch_additions)
 
 
-def _to_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # Without `non_blocking` each call would wait for all work that the device has been given
-    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
+def _launch_additions(jobs: list[Addition], device: torch.device, constants: list[Any]) -> None:
+    count = triton.next_power_of_2(len(jobs))
+    members: list[int] = []
+    places: dict[tuple[tuple[int, ...], tuple[float, ...]], int] = {}  # of seeds and coefficients, which jobs share
+    firsts, columns, programs = [], [], 0
+    for source, target, stream, seeds, coefficients, start, rounding in jobs:
+        own = (tuple(seeds), tuple(coefficients))
+        if own not in places:
+            places[own] = count + len(jobs) * ADDITION.value + len(members)
+            members += [*seeds, *np.array(coefficients, dtype=np.float32).view(np.uint32).tolist()]
+        firsts.append(programs)
+        programs += triton.cdiv(start + target.numel(), BLOCK.value) - start // BLOCK.value
+        addresses = _address(source), _address(target)
+        columns.append([*addresses, target.numel(), start, stream, rounding or 0, places[own], len(seeds)])
+    # Fused multiply-adds round differently, and whether they are the default depends on Triton's version
+    add_kernel[(programs,)](_table(firsts, columns, device, members), count, *constants, enable_fp_fusion=True)
 
 
-def _dithers(target: torch.Tensor, rounding: int | None) -> bool:
-    return rounding is not None and target.dtype in (torch.bfloat16, torch.float16)
-
+# ---- products ----
 
 TILE = 4096  # values of a product that a program computes
+PRODUCT = tl.constexpr(11)  # columns
 
 
 @triton.jit
 def product_kernel(
-    source,
-    target,
-    size,
-    start,
-    left,
-    right,
-    rows,
-    columns,
-    terms,
-    first,
-    keys,
+    table,
+    jobs: tl.constexpr,
+    source_type: tl.constexpr,
+    target_type: tl.constexpr,
     stochastic: tl.constexpr,
-    height: tl.constexpr,
+    aligned: tl.constexpr,
     width: tl.constexpr,
+    height: tl.constexpr,
 ):
+    job, program = find(table, jobs, PRODUCT)
+    source, target = read_tensor(job, source_type, aligned), read_tensor(job + 1, target_type, aligned)
+    size, start, key = read(job + 2, aligned), read(job + 3, aligned), tl.load(job + 4).to(tl.uint64, bitcast=True)
+    left, right = read_tensor(job + 5, tl.float32, False), read_tensor(job + 6, tl.float32, aligned)
+    rows, columns, terms, first = tl.load(job + 7), read(job + 8, aligned), tl.load(job + 9), tl.load(job + 10)
+
     # Tiles are numbered from the parameter's first row on, and none lies in two matrices
-    tile = first + tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(columns, width)
+    tile = first + program // across
     tiles = tl.cdiv(rows, height)
     matrix = tile // tiles
     row = (tile - matrix * tiles) * height + tl.arange(0, height)
-    column = tl.program_id(1).to(tl.int64) * width + tl.arange(0, width)
+    column = program % across * width + tl.arange(0, width)
     in_rows, in_columns = row < rows, column < columns
     row = matrix * rows + row
     index = row[:, None] * columns + column[None, :] - start
-    index = tl.where(in_rows[:, None] & in_columns[None, :], index, -1)
+    mask = in_rows[:, None] & in_columns[None, :] & inside(index, size)
     a = left + row * terms
     b = right + matrix * terms * columns + column
-    total = load(source, index, size)
+    total = load(source, index, mask)
     for k in range(terms):
         # One chain of fused multiply-adds for each value
         total = tl.fma(
@@ -199,51 +280,44 @@ def product_kernel(
             total,
         )
         b += columns
-    store(target, index, size, total, start, tl.load(keys), stochastic)
+    store(target, index, mask, total, start, key, stochastic)
 
 
-def add_product(
-    source: torch.Tensor | None,
-    target: torch.Tensor,
-    start: int,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    rounding: int | None = None,
-) -> None:
+def add_products(jobs: Sequence[Product]) -> None:
     """
-    Write `target = source + left @ right` at flat indices from `start` on.
+    Do additions of products, all of the same dtypes in one launch.
 
     A value is one chain of fused multiply-adds over the terms, in their order, as on CPU: those of cuBLAS hang on the
     shape, and on whether TF32 is allowed.
 
     Args:
-        source (`torch.Tensor` or `None`):
-            Flat tensor of the target's shape and device, or `None` for zeros. May be the target itself.
-        target (`torch.Tensor`):
-            Flat float32, bfloat16 or float16 tensor. The sum is computed in float32 and rounded once.
-        start (`int`):
-            Flat index of the target's first element in the whole parameter.
-        left (`torch.Tensor` of shape `(matrices, rows, terms)`):
-            Contiguous float32 tensor.
-        right (`torch.Tensor` of shape `(matrices, terms, columns)`):
-            Contiguous float32 tensor.
-        rounding (`int`, *optional*):
-            Key of a stochastic rounding; see `add`.
+        jobs (`Sequence[Product]`):
+            What to write; targets are not empty.
     """
-    _, rows, terms = left.shape
-    columns, size = right.shape[2], target.numel()
-    width = min(128, triton.next_power_of_2(columns))
+
+    def kind(job: Product) -> tuple[Any, ...]:
+        columns = job.right.shape[2]
+        return _is_aligned(job, columns, _address(job.right)), min(128, triton.next_power_of_2(columns))
+
+    _launch(jobs, kind, _launch_products)
+
+
+def _launch_products(jobs: list[Product], device: torch.device, constants: list[Any]) -> None:
+    width = constants[-1]
     height = TILE // width
+    firsts, columns, programs = [], [], 0
+    for source, target, left, right, start, rounding in jobs:
+        _, rows, terms = left.shape
+        first, last = (_tile(index, rows, right.shape[2], height) for index in (start, start + target.numel() - 1))
+        firsts.append(programs)
+        programs += (last + 1 - first) * triton.cdiv(right.shape[2], width)
+        written = [_address(source), _address(target), target.numel(), start, rounding or 0]
+        columns.append([*written, _address(left), _address(right), rows, right.shape[2], terms, first])
+    count = triton.next_power_of_2(len(jobs))
+    product_kernel[(programs,)](_table(firsts, columns, device), count, *constants, height)
 
-    def tile(index: int) -> int:
-        matrix, row = divmod(index // columns, rows)
-        return matrix * triton.cdiv(rows, height) + row // height
 
-    first, last = tile(start), tile(start + size - 1)
-    grid = (last + 1 - first, triton.cdiv(columns, width))
-    keys = _to_device([rounding or 0], torch.uint64, target.device)
-    with torch.cuda.device_of(target):
-        product_kernel[grid](
-            *(source, target, size, start, left, right, rows, columns, terms, first, keys),
-            *(_dithers(target, rounding), height, width),
-        )
+def _tile(index: int, rows: int, columns: int, height: int) -> int:
+    """Which row of tiles a weight is in."""
+    matrix, row = divmod(index // columns, rows)
+    return matrix * triton.cdiv(rows, height) + row // height

@@ -19,8 +19,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from .jobs import Addition, Product
+
 
 T = TypeVar("T")
+Job = TypeVar("Job", Addition, Product)
 
 VERSION = 1  # of the contract: another number for whatever changes a bit of a perturbation or of an update
 
@@ -129,16 +132,53 @@ def add(
     Raises:
         `ValueError`: If the weights are on a device for which there is no kernel.
     """
-    if target.numel() == 0:  # a process's part of a small parameter
-        return
-    if target.device.type == "cuda":
+    add_each([Addition(source, target, stream(name), seeds, coefficients, start, rounding)])
+
+
+def add_each(jobs: Sequence[Addition]) -> None:
+    """
+    Add noise to several tensors; see [`Addition`]. On a GPU, those of the same dtypes are written in one launch.
+
+    Raises:
+        `ValueError`: If weights are on a device for which there is no kernel.
+    """
+    on_cpu, on_gpu = _by_device(jobs)
+    for job in on_cpu:
+        _add_cpu(*job)
+    if on_gpu:
         from . import cuda
 
-        cuda.add(source, target, start, stream(name), seeds, coefficients, rounding)
-    elif target.device.type == "cpu":
-        _add_cpu(source, target, start, stream(name), seeds, coefficients, rounding)
-    else:
-        raise ValueError(f"Weights are on device {target.device}, but noise can be made on 'cpu' and 'cuda' only.")
+        cuda.add_each(on_gpu)
+
+
+def add_products(jobs: Sequence[Product]) -> None:
+    """
+    Add products to several tensors; see [`Product`]. On a GPU, those of the same dtypes are written in one launch. On
+    every device, a value is one chain of additions, whatever slice is asked for.
+
+    Raises:
+        `ValueError`: If weights are on a device for which there is no kernel.
+    """
+    on_cpu, on_gpu = _by_device(jobs)
+    for job in on_cpu:
+        _add_product_cpu(*job)
+    if on_gpu:
+        from . import cuda
+
+        cuda.add_products(on_gpu)
+
+
+def _by_device(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs on CPU and on GPUs that have anything to do: a process's part of a small parameter may be empty."""
+    found: dict[str, list[Job]] = {"cpu": [], "cuda": []}
+    for job in jobs:
+        if job.target.device.type not in found:
+            raise ValueError(
+                f"Weights are on device {job.target.device}, but noise can be made on 'cpu' and 'cuda' only."
+            )
+        if job.target.numel():
+            found[job.target.device.type].append(job)
+    return found["cpu"], found["cuda"]
 
 
 def fill(target: torch.Tensor, name: str, seed: int, start: int = 0) -> torch.Tensor:
@@ -147,19 +187,24 @@ def fill(target: torch.Tensor, name: str, seed: int, start: int = 0) -> torch.Te
     return target
 
 
-def fill_each(target: torch.Tensor, name: str, seeds: Sequence[int]) -> torch.Tensor:
-    """Write `noise(seeds[k], name)` into row k of the float32 tensor `target`, for small rows, and return it."""
-    if target.device.type == "cpu":
-        from . import cpu
+def fill_each(targets: Sequence[torch.Tensor], names: Sequence[str], seeds: Sequence[int]) -> None:
+    """
+    Write `noise(seeds[k], names[i])` into row k of the float32 tensor `targets[i]`, for small rows. On a GPU, all of
+    them are written in one launch.
+    """
+    on_gpu = []
+    for target, name in zip(targets, names, strict=True):
+        if target.device.type == "cpu":
+            from . import cpu
 
-        cpu.fill_each(target.numpy(), np.uint64(stream(name)), np.array(seeds, dtype=np.uint64))
-    else:
-        for row, seed in zip(target, seeds, strict=True):
-            fill(row, name, seed)
-    return target
+            cpu.fill_each(target.numpy(), np.uint64(stream(name)), np.array(seeds, dtype=np.uint64))
+        else:
+            rows = zip(target, seeds, strict=True)
+            on_gpu += [Addition(None, row, stream(name), [seed], [1.0]) for row, seed in rows]
+    add_each(on_gpu)
 
 
-def _add_cpu(source, target, start, stream, seeds, coefficients, rounding):
+def _add_cpu(source, target, stream, seeds, coefficients, start, rounding):
     # Numba is imported where it is used: a machine that trains on CUDA does not need it
     from . import cpu
 
@@ -182,10 +227,21 @@ def _add_cpu(source, target, start, stream, seeds, coefficients, rounding):
     def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
         cpu.add(values, out, start + low, stream, seeds, coefficients)
 
-    on_cpu(kernel, source, target, start, rounding)
+    _on_cpu(kernel, source, target, start, rounding)
 
 
-def on_cpu(
+def _add_product_cpu(source, target, left, right, start, rounding):
+    from . import cpu
+
+    left, right = left.flatten(0, 1).numpy(), right.numpy()
+
+    def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
+        cpu.add_product(values, out, start + low, left, right)
+
+    _on_cpu(kernel, source, target, start, rounding)
+
+
+def _on_cpu(
     kernel: Callable[[np.ndarray, np.ndarray, int], None],
     source: torch.Tensor | None,
     target: torch.Tensor,

@@ -118,8 +118,8 @@ class Weights:
         if self.drifts:
             self._in_place.add(self.shards, lambda shard: self._perturbation(shard, member.seed, sigma * member.sign))
         else:
-            for shard in self.shards:
-                self._write(shard, shard.working, member.seed, sigma * member.sign)
+            for shards in self._batches():
+                self._write(shards, [shard.working for shard in shards], member.seed, sigma * member.sign)
 
     def restore(self) -> None:
         """Make the working weights the unperturbed ones: bit-identical with a master, up to rounding without."""
@@ -140,20 +140,44 @@ class Weights:
             if shard.master is not None:
                 shard.working.copy_(shard.master)
 
-    def _write(self, shard: Shard, target: torch.Tensor, seed: int, coefficient: float) -> None:
-        """Write one perturbation of a shard into a flat tensor on the device of the working weights."""
+    def _batches(self) -> Iterator[list[Shard]]:
+        """Shards whose perturbations are drawn together: on one device, and with memory for the factors."""
+        batch: list[Shard] = []
+        drawn = 0
+        for shard in self.shards:
+            numbers = self.perturbation.numbers(shard.shape) if self.perturbation.factored(shard.shape) else 0
+            if batch and (drawn + numbers > MOST_FACTORS or shard.working.device != batch[0].working.device):
+                yield batch
+                batch, drawn = [], 0
+            batch.append(shard)
+            drawn += numbers
+        yield batch
+
+    def _write(self, shards: list[Shard], targets: list[torch.Tensor], seed: int, coefficient: float) -> None:
+        """Write one perturbation of shards into flat tensors on the device of the working weights."""
+        sums = self._weighted_sum_of_each(shards, [seed], [coefficient])
         # Without a master, the same rounding has to take a perturbation back, which to nearest does up to the last bit
-        rounding = None if self.drifts else noise.rounding_key(seed, shard.name)
-        write_rounded(shard, target, self._perturbation(shard, seed, coefficient), rounding)
+        keys = [None if self.drifts else noise.rounding_key(seed, shard.name) for shard in shards]
+        write_rounded(zip(shards, targets, sums, keys, strict=True))
 
     def _perturbation(self, shard: Shard, seed: int, coefficient: float) -> Sum:
         return self.weighted_sum(shard, [seed], [coefficient])
 
     def weighted_sum(self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]) -> Sum:
         """The sum of the seeds' perturbations of a shard, whose indices count from the start of the shard on."""
-        part = shard.part
-        whole = self.perturbation.combine(shard.name, shard.shape, seeds, coefficients, shard.working.device)
-        return whole if part.is_whole else StridedSum(whole, part.offset, part.length, part.period)
+        (found,) = self._weighted_sum_of_each([shard], seeds, coefficients)
+        return found
+
+    def _weighted_sum_of_each(
+        self, shards: list[Shard], seeds: Sequence[int], coefficients: Sequence[float]
+    ) -> list[Sum]:
+        parameters = [(shard.name, shard.shape) for shard in shards]
+        wholes = self.perturbation.combine_each(parameters, seeds, coefficients, shards[0].working.device)
+        parts = [shard.part for shard in shards]
+        return [
+            whole if part.is_whole else StridedSum(whole, part.offset, part.length, part.period)
+            for whole, part in zip(wholes, parts, strict=True)
+        ]
 
     def weighted_sums(
         self, shard: Shard, seeds: Sequence[int], coefficients: Sequence[float]
@@ -214,7 +238,7 @@ class Weights:
             if member.is_center:
                 row.copy_(working)
             else:
-                self._write(shard, row, member.seed, sigma * member.sign)
+                self._write([shard], [row], member.seed, sigma * member.sign)
         return values.view(len(members), *shard.shape)
 
     def member_bytes(self) -> int:

@@ -15,34 +15,38 @@ import torch
 CHECKS = Path(__file__).with_name("triton_checks.py")
 
 COMPILE = """
+import re
+
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from es_trainer.noise import cuda
 
 
-def compile(kernel, given):
-    constants = {name: value for name, value in given.items() if not isinstance(value, str)}
-    signature = {name: "constexpr" if name in constants else value for name, value in given.items()}
+def compile(kernel, **constants):
     for capability in (80, 90):
-        triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+        source = ASTSource(kernel, {"table": "*i64"} | dict.fromkeys(constants, "constexpr"), constants)
+        yield triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
 
-# What the launcher makes of a tensor's dtype, of None, of large numbers and of the number 1
-for source, target, start, members in [
-    ("*fp32", "*bf16", "i32", "i32"),
-    ("*bf16", "*bf16", "i64", 1),
-    ("*fp16", "*fp16", 1, "i32"),
-    (None, "*fp32", "i32", 1),
-]:
+def widest(ptx):
+    return max(int(width or 1) for width in re.findall(r"st\\.global(?:\\.v(\\d))?\\.b\\d", ptx))
+
+
+single, half = tl.float32, tl.bfloat16
+for source, target in [(single, half), (half, half), (tl.float16, tl.float16), (None, single)]:
     for stochastic in (False, True):
-        given = {"source": source, "target": target, "size": "i32", "start": start, "keys": "*u64"}
-        compile(cuda.add_kernel, given | {"coefficients": "*fp32", "members": members, "stochastic": stochastic})
-        given |= {"left": "*fp32", "right": "*fp32", "rows": start, "columns": "i32", "terms": members, "first": start}
-        for width in (1, 128):
-            tile = {"stochastic": stochastic, "height": 4096 // width, "width": width}
-            compile(cuda.product_kernel, given | tile)
+        for aligned in (False, True):
+            shared = {"source_type": source, "target_type": target, "stochastic": stochastic, "aligned": aligned}
+            for jobs in (1, 512):
+                for ptx in compile(cuda.add_kernel, jobs=jobs, **shared):
+                    assert (widest(ptx) > 1) == aligned, (shared, jobs)
+                for width in (1, 128):
+                    tile = {"height": 4096 // width, "width": width}
+                    for ptx in compile(cuda.product_kernel, jobs=jobs, **shared, **tile):
+                        assert width == 1 or (widest(ptx) > 1) == aligned, (shared, jobs)
 """
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ...choices import PerturbationName
 from .gaussian import Gaussian
 from .low_rank import LowRank
-from .sums import Factors, GaussianSum, LowRankSum, PrecomputedSum, StridedSum, Sum
+from .sums import Factors, GaussianSum, LowRankSum, PrecomputedSum, StridedSum, Sum, Write, add_each
 
 
 # By `perturbation`, given the rank
@@ -21,4 +21,6 @@ __all__ = [
     "PrecomputedSum",
     "StridedSum",
     "Sum",
+    "Write",
+    "add_each",
 ]

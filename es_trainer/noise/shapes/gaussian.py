@@ -22,7 +22,18 @@ class Gaussian:
         device: torch.device,
     ) -> GaussianSum | LowRankSum:
         """The sum `sum_k coefficients[k] * perturbation(seeds[k])` of the parameter `name` of that shape."""
-        return GaussianSum(name, seeds, coefficients)
+        (combined,) = self.combine_each([(name, shape)], seeds, coefficients, device)
+        return combined
+
+    def combine_each(
+        self,
+        parameters: Sequence[tuple[str, Sequence[int]]],
+        seeds: Sequence[int],
+        coefficients: Sequence[float],
+        device: torch.device,
+    ) -> list[GaussianSum | LowRankSum]:
+        """The same for several parameters, given their names and shapes."""
+        return [GaussianSum(name, seeds, coefficients) for name, _ in parameters]
 
     def factors(
         self,

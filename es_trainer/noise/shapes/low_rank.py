@@ -1,5 +1,6 @@
 """Low-rank noise."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,12 +29,11 @@ class LowRank(Gaussian):
     def __init__(self, rank: int = 1):
         self.rank = rank
 
-    def combine(self, name, shape, seeds, coefficients, device):
-        if not self.factored(shape):
-            return GaussianSum(name, seeds, coefficients)
-        left, right = self._draw(name, shape, seeds, coefficients, device)
-        left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
-        return LowRankSum(left.contiguous(), right.contiguous())
+    def combine_each(self, parameters, seeds, coefficients, device):
+        matrices = {name: shape for name, shape in parameters if self.factored(shape)}
+        drawn = self._draw(matrices, seeds, coefficients, device)
+        sums = dict(zip(matrices, itertools.starmap(_as_product, drawn), strict=True))
+        return [sums.get(name, GaussianSum(name, seeds, coefficients)) for name, _ in parameters]
 
     def factors(self, name, shape, seeds, coefficients, device, dtype):
         if not self.factored(shape):
@@ -41,7 +41,7 @@ class LowRank(Gaussian):
         # Each factor gets the root of the coefficient: with all of it, those of float16 would lose bits below 6e-5
         roots = [math.sqrt(abs(coefficient)) for coefficient in coefficients]
         signed = [math.copysign(root, coefficient) for root, coefficient in zip(roots, coefficients, strict=True)]
-        left, right = self._draw(name, shape, seeds, signed, device)
+        ((left, right),) = self._draw({name: shape}, seeds, signed, device)
         right = right * torch.tensor(roots, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
         return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
 
@@ -56,18 +56,34 @@ class LowRank(Gaussian):
 
     def _draw(
         self,
-        name: str,
-        shape: Sequence[int],
+        shapes: dict[str, Sequence[int]],
         seeds: Sequence[int],
         coefficients: Sequence[float],
         device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`coefficient * A / sqrt(rank)` and B of each seed, of shape (seeds, matrices, rows or columns, rank)."""
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        `coefficient * A / sqrt(rank)` and B of each parameter and seed, of shape (seeds, matrices, rows or columns,
+        rank). The number of operations does not depend on that of the parameters.
+        """
+        sizes = [(len(seeds), self.numbers(shape)) for shape in shapes.values()]
+        normals = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
+        noise.fill_each(normals, list(shapes), seeds)
+        factors = [self._split(own, shape) for own, shape in zip(normals, shapes.values(), strict=True)]
+        if factors:
+            left = [a for a, _ in factors]
+            torch._foreach_div_(left, math.sqrt(self.rank))
+            factor = torch.tensor(coefficients, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
+            torch._foreach_mul_(left, [factor] * len(left))
+        return factors
+
+    def _split(self, normals: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         *matrices, rows, columns = shape
         count = math.prod(matrices)
-        normals = torch.empty(len(seeds), self.numbers(shape), dtype=torch.float32, device=device)
-        noise.fill_each(normals, name, seeds)
         a, b = normals.split([count * rows * self.rank, count * columns * self.rank], dim=1)
-        a = a.view(-1, count, rows, self.rank) / math.sqrt(self.rank)
-        a *= torch.tensor(coefficients, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
-        return a, b.view(-1, count, columns, self.rank)
+        return a.view(-1, count, rows, self.rank), b.view(-1, count, columns, self.rank)
+
+
+def _as_product(left: torch.Tensor, right: torch.Tensor) -> LowRankSum:
+    """The sum over all seeds."""
+    left, right = left.permute(1, 2, 0, 3).flatten(2), right.permute(1, 0, 3, 2).flatten(1, 2)
+    return LowRankSum(left.contiguous(), right.contiguous())

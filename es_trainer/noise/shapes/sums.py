@@ -2,11 +2,36 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from .. import noise
+from ..jobs import Addition, Product
+
+
+class Write(NamedTuple):
+    """
+    `target = source + sum`.
+
+    Args:
+        sum ([`Sum`]):
+            What to add.
+        source (`torch.Tensor` or `None`), target (`torch.Tensor`), start (`int`), rounding (`int`, *optional*):
+            See [`Addition`].
+    """
+
+    sum: "Sum"
+    source: torch.Tensor | None
+    target: torch.Tensor
+    start: int = 0
+    rounding: int | None = None
+
+
+def add_each(writes: Sequence[Write]) -> None:
+    """Write several tensors. On a GPU, sums of a kind are written together."""
+    for kind in {type(write.sum): None for write in writes}:
+        kind.add_each([write for write in writes if type(write.sum) is kind])
 
 
 class GaussianSum:
@@ -22,6 +47,16 @@ class GaussianSum:
     ) -> None:
         """Write `target = source + sum`; see [`noise.add`]."""
         noise.add(source, target, self.name, self.seeds, self.coefficients, start, rounding)
+
+    @staticmethod
+    def add_each(writes: Sequence[Write]) -> None:
+        """Write several tensors; see [`noise.add_each`]."""
+        noise.add_each(
+            [
+                Addition(source, target, noise.stream(own.name), own.seeds, own.coefficients, start, rounding)
+                for own, source, target, start, rounding in writes
+            ]
+        )
 
 
 class LowRankSum:
@@ -44,21 +79,17 @@ class LowRankSum:
     ) -> None:
         """Write `target = source + sum`, where the flat `target` begins at index `start` of the parameter; see
         [`noise.add`]. On every device, a value is one chain of additions, whatever slice is asked for."""
-        if target.numel() == 0:
-            return
-        if target.device.type == "cuda":
-            from .. import cuda
+        self.add_each([Write(self, source, target, start, rounding)])
 
-            cuda.add_product(source, target, start, self.left, self.right, rounding)
-            return
-        from .. import cpu
-
-        left, right = self.left.flatten(0, 1).numpy(), self.right.numpy()
-
-        def kernel(values: np.ndarray, out: np.ndarray, low: int) -> None:
-            cpu.add_product(values, out, start + low, left, right)
-
-        noise.on_cpu(kernel, source, target, start, rounding)
+    @staticmethod
+    def add_each(writes: Sequence[Write]) -> None:
+        """Write several tensors; see [`noise.add_products`]."""
+        noise.add_products(
+            [
+                Product(source, target, own.left, own.right, start, rounding)
+                for own, source, target, start, rounding in writes
+            ]
+        )
 
 
 class StridedSum:
@@ -105,6 +136,12 @@ class StridedSum:
                 self._add_periods(values, target[low:high], start + low, rounding, longest // self.period)
 
         noise.for_pieces(piece, target.numel(), target.device)
+
+    @staticmethod
+    def add_each(writes: Sequence[Write]) -> None:
+        """Write several tensors, one after another."""
+        for own, *where in writes:
+            own.add(*where)
 
     def _add_slices(self, source: torch.Tensor | None, target: torch.Tensor, start: int, rounding: int | None) -> None:
         done = 0
