@@ -400,8 +400,7 @@ class PopulationBatch:
 
         hook = self._base().register_forward_pre_hook(count_tokens, with_kwargs=True)
         try:
-            for shard in self.weights.shards:
-                values = self.weights.of_members(shard, members, sigma)
+            for shard, values in self.weights.all_of_members(members, sigma):
                 parameter = MemberParameter.make(shard.name, shard.parameter.data, values, rows)
                 rows.parameters.append(parameter)
                 for _, module, attribute in self.owners[id(shard.parameter)]:

@@ -19,6 +19,7 @@ from ..weights.distributed_checkpoint import Slice, StateDicts, load
 from ..weights.layouts import EngineWeights
 from ..weights.part import Part
 from ..weights.pinned import PinnedMemory
+from ..weights.scalars import to_host
 from ..weights.shard import Shard
 from ..weights.store import Weights
 from .fitness import utilities
@@ -316,7 +317,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.restore()
         self.update_norm = 0.0
         if seeds:
-            self.update_norm = math.sqrt(math.fsum(self._update(seeds, coefficients)))
+            norms = to_host(self._update(seeds, coefficients))
+            self.update_norm = math.sqrt(math.fsum(norm**2 for norm in norms))
             self.moves += 1
         self.updates += 1
         self.update_record = None
@@ -353,10 +355,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
         factors = {seed: factor for seed, factor in self.update_record.coefficients().items() if factor != 0.0}
         return list(factors), list(factors.values())
 
-    def _update(self, seeds: list[int], coefficients: list[float], keep: bool = True) -> list[float]:
-        """Update all weights, or only the working ones; returns the squared norms of the pieces' updates."""
+    def _update(self, seeds: list[int], coefficients: list[float], keep: bool = True) -> list[torch.Tensor]:
+        """Update all weights, or only the working ones; returns the norms of the pieces' updates."""
         shards = {shard.parameter: shard for shard in self.weights.shards}
-        squares = []
+        norms = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
@@ -364,12 +366,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
                     update = functools.partial(self._update_piece, shard, g, group, keep, start)
                     pieces = noise.for_pieces(update, stop - start, shard.working.device)
                     if not shard.part.replica:
-                        squares += pieces
-        return squares
+                        norms += pieces
+        return norms
 
     def _update_piece(
         self, shard: Shard, g: Sum, group: dict[str, Any], keep: bool, offset: int, low: int, high: int
-    ) -> float:
+    ) -> torch.Tensor:
         lr = group["lr"] * self.step_scale
         low, high = offset + low, offset + high
         piece = slice(low, high)
@@ -397,7 +399,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             _write_back(shard.trained[piece], weights)
             for key, average in zip(self._rule.averages, averages, strict=True):
                 _write_back(state[key][piece], average)
-        return float(torch.linalg.vector_norm(delta)) ** 2
+        return torch.linalg.vector_norm(delta)
 
     def distance_from_start(self) -> float:
         """
@@ -407,22 +409,22 @@ class EvolutionStrategy(torch.optim.Optimizer):
         over the weights, so the error is about 0.1 %. Of partitioned parameters, it is the distance of this process's
         parts.
         """
-        squares = []
-        for shard in self.weights.shards:
-            start = self.state[shard.parameter]["start"].float()
-            if start.numel() and not shard.part.replica:
-                square = float(torch.linalg.vector_norm(self._sample(shard).float() - start)) ** 2
-                squares.append(square * shard.part.numel / start.numel())
-        return math.sqrt(math.fsum(squares))
+        return self._norm_by_samples(lambda shard, sample: sample - self.state[shard.parameter]["start"].float())
 
     def weight_norm(self) -> float:
         """Euclidean norm of the weights, measured like the distance."""
-        squares = []
-        for shard in self.weights.shards:
-            sample = self._sample(shard).float()
-            if sample.numel() and not shard.part.replica:
-                square = float(torch.linalg.vector_norm(sample)) ** 2
-                squares.append(square * shard.part.numel / sample.numel())
+        return self._norm_by_samples(lambda shard, sample: sample)
+
+    def _norm_by_samples(self, vector: Callable[[Shard, torch.Tensor], torch.Tensor]) -> float:
+        """Norm of what a function makes of each shard's sample, scaled up to all weights."""
+        sampled = [
+            (shard.part.numel, vector(shard, self._sample(shard).float()))
+            for shard in self.weights.shards
+            if not shard.part.replica
+        ]
+        sampled = [(numel, values) for numel, values in sampled if values.numel()]
+        norms = to_host([torch.linalg.vector_norm(values) for _, values in sampled])
+        squares = [norm**2 * numel / len(values) for norm, (numel, values) in zip(norms, sampled, strict=True)]
         return math.sqrt(math.fsum(squares))
 
     # ---- state ----

@@ -93,10 +93,9 @@ def scratch(size: int, device: torch.device) -> torch.Tensor:
     """A float32 tensor whose contents last until the next call from the same thread."""
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.float32, device=device)
-    try:
-        buffer = _scratch.buffer
-    except AttributeError:
-        buffer = _scratch.buffer = torch.empty(CPU_PIECE, dtype=torch.float32, device="cpu")
+    buffer = vars(_scratch).get("buffer")
+    if buffer is None or len(buffer) < size:
+        buffer = _scratch.buffer = torch.empty(max(size, CPU_PIECE), dtype=torch.float32, device="cpu")
     return buffer[:size]
 
 
@@ -170,15 +169,18 @@ def add_products(jobs: Sequence[Product]) -> None:
 
 def _by_device(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     """The jobs on CPU and on GPUs that have anything to do: a process's part of a small parameter may be empty."""
-    found: dict[str, list[Job]] = {"cpu": [], "cuda": []}
+    on_cpu: list[Job] = []
+    on_gpu: list[Job] = []
     for job in jobs:
-        if job.target.device.type not in found:
-            raise ValueError(
-                f"Weights are on device {job.target.device}, but noise can be made on 'cpu' and 'cuda' only."
-            )
         if job.target.numel():
-            found[job.target.device.type].append(job)
-    return found["cpu"], found["cuda"]
+            (on_gpu if _is_on_gpu(job.target) else on_cpu).append(job)
+    return on_cpu, on_gpu
+
+
+def _is_on_gpu(target: torch.Tensor) -> bool:
+    if target.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Weights are on device {target.device}, but noise can be made on 'cpu' and 'cuda' only.")
+    return target.device.type == "cuda"
 
 
 def fill(target: torch.Tensor, name: str, seed: int, start: int = 0) -> torch.Tensor:
@@ -194,13 +196,13 @@ def fill_each(targets: Sequence[torch.Tensor], names: Sequence[str], seeds: Sequ
     """
     on_gpu = []
     for target, name in zip(targets, names, strict=True):
-        if target.device.type == "cpu":
+        if _is_on_gpu(target):
+            rows = zip(target, seeds, strict=True)
+            on_gpu += [Addition(None, row, stream(name), [seed], [1.0]) for row, seed in rows]
+        else:
             from . import cpu
 
             cpu.fill_each(target.numpy(), np.uint64(stream(name)), np.array(seeds, dtype=np.uint64))
-        else:
-            rows = zip(target, seeds, strict=True)
-            on_gpu += [Addition(None, row, stream(name), [seed], [1.0]) for row, seed in rows]
     add_each(on_gpu)
 
 

@@ -1,6 +1,7 @@
 """The weights that are trained, into which one member at a time is written."""
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from .member import Member
 from .part import Part
 from .pinned import PinnedMemory
 from .rounding import write_rounded
+from .scalars import to_host
 from .shard import Shard
 
 
@@ -119,7 +121,11 @@ class Weights:
             self._in_place.add(self.shards, lambda shard: self._perturbation(shard, member.seed, sigma * member.sign))
         else:
             for shards in self._batches():
-                self._write(shards, [shard.working for shard in shards], member.seed, sigma * member.sign)
+                sums = self._weighted_sum_of_each(shards, [member.seed], [sigma * member.sign])
+                write_rounded(
+                    (shard, shard.working, own, self._rounding(shard, member.seed))
+                    for shard, own in zip(shards, sums, strict=True)
+                )
 
     def restore(self) -> None:
         """Make the working weights the unperturbed ones: bit-identical with a master, up to rounding without."""
@@ -140,25 +146,24 @@ class Weights:
             if shard.master is not None:
                 shard.working.copy_(shard.master)
 
-    def _batches(self) -> Iterator[list[Shard]]:
+    def _batches(self, members: int = 1) -> Iterator[list[Shard]]:
         """Shards whose perturbations are drawn together: on one device, and with memory for the factors."""
         batch: list[Shard] = []
         drawn = 0
         for shard in self.shards:
-            numbers = self.perturbation.numbers(shard.shape) if self.perturbation.factored(shard.shape) else 0
+            factored = self.perturbation.factored(shard.shape)
+            numbers = members * self.perturbation.numbers(shard.shape) if factored else 0
             if batch and (drawn + numbers > MOST_FACTORS or shard.working.device != batch[0].working.device):
                 yield batch
                 batch, drawn = [], 0
             batch.append(shard)
             drawn += numbers
-        yield batch
+        if batch:
+            yield batch
 
-    def _write(self, shards: list[Shard], targets: list[torch.Tensor], seed: int, coefficient: float) -> None:
-        """Write one perturbation of shards into flat tensors on the device of the working weights."""
-        sums = self._weighted_sum_of_each(shards, [seed], [coefficient])
+    def _rounding(self, shard: Shard, seed: int) -> int | None:
         # Without a master, the same rounding has to take a perturbation back, which to nearest does up to the last bit
-        keys = [None if self.drifts else noise.rounding_key(seed, shard.name) for shard in shards]
-        write_rounded(zip(shards, targets, sums, keys, strict=True))
+        return None if self.drifts else noise.rounding_key(seed, shard.name)
 
     def _perturbation(self, shard: Shard, seed: int, coefficient: float) -> Sum:
         return self.weighted_sum(shard, [seed], [coefficient])
@@ -225,21 +230,38 @@ class Weights:
             [`Factors`] to add to the working weights if the perturbation has them, or else a tensor of shape
             `(members, *parameter shape)`.
         """
-        working = shard.working
+        (values,) = self._of_members([shard], members, sigma, dtype)
+        return values
+
+    def all_of_members(
+        self, members: Sequence[Member], sigma: float
+    ) -> Iterator[tuple[Shard, Factors | torch.Tensor]]:
+        """The same for all parameters, one after another. On a GPU, what many of them need is drawn in one launch."""
+        for shards in self._batches(len(members)):
+            yield from zip(shards, self._of_members(shards, members, sigma), strict=True)
+
+    def _of_members(
+        self, shards: list[Shard], members: Sequence[Member], sigma: float, dtype: torch.dtype | None = None
+    ) -> list[Factors | torch.Tensor]:
         seeds, coefficients = [m.seed for m in members], [sigma * m.sign for m in members]
-        factors = self.perturbation.factors(
-            shard.name, shard.shape, seeds, coefficients, working.device, dtype or working.dtype
-        )
-        if factors is not None:
-            return factors
-        dtype = dtype or _dtype_of_values(shard)
-        values = torch.empty(len(members), working.numel(), dtype=dtype, device=working.device)
-        for row, member in zip(values, members, strict=True):
-            if member.is_center:
-                row.copy_(working)
-            else:
-                self._write([shard], [row], member.seed, sigma * member.sign)
-        return values.view(len(members), *shard.shape)
+        parameters = [(shard.name, shard.shape) for shard in shards]
+        factors = self.perturbation.factors_each(parameters, seeds, coefficients, shards[0].working.device)
+        found: list[Factors | torch.Tensor] = []
+        writes: list[tuple[Shard, torch.Tensor, Sum, int | None]] = []
+        for shard, own in zip(shards, factors, strict=True):
+            if own is not None:
+                found.append(own.to(dtype or shard.working.dtype))
+                continue
+            values = shard.working.new_empty(len(members), shard.part.numel, dtype=dtype or _dtype_of_values(shard))
+            found.append(values.view(len(members), *shard.shape))
+            for row, member in zip(values, members, strict=True):
+                if member.is_center:
+                    row.copy_(shard.working)
+                else:
+                    key = self._rounding(shard, member.seed)
+                    writes.append((shard, row, self._perturbation(shard, member.seed, sigma * member.sign), key))
+        write_rounded(writes)
+        return found
 
     def member_bytes(self) -> int:
         """Memory that `of_members` needs for each member."""
@@ -300,11 +322,14 @@ class Weights:
 
     def not_finite(self) -> str | None:
         """The name of a parameter that has NaN or infinity among its weights here, or `None`."""
-        for shard in self.shards:
-            for weights in {id(tensor): tensor for tensor in (shard.working, shard.trained)}.values():
-                if weights.numel() and not torch.linalg.vector_norm(weights, float("inf")).isfinite():
-                    return shard.name
-        return None
+        found = [
+            (shard.name, torch.linalg.vector_norm(weights, float("inf")))
+            for shard in self.shards
+            for weights in {id(tensor): tensor for tensor in (shard.working, shard.trained)}.values()
+            if weights.numel()
+        ]
+        largest = to_host([norm for _, norm in found])
+        return next((name for (name, _), norm in zip(found, largest, strict=True) if not math.isfinite(norm)), None)
 
     def check(self, model: nn.Module) -> None:
         """

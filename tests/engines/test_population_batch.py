@@ -209,14 +209,15 @@ def test_the_model_is_left_as_it_was_when_members_cannot_be_made(monkeypatch):
     model = make(CONFIGS["llama"])
     batch = batch_of(model, LowRank(1))
     before = snapshot(model)
-    of_members = batch.weights.of_members
+    all_of_members = batch.weights.all_of_members
 
-    def fail_at_the_last(shard, members, sigma):
-        if shard is batch.weights.shards[-1]:
-            raise MemoryError
-        return of_members(shard, members, sigma)
+    def fail_at_the_last(members, sigma):
+        for shard, values in all_of_members(members, sigma):
+            if shard is batch.weights.shards[-1]:
+                raise MemoryError
+            yield shard, values
 
-    monkeypatch.setattr(batch.weights, "of_members", fail_at_the_last)
+    monkeypatch.setattr(batch.weights, "all_of_members", fail_at_the_last)
     with pytest.raises(MemoryError), batch.install(MEMBERS, SIGMA):
         pass
     assert snapshot(model) == before

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.evolution import optimizer as optimizer_module
@@ -314,6 +315,27 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_master():
             strategy.step()
     assert not torch.equal(with_master["norm.weight"].data, parameters["norm.weight"].data)
     assert torch.equal(without["norm.weight"].data, parameters["norm.weight"].data)
+
+
+def test_no_number_of_a_step_is_waited_for_alone():
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    _, optimizer = make()
+    population = optimizer.ask()
+    with Waits() as waits:
+        for member in population:
+            optimizer.perturb(member)
+        optimizer.tell(population, list(range(len(population))))
+        optimizer.step()
+        optimizer.distance_from_start(), optimizer.weight_norm(), optimizer.weights.not_finite()
+        assert waits.count == 0
+        float(torch.ones(()))  # of which a GPU would be waited for
+        assert waits.count == 1
 
 
 def test_equal_fitness_moves_nothing_but_counts_as_a_step():

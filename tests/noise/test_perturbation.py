@@ -166,11 +166,16 @@ def test_the_target_may_be_the_source(monkeypatch, dtype):
 # ---- factors ----
 
 
+def factors_of(noises: Gaussian, name: str, shape: tuple[int, ...], seeds: list[int], coefficients: list[float]):
+    (factors,) = noises.factors_each([(name, shape)], seeds, coefficients, CPU)
+    return factors
+
+
 @ranks
 @pytest.mark.parametrize("shape", [(40, 70), (3, 30, 20)])
 def test_factors_are_the_members_perturbations(rank, shape):
     seeds, coefficients = [7, 7, 9], [0.1, -0.1, 0.02]
-    factors = LowRank(rank).factors("weight", shape, seeds, coefficients, CPU, torch.float32)
+    factors = factors_of(LowRank(rank), "weight", shape, seeds, coefficients)
     for m, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
         product = (factors.left[m].mT @ factors.right[m]).view(shape)
         assert_near(product, combined(LowRank(rank), "weight", shape, [seed], [coefficient]))
@@ -178,15 +183,16 @@ def test_factors_are_the_members_perturbations(rank, shape):
 
 
 def test_factors_have_the_dtype_of_the_weights():
-    exact = LowRank(2).factors("weight", (40, 70), [1], [0.1], CPU, torch.float32)
-    rounded = LowRank(2).factors("weight", (40, 70), [1], [0.1], CPU, torch.bfloat16)
+    exact = factors_of(LowRank(2), "weight", (40, 70), [1], [0.1])
+    _, optimizer = make(parameters=make_parameters(torch.bfloat16, {"weight": (40, 70)}))
+    rounded = optimizer.weights.of_members(optimizer.weights.shards[0], [Member(1)], 0.1)
     assert torch.equal(rounded.left, exact.left.bfloat16()) and torch.equal(rounded.right, exact.right.bfloat16())
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 1e-6, 1e-8])
 def test_a_tiny_sigma_leaves_factors_of_float16_their_precision(sigma):
     for sign in (1, -1):
-        factors = LowRank(2).factors("weight", (400, 700), [1], [sign * sigma], CPU, torch.float16)
+        factors = factors_of(LowRank(2), "weight", (400, 700), [1], [sign * sigma]).to(torch.float16)
         product = factors.left[0].double().mT @ factors.right[0].double()
         expected = sign * sigma * dense(2, "weight", (400, 700), 1).double()
         # Each entry is rounded by 2**-12 of itself on average, and two of them make a term
@@ -194,8 +200,8 @@ def test_a_tiny_sigma_leaves_factors_of_float16_their_precision(sigma):
 
 
 def test_full_noise_has_no_factors():
-    assert Gaussian().factors("weight", (40, 70), [1], [0.1], CPU, torch.float32) is None
-    assert LowRank(2).factors("norm.weight", (33,), [1], [0.1], CPU, torch.float32) is None
+    assert factors_of(Gaussian(), "weight", (40, 70), [1], [0.1]) is None
+    assert factors_of(LowRank(2), "norm.weight", (33,), [1], [0.1]) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

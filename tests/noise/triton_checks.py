@@ -3,15 +3,19 @@
 On CPU tensors if Triton's interpreter is on, else on CUDA tensors.
 """
 
+import functools
 import math
 import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.noise import cuda, noise
 from es_trainer.noise.jobs import Addition, Product
-from es_trainer.noise.shapes import LowRankSum
+from es_trainer.noise.shapes import Gaussian, LowRank, LowRankSum
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -193,3 +197,77 @@ def test_product_in_place_and_nothing_outside():
     cuda.add_products([Product(part, part, left.to(DEVICE), right.to(DEVICE), 1000)])
     assert torch.equal(part.cpu(), expected)
     assert torch.equal(whole[:1000], before[:1000]) and torch.equal(whole[9000:], before[9000:])
+
+
+# ---- many tensors at once ----
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would be given to do: operations of torch that are more than another view, and launches."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.launched = []
+        monkeypatch.setattr(noise, "_is_on_gpu", lambda target: True)
+        for kernel in ("add_kernel", "product_kernel"):
+            monkeypatch.setattr(cuda, kernel, self._counted(getattr(cuda, kernel), kernel))
+
+    def _counted(self, kernel, name):
+        class Counted:
+            def __getitem__(_, grid):
+                return functools.partial(self._launch, name, kernel[grid])
+
+        return Counted()
+
+    def _launch(self, name, launch, *args, **options):
+        self.launched.append(name)
+        with _disable_current_modes():  # the interpreter's own
+            launch(*args, **options)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.name() and not function.name().startswith("aten::detach"):
+            self.launched.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def strategy(shape, layers) -> EvolutionStrategy:
+    """Over all tensors of a Qwen2.5 model with so many layers, but small ones."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "vocab_size": 80, "tie_word_embeddings": False},
+    )
+    parameters = list(Qwen2ForCausalLM(config).named_parameters())
+    return EvolutionStrategy(parameters, perturbation=shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches of the interpreter")
+@pytest.mark.parametrize("shape", [Gaussian(), LowRank(1)], ids=["gaussian", "low_rank"])
+def test_a_member_of_a_7b_model_takes_few_launches(monkeypatch, shape):
+    expected, found = strategy(shape, layers=28), strategy(shape, layers=28)
+    assert len(found.weights.shards) == 339
+    expected.perturb(Member(5))
+    with Operations(monkeypatch) as operations:
+        found.perturb(Member(5))
+    assert len(operations.launched) <= 8, operations.launched
+    for shard, other in zip(found.weights.shards, expected.weights.shards, strict=True):
+        # Another rounding of a sum may make another one of the rounding at random, in few of the values
+        assert (shard.working == other.working).float().mean() > 0.98, shard.name
+        torch.testing.assert_close(shard.working, other.working, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches of the interpreter")
+def test_all_factors_of_a_population_are_drawn_in_one_launch(monkeypatch):
+    members = [Member(5), Member(6, -1), Member(7)]
+    expected, weights = strategy(LowRank(1), 2).weights, strategy(LowRank(1), 2).weights
+    with Operations(monkeypatch) as operations:
+        found = list(weights.all_of_members(members, 0.1))
+    of_factors, of_vectors = (name for name in operations.launched if name.endswith("_kernel"))
+    assert of_factors == of_vectors == "add_kernel"
+    for (_, values), shard in zip(found, expected.shards, strict=True):
+        other = expected.of_members(shard, members, 0.1)
+        if isinstance(values, torch.Tensor):
+            torch.testing.assert_close(values, other, rtol=0, atol=2e-6)
+        else:
+            torch.testing.assert_close(values.left, other.left, rtol=2**-7, atol=1e-6)
+            torch.testing.assert_close(values.right, other.right, rtol=2**-7, atol=1e-6)

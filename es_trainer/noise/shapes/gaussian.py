@@ -35,17 +35,18 @@ class Gaussian:
         """The same for several parameters, given their names and shapes."""
         return [GaussianSum(name, seeds, coefficients) for name, _ in parameters]
 
-    def factors(
+    def factors_each(
         self,
-        name: str,
-        shape: Sequence[int],
+        parameters: Sequence[tuple[str, Sequence[int]]],
         seeds: Sequence[int],
         coefficients: Sequence[float],
         device: torch.device,
-        dtype: torch.dtype,
-    ) -> Factors | None:
-        """The perturbations `coefficients[k] * perturbation(seeds[k])` as factors, or `None` if they have none."""
-        return None
+    ) -> list[Factors | None]:
+        """
+        The perturbations `coefficients[k] * perturbation(seeds[k])` of several parameters, given their names and
+        shapes, as float32 factors, or `None` where they have none.
+        """
+        return [None for _ in parameters]
 
     def factored(self, shape: Sequence[int]) -> bool:
         """Whether perturbations of a parameter have factors."""

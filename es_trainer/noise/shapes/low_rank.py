@@ -35,15 +35,17 @@ class LowRank(Gaussian):
         sums = dict(zip(matrices, itertools.starmap(_as_product, drawn), strict=True))
         return [sums.get(name, GaussianSum(name, seeds, coefficients)) for name, _ in parameters]
 
-    def factors(self, name, shape, seeds, coefficients, device, dtype):
-        if not self.factored(shape):
-            return None
+    def factors_each(self, parameters, seeds, coefficients, device):
         # Each factor gets the root of the coefficient: with all of it, those of float16 would lose bits below 6e-5
         roots = [math.sqrt(abs(coefficient)) for coefficient in coefficients]
         signed = [math.copysign(root, coefficient) for root, coefficient in zip(roots, coefficients, strict=True)]
-        ((left, right),) = self._draw({name: shape}, seeds, signed, device)
-        right = right * torch.tensor(roots, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
-        return Factors(left.mT.to(dtype).contiguous(), right.mT.to(dtype).contiguous())
+        matrices = {name: shape for name, shape in parameters if self.factored(shape)}
+        drawn = dict(zip(matrices, self._draw(matrices, seeds, signed, device), strict=True))
+        right = [of_seed for _, b in drawn.values() for of_seed in b]
+        if right:
+            torch._foreach_mul_(right, roots * len(drawn))
+        factors = {name: Factors(a.mT, b.mT) for name, (a, b) in drawn.items()}
+        return [factors.get(name) for name, _ in parameters]
 
     def factored(self, shape):
         return len(shape) >= 2
@@ -63,17 +65,16 @@ class LowRank(Gaussian):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
         `coefficient * A / sqrt(rank)` and B of each parameter and seed, of shape (seeds, matrices, rows or columns,
-        rank). The number of operations does not depend on that of the parameters.
+        rank). On a GPU, the number of launches hardly depends on how many parameters there are.
         """
         sizes = [(len(seeds), self.numbers(shape)) for shape in shapes.values()]
         normals = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
         noise.fill_each(normals, list(shapes), seeds)
         factors = [self._split(own, shape) for own, shape in zip(normals, shapes.values(), strict=True)]
-        if factors:
-            left = [a for a, _ in factors]
+        left = [of_seed for a, _ in factors for of_seed in a]
+        if left:
             torch._foreach_div_(left, math.sqrt(self.rank))
-            factor = torch.tensor(coefficients, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
-            torch._foreach_mul_(left, [factor] * len(left))
+            torch._foreach_mul_(left, [*coefficients] * len(factors))
         return factors
 
     def _split(self, normals: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

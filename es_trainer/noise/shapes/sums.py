@@ -208,3 +208,7 @@ class Factors:
 
     left: torch.Tensor
     right: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The same in another dtype."""
+        return Factors(self.left.to(dtype).contiguous(), self.right.to(dtype).contiguous())
