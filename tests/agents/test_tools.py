@@ -86,7 +86,7 @@ def test_a_turn_goes_on_from_the_tokens_before(calling):
     with run.backend.in_working_dtype():
         ids = answers.tokenize(run.engine, rows)
         completions, _, _ = answers.complete(
-            run.engine, Prompts(rows, ids, 1, seed=0), range(2), ["policy"], None, None
+            run.engine, [Prompts(rows, ids, 1, seed=0)], range(2), ["policy"], None, None
         )
     for question, prompt, completion in zip(QUESTIONS, ids, completions, strict=True):
         text = tokenizer.apply_chat_template(
