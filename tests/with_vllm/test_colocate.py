@@ -62,7 +62,7 @@ def test_pairs_answer_prompts_of_their_own(start, dataset, options):
         asked.append((prompts, completions))
         return letters(completions)
 
-    options = {**options, "unique_prompts": True, "antithetic": True, "evaluate_center": True, "max_steps": 2}
+    options = {**options, "unique_prompts": True, "antithetic": True, "max_steps": 2}
     options |= {"reward_funcs": reward, "shuffle_dataset": False, "population_size": 6, "num_prompts_per_step": 1}
     mine = start(**options)
     mine.train()
@@ -75,10 +75,9 @@ def test_pairs_answer_prompts_of_their_own(start, dataset, options):
         parameter.requires_grad = name not in frozen
     theirs = start(False, model=model, **{name: value for name, value in options.items() if name != "vllm_lora"})
     theirs.train()
-    of_step = [prompt for prompt in dataset["prompt"][:3] for _ in range(2)]
-    assert [prompt for (prompt,), _ in there[:7]] == [*of_step, of_step[0]]
+    assert [prompt for (prompt,), _ in there[:6]] == [prompt for prompt in dataset["prompt"][:3] for _ in range(2)]
     assert there == asked
-    for key in ("reward", "reward_std", "num_tokens", "reward/center", "sigma_cost"):
+    for key in ("reward", "reward_std", "num_tokens"):
         assert [log[key] for log in logs(mine)] == [log[key] for log in logs(theirs)], key
 
 
