@@ -54,7 +54,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[0.5, 1.0], help="times sigma")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[0.5], help="times sigma")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     logging.getLogger("es_trainer").setLevel(logging.ERROR)

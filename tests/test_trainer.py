@@ -1010,6 +1010,15 @@ def test_groups_are_as_large_as_memory_allows(trainer, memory, caplog, generatio
     assert "Memory does not suffice" not in caplog.text
 
 
+def test_groups_of_members_with_prompts_of_their_own_are_as_large(trainer, memory):
+    prompts = Dataset.from_dict({"prompt": [f"Say {number}" for number in range(8)]})
+    run = trainer(perturbation="low_rank", train_dataset=prompts, max_steps=1, unique_prompts=True)
+    memory(2 * run.optimizer.weights.member_bytes() + 2 * 2 * sequence_bytes(prompts) + 100)
+    sizes = group_sizes(run)
+    run.train()
+    assert sizes == [2] * 2
+
+
 def test_sequences_that_do_not_fit_at_once_are_generated_one_after_another(trainer, memory, caplog):
     prompts = Dataset.from_dict({"prompt": ["Say one", "Say two", "Say six"]})
     options = {"perturbation": "low_rank", "train_dataset": prompts, "num_prompts_per_step": 3, "max_steps": 2}
