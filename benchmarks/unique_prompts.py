@@ -2,8 +2,9 @@
 Members that answer prompts of their own: `python benchmarks/unique_prompts.py`, some minutes.
 
 Runs of as many completions: all members answer the same prompts, each pair its own, or each member its own; with some
-numbers of prompts and learning rates. Printed are medians over the seeds: the reward of held-out prompts at the end,
-`signal` over the steps, and the seconds of a step. The model is tiny.
+numbers of prompts and learning rates. Pairs have longer updates: with 0.35 sigma, those with prompts of their own are
+as long as those of members without pairs with 0.5 sigma. Printed are medians over the seeds: the reward of held-out
+prompts at the end, `signal` over the steps, and the seconds of a step. The model is tiny.
 """
 
 import argparse
@@ -54,7 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[0.5], help="times sigma")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[0.35, 0.5], help="times sigma")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     logging.getLogger("es_trainer").setLevel(logging.ERROR)
