@@ -57,6 +57,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/auto_step.py
 	$(BIN)/python benchmarks/reuse.py
+	$(BIN)/python benchmarks/unique_prompts.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
 

@@ -22,7 +22,7 @@ def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> Non
             f"`train_dataset` is a {type(train_dataset).__name__} with the splits {list(train_dataset)}: give one of "
             "them, for instance train_dataset=dataset['train']."
         )
-    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.largest_num_prompts)
+    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.largest_num_rows)
     for name, dataset in by_name(eval_dataset).items():
         check_eval_dataset(name, dataset, args)
     require(
@@ -75,8 +75,8 @@ def check_dataset(name: str, dataset: Any, args: ESConfig, batch_option: str, ba
             raise ValueError(f"`{name}` is empty: give at least one row.")
         if args.dataloader_drop_last and len(dataset) < batch_size:
             raise ValueError(
-                f"`{name}` has {len(dataset)} rows, fewer than `{batch_option}={batch_size}`, and with "
-                f"`dataloader_drop_last=True` they are all dropped. Lower `{batch_option}` or set "
+                f"`{name}` has {len(dataset)} rows, fewer than the {batch_size} of a batch (`{batch_option}`), and "
+                f"with `dataloader_drop_last=True` they are all dropped. Lower `{batch_option}` or set "
                 "dataloader_drop_last=False."
             )
         if dataset.format["type"] in TABLE_FORMATS:

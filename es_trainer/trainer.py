@@ -70,9 +70,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
     [Evolution Strategies at Scale: LLM Fine-Tuning Beyond Reinforcement
     Learning](https://huggingface.co/papers/2509.24372).
 
-    Each step draws a population of perturbations of the weights, lets every perturbed model answer the same prompts,
-    and moves the weights along the perturbations, weighted by how well they were rewarded. There are no gradients,
-    and nothing is differentiated: rewards may be anything that gives a number.
+    Each step draws a population of perturbations of the weights, lets every perturbed model answer the same prompts
+    (or prompts of its own), and moves the weights along the perturbations, weighted by how well they were rewarded.
+    There are no gradients, and nothing is differentiated: rewards may be anything that gives a number.
 
     Several processes share out the members of a population, each with all of the weights. Nothing but a few numbers
     for each member travels between them, and the result does not depend on how many they are. `args` chooses what
@@ -414,7 +414,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
-            return self._evaluate_and_tell(population, rows[: self.args.num_prompts_after(self.state.global_step)])
+            return self._evaluate_and_tell(population, rows[: self.args.num_rows_after(self.state.global_step)])
         # Before the run was interrupted
         tell_again(self.optimizer, done)
         self.auto_step.repeat([done])
@@ -453,7 +453,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         except FloatingPointError as error:
             raise self.recorder.divergence(str(error), self.state) from error
         self._report_members(len(population))
-        utilities = self.optimizer.tell(population, evaluation.compared)
+        utilities = self.optimizer.tell(population, evaluation.compared, evaluation.members_per_prompt)
         if self.args.auto_step and self.optimizer.updates % self.args.auto_step == 0 and utilities.any():
             self._choose_step_scale()
         self.completions.choose(utilities)

@@ -13,8 +13,7 @@ from ..engines import Engine
 from ..engines.decoding import Row
 from ..engines.sampling import derived_seed
 from ..fields import require
-from ..rollout import Completion
-from .results import Prompts
+from .results import Answer, Prompts
 from .rollout_func import RolloutFunc, call_rollout_func
 from .trainer_inputs import TrainerInputs
 
@@ -63,20 +62,20 @@ class Answers:
     def complete(
         self,
         engine: Engine,
-        prompts: Prompts,
+        asked: Sequence[Prompts],
         own: Sequence[int],
         models: Sequence[str],
         members: Any,
         batch_size: int | None,
-    ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
+    ) -> Answer:
         """
         Complete this process's share of the prompts.
 
         Args:
             engine ([`Engine`]):
                 Has the weights.
-            prompts ([`Prompts`]):
-                All prompts.
+            asked (`Sequence[Prompts]`):
+                All prompts of each member.
             own (`Sequence[int]`):
                 Which of them are this process's.
             models (`Sequence[str]`):
@@ -87,10 +86,12 @@ class Answers:
                 Most sequences generated at once.
 
         Returns:
-            `tuple`: The completions, the number of tokens of the prompts, and further columns of each completion.
+            `tuple`: The completions, the number of tokens of each one's prompt, and further columns of each.
         """
-        completions = engine.generate(prompts.ids, prompts.seed, prompts.number, members, batch_size, self.progress)
-        return completions, sum(len(prompts.ids[i]) for i in own) * prompts.number, [{}] * len(completions)
+        ids, seed, number = [prompts.ids for prompts in asked], asked[0].seed, asked[0].number
+        completions = engine.generate_each(ids, seed, number, members, batch_size, self.progress)
+        prompt_tokens = [len(of_member[i]) for of_member in ids for i in own for _ in range(number)]
+        return completions, prompt_tokens, [{}] * len(completions)
 
 
 class Generating(threading.local):
@@ -158,21 +159,21 @@ class RolloutFuncAnswers(Answers):
     def tokenize(self, engine, rows):
         return [[] for _ in rows]
 
-    def complete(self, engine, prompts, own, models, members, batch_size):
+    def complete(self, engine, asked, own, models, members, batch_size):
         engine.reset_prefix_cache()
-        asked = [prompts.rows[i]["prompt"] for i in own]
         now = self._generating
-        completions, columns, num_tokens = [], [], 0
+        completions, columns, prompt_tokens = [], [], []
         try:
-            for now.member in range(len(models)):
+            for now.member, prompts in enumerate(asked):
                 now.engine, now.members, now.seed, now.calls = engine, members, prompts.seed, 0
-                made, prompt_tokens, fields = call_rollout_func(self.rollout_func, asked, self.trainer, prompts.number)
+                mine = [prompts.rows[i]["prompt"] for i in own]
+                made, tokens, fields = call_rollout_func(self.rollout_func, mine, self.trainer, prompts.number)
                 completions += made
                 columns += fields
-                num_tokens += prompt_tokens
+                prompt_tokens += tokens
         finally:
             now.engine = now.members = None
-        return completions, num_tokens // len(models), columns
+        return completions, prompt_tokens, columns
 
     def generate(self, prompts: list[Any], num_generations: int) -> list[dict[str, Any]]:
         """

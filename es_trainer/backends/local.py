@@ -142,16 +142,17 @@ class Local(Backend):
         self, models: dict[int, str], prompts: Prompts, installed: Any, batch_size: int | None
     ) -> list[Result]:
         """
-        What the installed members, or the weights as they are, answer to this process's share of the prompts. `models`
-        has their numbers and names.
+        What the installed members, or the weights as they are, answer to this process's share of their prompts.
+        `models` has their numbers and names.
         """
         start = time.perf_counter()
-        own = self.engine.prompt_shard(len(prompts.rows))
-        answer = self.answers.complete(self.engine, prompts, own, list(models.values()), installed, batch_size)
+        asked = [prompts.of(number) for number in models]
+        own = self.engine.prompt_shard(len(asked[0].rows))
+        answer = self.answers.complete(self.engine, asked, own, list(models.values()), installed, batch_size)
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
         seconds = (time.perf_counter() - start) / len(models)
-        return results(list(models), own, prompts, answer, seconds, self.processes.rank)
+        return results(list(models), own, asked, answer, seconds, self.processes.rank)
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
         """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
@@ -160,7 +161,7 @@ class Local(Backend):
             return 1, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
-        rows = len(prompts.ids) * prompts.number
+        rows = len(prompts.of(0).ids) * prompts.number
         members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
         wanted = min(rows, batch_size or rows)
         if fitting == 0:

@@ -7,14 +7,13 @@ from transformers import Trainer
 
 from ..copies import own_copy
 from ..rollout import Completion
+from .results import Answer
 
 
 RolloutFunc = Callable[[list[Any], Trainer], dict[str, Any]]
 
 
-def call_rollout_func(
-    rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, num_generations: int
-) -> tuple[list[Completion], int, list[dict[str, Any]]]:
+def call_rollout_func(rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, num_generations: int) -> Answer:
     """
     Let a function generate the completions.
 
@@ -33,8 +32,8 @@ def call_rollout_func(
             Completions that there have to be for each prompt.
 
     Returns:
-        `tuple`: The completions, the number of tokens of all prompts, and what else the function returned about each
-        completion.
+        `tuple`: The completions, the number of tokens of each one's prompt, and what else the function returned about
+        each.
 
     Raises:
         `ValueError`: If the function does not return what it should.
@@ -67,7 +66,7 @@ def call_rollout_func(
         {key: None if values is None else values[row] for key, values in output.items()}
         for row in range(len(completions))
     ]
-    return completions, sum(map(len, prompt_ids)), fields
+    return completions, list(map(len, prompt_ids)), fields
 
 
 def _call(rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, numbers: set[int]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Servers(Backend):
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
         def answer(job: int, engine: VLLMServerEngine) -> tuple[range, Answer | None]:
-            return self._answer(engine, prompts, model_name(*members[job]))
+            number, member = members[job]
+            return self._answer(engine, prompts.of(number), model_name(number, member))
 
         evaluated = self.engine.evaluate([member for _, member in members], self.optimizer.sigma, answer)
         noise = []
@@ -95,7 +96,7 @@ class Servers(Backend):
                 noise.append((done.server, done.noise_seconds))
                 number, _ = members[done.job]
                 own, answered = done.result
-                yield results([number], own, prompts, answered, done.seconds, done.server), count
+                yield results([number], own, [prompts.of(number)], answered, done.seconds, done.server), count
         self.noise_seconds += side_by_side(noise)
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
@@ -103,10 +104,10 @@ class Servers(Backend):
         for done in self.engine.share_out(lambda engine: self._answer(engine, prompts, "policy")):
             own, answer = done.result
             if own:  # or there are fewer prompts than servers
-                found += results([number], own, prompts, answer, done.seconds, done.server)
+                found += results([number], own, [prompts], answer, done.seconds, done.server)
         return found
 
     def _answer(self, engine: VLLMServerEngine, prompts: Prompts, model: str) -> tuple[range, Answer | None]:
         """Which of the prompts a server completes, and how."""
         own, size = engine.prompt_shard(len(prompts.rows)), self.args.generation_batch_size
-        return own, self.answers.complete(engine, prompts, own, [model], None, size) if own else None
+        return own, self.answers.complete(engine, [prompts], own, [model], None, size) if own else None

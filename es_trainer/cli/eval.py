@@ -347,8 +347,8 @@ def _run_agent(
     answers.check(generator, "dataset", None)
     prompts = Prompts(rows, [[] for _ in rows], number, generator.config.seed)
     own, size = range(len(rows)), generator.config.generation_batch_size
-    answer = answers.complete(generator, prompts, own, ["policy"], None, size)
-    (result,) = results([0], own, prompts, answer, seconds=0.0, generated_by=generator.name)
+    answer = answers.complete(generator, [prompts], own, ["policy"], None, size)
+    (result,) = results([0], own, [prompts], answer, seconds=0.0, generated_by=generator.name)
     return result.completions, result.rows
 
 

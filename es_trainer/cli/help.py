@@ -23,7 +23,7 @@ GROUPS = {
         *("anchor_penalty", "anchor_weights", "evaluate_center", "auto_step", "auto_step_prompts"),
         *("perturbation", "perturbation_rank", "population_batch_size", "fitness_shaping", "es_optimizer"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "anchor_decay", "num_prompts_per_step"),
-        *("num_prompts_per_step_schedule",),
+        *("num_prompts_per_step_schedule", "unique_prompts"),
         *("max_steps", "num_train_epochs", "seed", "consistency_check_steps", "ds3_gather_for_generation"),
     ),
     "generation": (

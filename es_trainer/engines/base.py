@@ -1,6 +1,7 @@
 """What engines have in common: prompts to tokens, tokens to completions."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -176,14 +177,34 @@ class Engine:
         Raises:
             `FloatingPointError`: If logits are NaN.
         """
-        rows = self._rows(len(prompt_ids), num_generations, members)
-        return self.complete([prompt_ids[row.prompt] for row in rows], rows, seed, members, batch_size, progress)
+        of_members = [prompt_ids] * (1 if members is None else len(members))
+        return self.generate_each(of_members, seed, num_generations, members, batch_size, progress)
 
-    def _rows(self, num_prompts: int, num_generations: int, members: Any) -> list[Row]:
+    def generate_each(
+        self,
+        prompt_ids: Sequence[list[list[int]]],
+        seed: int,
+        num_generations: int = 1,
+        members: Any = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """
+        Complete prompts that each member has of its own; the rest is as with `generate`.
+
+        Args:
+            prompt_ids (`Sequence[list[list[int]]]`):
+                Tokens of the prompts of each member, or of the weights as they are. All have equally many prompts.
+        """
+        rows = self._rows(len(prompt_ids), len(prompt_ids[0]), num_generations)
+        ids = [prompt_ids[row.member][row.prompt] for row in rows]
+        return self.complete(ids, rows, seed, members, batch_size, progress)
+
+    def _rows(self, members: int, num_prompts: int, num_generations: int) -> list[Row]:
         """The completions to be made of this process's share of the prompts."""
         return [
             Row(member, prompt, number)
-            for member in range(1 if members is None else len(members))
+            for member in range(members)
             for prompt in self.prompt_shard(num_prompts)
             for number in range(num_generations)
         ]

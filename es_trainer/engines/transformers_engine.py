@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import is_peft_model
@@ -116,23 +117,24 @@ class TransformersEngine(Engine):
         rank, processes = self.lockstep or (0, 1)
         return range(rank, num_prompts, processes)
 
-    def generate(
+    def generate_each(
         self,
-        prompt_ids: list[list[int]],
+        prompt_ids: Sequence[list[list[int]]],
         seed: int,
         num_generations: int = 1,
         members: Rows | None = None,
         batch_size: int | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Complete the prompts; see [`Engine.generate`]."""
-        rows = self._rows(len(prompt_ids), num_generations, members)
+        """Complete prompts that each member has of its own; see [`Engine.generate_each`]."""
+        num_prompts = len(prompt_ids[0])
+        rows = self._rows(len(prompt_ids), num_prompts, num_generations)
         wanted = len(rows)
         if self.lockstep:
             # As many rows as the others, or they would wait for this process
-            most = -(-len(prompt_ids) // self.lockstep[1]) * num_generations
+            most = -(-num_prompts // self.lockstep[1]) * num_generations
             rows += [Row(0, 0, 0)] * (most - wanted)
-        ids = [prompt_ids[row.prompt] for row in rows]
+        ids = [prompt_ids[row.member][row.prompt] for row in rows]
         return self.complete(ids, rows, seed, members, batch_size, progress)[:wanted]
 
     def complete(

@@ -28,7 +28,7 @@ class GradientFreeTrainer(Trainer):
     """
     [`~transformers.Trainer`] for an optimizer that evaluates a model instead of differentiating it.
 
-    A step takes `num_prompts_per_step` rows, however many processes there are. There is no autocast, no gradient
+    A step takes as many rows as the config says, however many processes there are. There is no autocast, no gradient
     scaler, no `DataParallel` and no engine of DeepSpeed's around the model.
     """
 
@@ -69,8 +69,8 @@ class GradientFreeTrainer(Trainer):
         return scheduler
 
     def get_total_train_batch_size(self, args: ESConfig) -> int:
-        """Prompts of a step, however many processes there are."""
-        return args.largest_num_prompts
+        """Rows of a step, however many processes there are."""
+        return args.largest_num_rows
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
         """Not estimated: the Trainer's formula is for a training step with a backward pass."""

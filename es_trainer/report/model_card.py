@@ -31,6 +31,7 @@ SETTINGS = (
     "anchor_decay",
     "num_prompts_per_step",
     "num_prompts_per_step_schedule",
+    "unique_prompts",
     "num_generations",
     "max_completion_length",
     "temperature",

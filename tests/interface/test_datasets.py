@@ -281,7 +281,9 @@ def test_what_is_no_prompt(trainer, prompts, message):
 
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 2}])
 def test_fewer_rows_than_a_batch_that_must_be_full(trainer, dataset, length):
-    with pytest.raises(ValueError, match="`train_dataset` has 6 rows, fewer than `num_prompts_per_step=10`.*drop"):
+    with pytest.raises(
+        ValueError, match="`train_dataset` has 6 rows, fewer than the 10 of a batch .`num_prompts_per_step`.*drop"
+    ):
         trainer(
             model="no/such-model",
             num_prompts_per_step=10,
@@ -289,7 +291,9 @@ def test_fewer_rows_than_a_batch_that_must_be_full(trainer, dataset, length):
             dataloader_drop_last=True,
             **length,
         )
-    with pytest.raises(ValueError, match="`eval_dataset` has 6 rows, fewer than `per_device_eval_batch_size=7`"):
+    with pytest.raises(
+        ValueError, match="`eval_dataset` has 6 rows, fewer than the 7 of a batch .`per_device_eval_batch_size`"
+    ):
         trainer(model="no/such-model", per_device_eval_batch_size=7, dataloader_drop_last=True, **length)
 
 

@@ -149,6 +149,17 @@ def test_servers_share_out_members(servers, start, plain, tmp_path):
     assert all(parameter.is_meta for parameter in mine.model.parameters())
 
 
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_members_answer_prompts_of_their_own(servers, start, plain, tmp_path, antithetic):
+    options = {"unique_prompts": True, "antithetic": antithetic, "evaluate_center": True, "population_size": 6}
+    options |= {"num_prompts_per_step": 1, "shuffle_dataset": False}
+    mine, theirs = start(*servers, **options), plain(**options)
+    mine.train()
+    assert_alike(mine, theirs, tmp_path / "saved")
+    for key in ("num_tokens", "reward/center", "sigma_cost", "frac_reward_zero_std"):
+        assert [log.get(key) for log in logs(mine)] == [log.get(key) for log in logs(theirs)], key
+
+
 def test_a_resumed_run_is_replayed(servers, start, plain, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "es_optimizer": "adam"}
     whole, theirs = start(servers[0], **options), plain(**options)
