@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .population_batch import Rows
+from .shared_prefix import shared_prefix
 
 
 # Tokens of a forward pass over prompts: enough for full speed; on CPU few enough for activations to stay in the cache
@@ -68,7 +69,7 @@ class RunningBatch:
         Let rows join the batch.
 
         A text of a member is computed once, however many rows have it, and padded to no more than the longest in its
-        forward pass.
+        forward pass. So is what all new texts begin with.
 
         Args:
             texts (`list[list[int]]`):
@@ -84,6 +85,7 @@ class RunningBatch:
             `torch.Tensor` of shape `(rows, vocabulary)`: the logits of each text's last token.
         """
         old = len(self)
+        caches = self._with_shared_prefix(texts, members, caches)
         known = [0 if cache is None else cache.prefix_of(text) for cache, text in zip(caches, texts, strict=True)]
         logits = None
         for chunk in _chunks(texts, members, known, PREFILL_TOKENS[self.model.device.type]):
@@ -104,6 +106,24 @@ class RunningBatch:
         self.member_of += members
         self._assign(self.member_of)
         return logits
+
+    def _with_shared_prefix(
+        self, texts: list[list[int]], members: list[int], caches: list[RowCache | None]
+    ) -> list[RowCache | None]:
+        """The caches, where rows without one have that of the beginning which they share with the others."""
+        new = [i for i, cache in enumerate(caches) if cache is None]
+        prefix = shared_prefix([texts[i] for i in new], [members[i] for i in new])
+        if not prefix or any(layer.is_sliding for layer in DynamicCache(config=self.model.config).layers):
+            return caches
+        readers = sorted({members[i] for i in new})
+        of_member = {}
+        at_once = max(1, PREFILL_TOKENS[self.model.device.type] // len(prefix))
+        for start in range(0, len(readers), at_once):
+            group = readers[start : start + at_once]
+            computed, _ = self._read([prefix] * len(group), group, [0] * len(group), [None] * len(group))
+            for row, member in enumerate(group):
+                of_member[member] = RowCache(prefix, [(layer.keys[row], layer.values[row]) for layer in computed.layers])
+        return [of_member[member] if cache is None else cache for cache, member in zip(caches, members, strict=True)]
 
     def _read(
         self, texts: list[list[int]], members: list[int], known: list[int], caches: list[RowCache | None]
@@ -328,9 +348,13 @@ def _beside(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Known keys and values of a layer side by side, so that they end at a column."""
     like = next(cache for cache in caches if cache is not None).layers[layer]
-    keys, values = (states.new_zeros(len(caches), states.shape[0], before, states.shape[2]) for states in like)
-    for row, (cache, k) in enumerate(zip(caches, known, strict=True)):
+    # Rows that share a beginning have the same cache, which is put in place once
+    different = {(id(cache), k): cache for cache, k in zip(caches, known, strict=True)}
+    keys, values = (states.new_zeros(len(different), states.shape[0], before, states.shape[2]) for states in like)
+    for place, ((_, k), cache) in enumerate(different.items()):
         if k:
-            for all_rows, own in zip((keys, values), cache.layers[layer], strict=True):
-                all_rows[row, :, before - k : before] = own[:, :k]
-    return keys, values
+            for all_places, own in zip((keys, values), cache.layers[layer], strict=True):
+                all_places[place, :, before - k : before] = own[:, :k]
+    places = {key: place for place, key in enumerate(different)}
+    rows = torch.tensor([places[id(cache), k] for cache, k in zip(caches, known, strict=True)], device=keys.device)
+    return keys[rows], values[rows]
