@@ -122,7 +122,8 @@ class RunningBatch:
             group = readers[start : start + at_once]
             computed, _ = self._read([prefix] * len(group), group, [0] * len(group), [None] * len(group))
             for row, member in enumerate(group):
-                of_member[member] = RowCache(prefix, [(layer.keys[row], layer.values[row]) for layer in computed.layers])
+                layers = [(layer.keys[row], layer.values[row]) for layer in computed.layers]
+                of_member[member] = RowCache(prefix, layers)
         return [of_member[member] if cache is None else cache for cache, member in zip(caches, members, strict=True)]
 
     def _read(
