@@ -85,46 +85,57 @@ class RunningBatch:
             `torch.Tensor` of shape `(rows, vocabulary)`: the logits of each text's last token.
         """
         old = len(self)
-        caches = self._with_shared_prefix(texts, members, caches)
-        known = [0 if cache is None else cache.prefix_of(text) for cache, text in zip(caches, texts, strict=True)]
         logits = None
-        for chunk in _chunks(texts, members, known, PREFILL_TOKENS[self.model.device.type]):
-            firsts = [copies[0] for copies in chunk]
-            computed, last = self._read(*([of[i] for i in firsts] for of in (texts, members, known, caches)))
-            if not self._layers:
-                self._layers = [RowsLayer(layer) for layer in computed.layers]
-            if logits is None:
-                self._grow(len(texts), max(map(len, texts)), room)
-                logits = last.new_empty(len(texts), last.shape[-1])
-            sources = torch.tensor([i for i, copies in enumerate(chunk) for _ in copies], device=last.device)
-            targets = torch.tensor([row for copies in chunk for row in copies], device=last.device)
-            columns = _columns([len(texts[i]) for i in firsts], [known[i] for i in firsts], last.device)
-            for layer, states in zip(self._layers, computed.layers, strict=True):
-                layer.put(states, old + targets, sources, columns)
-            logits[targets] = last[sources]
+        for rows, beginnings in self._beginnings(texts, members, caches):
+            known = [
+                0 if cache is None else cache.prefix_of(text) for cache, text in zip(beginnings, texts, strict=True)
+            ]
+            for chunk in _chunks(rows, texts, members, known, PREFILL_TOKENS[self.model.device.type]):
+                firsts = [copies[0] for copies in chunk]
+                computed, last = self._read(*([of[i] for i in firsts] for of in (texts, members, known, beginnings)))
+                if not self._layers:
+                    self._layers = [RowsLayer(layer) for layer in computed.layers]
+                if logits is None:
+                    self._grow(len(texts), max(map(len, texts)), room)
+                    logits = last.new_empty(len(texts), last.shape[-1])
+                sources = torch.tensor([i for i, copies in enumerate(chunk) for _ in copies], device=last.device)
+                targets = torch.tensor([row for copies in chunk for row in copies], device=last.device)
+                columns = _columns([len(texts[i]) for i in firsts], [known[i] for i in firsts], last.device)
+                for layer, states in zip(self._layers, computed.layers, strict=True):
+                    layer.put(states, old + targets, sources, columns)
+                logits[targets] = last[sources]
         self.texts += [list(text) for text in texts]
         self.member_of += members
         self._assign(self.member_of)
         return logits
 
-    def _with_shared_prefix(
+    def _beginnings(
         self, texts: list[list[int]], members: list[int], caches: list[RowCache | None]
-    ) -> list[RowCache | None]:
-        """The caches, where rows without one have that of the beginning which they share with the others."""
+    ) -> Iterator[tuple[list[int], list[RowCache | None]]]:
+        """
+        Which rows to read next, and all rows' caches, where those that had none have that of what all new texts begin
+        with. It is read by as many members at once as a forward pass has room for, and only theirs is kept meanwhile.
+        """
         new = [i for i, cache in enumerate(caches) if cache is None]
         prefix = shared_prefix([texts[i] for i in new], [members[i] for i in new])
         if not prefix or any(layer.is_sliding for layer in DynamicCache(config=self.model.config).layers):
-            return caches
+            yield list(range(len(texts))), caches
+            return
+        if len(new) < len(texts):
+            yield [i for i, cache in enumerate(caches) if cache is not None], caches
         readers = sorted({members[i] for i in new})
-        of_member = {}
         at_once = max(1, PREFILL_TOKENS[self.model.device.type] // len(prefix))
         for start in range(0, len(readers), at_once):
             group = readers[start : start + at_once]
             computed, _ = self._read([prefix] * len(group), group, [0] * len(group), [None] * len(group))
-            for row, member in enumerate(group):
-                layers = [(layer.keys[row], layer.values[row]) for layer in computed.layers]
-                of_member[member] = RowCache(prefix, layers)
-        return [of_member[member] if cache is None else cache for cache, member in zip(caches, members, strict=True)]
+            read = {
+                member: RowCache(prefix, [(layer.keys[row], layer.values[row]) for layer in computed.layers])
+                for row, member in enumerate(group)
+            }
+            yield (
+                [i for i in new if members[i] in read],
+                [read.get(member) if cache is None else cache for cache, member in zip(caches, members, strict=True)],
+            )
 
     def _read(
         self, texts: list[list[int]], members: list[int], known: list[int], caches: list[RowCache | None]
@@ -308,17 +319,19 @@ class RowsLayer(DynamicLayer):
         self._view(self.length)
 
 
-def _chunks(texts: list[list[int]], members: list[int], known: list[int], tokens: int) -> Iterator[list[list[int]]]:
+def _chunks(
+    rows: list[int], texts: list[list[int]], members: list[int], known: list[int], tokens: int
+) -> Iterator[list[list[int]]]:
     """
-    The rows with the same text, member and known beginning, in chunks of about as many tokens to compute, with texts
-    of like length.
+    Of some rows, those with the same text, member and known beginning, in chunks of about as many tokens to compute,
+    with texts of like length.
     """
     order: dict[tuple[int, ...], int] = {}
     copies: dict[tuple[int, int, int], list[int]] = {}
-    for i, (text, member, k) in enumerate(zip(texts, members, known, strict=True)):
-        same = order.setdefault(tuple(text), len(order))
-        copies.setdefault((member, same, k), []).append(i)
-    width = {key: len(texts[rows[0]]) - key[2] for key, rows in copies.items()}
+    for i in rows:
+        same = order.setdefault(tuple(texts[i]), len(order))
+        copies.setdefault((members[i], same, known[i]), []).append(i)
+    width = {key: len(texts[of[0]]) - key[2] for key, of in copies.items()}
     chunk: list[tuple[int, int, int]] = []
     for key in sorted(copies, key=lambda key: (width[key], key[1], key[0])):
         if chunk and (len(chunk) + 1) * width[key] > tokens:

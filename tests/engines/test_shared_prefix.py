@@ -5,7 +5,7 @@ import torch
 from conftest import make_model
 from test_running_batch import ARCHITECTURES, check, make, text
 
-from es_trainer.engines import PopulationBatch, TransformersEngine
+from es_trainer.engines import PopulationBatch, TransformersEngine, running_batch
 from es_trainer.engines.running_batch import RunningBatch
 from es_trainer.engines.shared_prefix import LEAST_SAVED, shared_prefix
 from es_trainer.evolution import EvolutionStrategy
@@ -67,11 +67,15 @@ def test_rows_that_have_read_something_go_on_from_there():
     batch = RunningBatch(model)
     shapes = forward_shapes(model)
     check(batch, batch.join([TEXTS[1], *TEXTS], [0] * 5, [first.cache_of(0), *[None] * 4]), model)
-    assert shapes[:2] == [(1, 100), (5, 9)]
+    assert shapes[:3] == [(1, 3), (1, 100), (4, 9)]
 
 
+@pytest.mark.parametrize(
+    ("at_once", "passes"), [(300, [(3, 100), (10, 9)]), (200, [(2, 100), (8, 9), (1, 100), (2, 9)])]
+)
 @torch.inference_mode()
-def test_each_member_reads_it_with_its_own_weights():
+def test_each_member_reads_it_with_its_own_weights(at_once, passes, monkeypatch):
+    monkeypatch.setitem(running_batch.PREFILL_TOKENS, "cpu", at_once)
     model = make_model()
     strategy = EvolutionStrategy(list(model.named_parameters()), sigma=0.2, perturbation=LowRank(1))
     members = [Member(1), Member(2, -1), Member(3)]
@@ -80,7 +84,7 @@ def test_each_member_reads_it_with_its_own_weights():
     with PopulationBatch(model, strategy.weights).install(members, 0.2) as rows:
         shapes = forward_shapes(model)
         together = RunningBatch(model, rows).join(texts, of_rows, [None] * len(texts))
-        assert shapes == [(3, 100), (10, 9)]
+        assert shapes == passes
     for row, (member, tokens) in enumerate(zip(of_rows, texts, strict=True)):
         strategy.perturb(members[member])
         alone = model(input_ids=torch.tensor([tokens])).logits[0, -1]
