@@ -87,7 +87,8 @@ class TransformersEngine(Engine):
     def _decodes_alike(self) -> bool:
         """
         Try whether `Decoding` and `generate` agree. They don't where a model keeps what it has read elsewhere than in
-        the cache that it is given (RWKV, XLNet), keeps nothing (OpenAI GPT) or makes more of its inputs (CPM-Ant).
+        the cache that it is given (RWKV, XLNet), keeps nothing (OpenAI GPT), makes more of its inputs (CPM-Ant) or
+        cannot go on from what it has read with several tokens at once (MPT).
 
         Raises:
             `FloatingPointError`: If logits are NaN.
@@ -98,15 +99,24 @@ class TransformersEngine(Engine):
             self._members.assign([row.member for row in rows])
         try:
             theirs = trial.answers(self.model)
-            mine = trial.answers(self.model, Decoding(rows, list(trial.LENGTHS), self._members))
+            decoding = Decoding(rows, list(trial.LENGTHS), self._members, caches={})
+            mine = trial.answers(self.model, decoding)
+            decoding.caches = {
+                row: cache and RowCache(cache.ids[: trial.BEGINNING], cache.layers)
+                for row, cache in decoding.caches.items()
+            }
+            continued = trial.answers(self.model, decoding)
         except Exception as error:  # whatever a model raises that is given inputs that it does not know
             logger.info(f"Transformers' own loop generates, in which finished rows run on: {error!r}.")
             return False
         if theirs.isnan().any():  # which says nothing about the two, and would be remembered
             raise FloatingPointError(NOT_NUMBERS)
-        difference = trial.distance(mine, theirs)
-        logger.info(f"Decoding without finished rows is {difference:.1e} away from Transformers' own loop.")
-        return difference <= trial.tolerance(self.model)
+        differences = [trial.distance(answers, theirs) for answers in (mine, continued)]
+        logger.info(
+            f"Decoding without finished rows is {differences[0]:.1e} away from Transformers' own loop, and "
+            f"{differences[1]:.1e} where the beginnings were read before."
+        )
+        return all(difference <= trial.tolerance(self.model) for difference in differences)
 
     @property
     def max_new_tokens(self) -> int:

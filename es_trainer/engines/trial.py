@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LENGTHS = (5, 3, 5)  # tokens of the prompts; numbers that no dimension is likely to be mistaken for
+BEGINNING = 2  # tokens of each that may have been read before the others
 STEPS = 3  # tokens that are generated
 
 # Of the distance between answers, relative to their size: rounding stays below, an error does not
