@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import ESConfig
+from ..data import image_columns
 from ..engines import Engine
 from ..evolution import EvolutionStrategy, Member
 from ..fields import require
@@ -44,6 +45,7 @@ class Backend(ABC):
     moves_model = True  # whether the Trainer moves the model to the device
     partitioned = False  # whether each process has a part of every parameter
     in_lockstep = False  # whether all processes go through every forward pass together
+    no_images: str | None = None  # why images are refused, and the way out
     group_size = 1  # processes that evaluate the same members, each with its part of the weights
 
     engine: Engine
@@ -57,6 +59,22 @@ class Backend(ABC):
         self.population_batch: Any = None  # what evaluates many members at once, if they are not written into weights
         self.noise_seconds = 0.0  # of the population that is evaluated
         self._evaluating_members = False
+
+    def check_data(self, datasets: dict[str, Any]) -> None:
+        """
+        Look through what can be told of datasets before a model is loaded.
+
+        Raises:
+            `ValueError`: If one has images, and this backend or who answers cannot read them.
+        """
+        for reason in (self.no_images, self.answers.no_images):
+            for name, dataset in datasets.items():
+                columns = image_columns(dataset)
+                if reason is not None and columns:
+                    raise ValueError(
+                        f"`{name}` has the column {columns[0]!r}, but {reason}, or give "
+                        f"dataset.remove_columns({columns!r}) to train on the text alone."
+                    )
 
     @property
     def parts(self) -> int:

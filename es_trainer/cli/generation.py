@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from .. import auto_model
 from ..config import ESConfig
 from ..engines import TransformersEngine
 from ..engines.generation_config import check_generation_kwargs
@@ -34,7 +35,7 @@ class Generator(TransformersEngine):
         )
         require_pad_token(tokenizer)
         # It loads adapters, too, with the model that they name
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = auto_model.from_pretrained(name, **options)
         if adapter is not None:
             model.load_adapter(str(adapter))
         super().__init__(model.to(config.device), tokenizer, config)
