@@ -27,17 +27,25 @@ def has_file(name: str, file: str, options: dict[str, Any]) -> bool:
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source_of(options)) is not None
 
 
-def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+def auto_class(
+    config: PreTrainedConfig, architecture: str | None = None
+) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """
     What loads the model of a config: [`~transformers.AutoModelForImageTextToText`] where the model's architecture is
     one of its classes, or code of the model's own is made for it; [`~transformers.AutoModelForCausalLM`] otherwise.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            The config.
+        architecture (`str`, *optional*):
+            Name of the model's class. If `None`, the config says it.
     """
     own_code = getattr(config, "auto_map", None) or {}
     if AutoModelForImageTextToText.__name__ in own_code:
         return AutoModelForImageTextToText
-    architecture = (config.architectures or [None])[0]
-    reads_images = architecture == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-    return AutoModelForImageTextToText if architecture and reads_images else AutoModelForCausalLM
+    architecture = architecture or (config.architectures or [None])[0]
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return AutoModelForImageTextToText if known is not None and known == architecture else AutoModelForCausalLM
 
 
 def from_pretrained(name: str, **options: Any) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Datasets: what is refused, and the rows of a batch."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,12 +129,12 @@ def has_images(dataset: Any) -> bool:
     return any(images_of(prompt) for batch in prompts("dataset", dataset, batch_size=1) for prompt in batch)
 
 
-def refuse_images(rows: list[dict[str, Any]], reason: str) -> None:
+def refuse_images(prompts: Iterable[Any], reason: str) -> None:
     """
     Raises:
         `ValueError`: If a prompt has images.
     """
-    if any(images_of(row["prompt"]) for row in rows):
+    if any(map(images_of, prompts)):
         raise ValueError(f"A prompt has images, but {reason}, or leave the images out.")
 
 

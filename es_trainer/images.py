@@ -73,7 +73,34 @@ def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
 
 def images_of(prompt: Any) -> list[Any]:
     """The images in the messages of a prompt."""
-    return [part.get("image") for part in _parts(prompt) if part.get("type") == "image"]
+    return [part["image"] for part in _parts(prompt) if part.get("type") == "image" and "image" in part]
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message's content, with the kinds of its other parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or f"<{part['type']}>" for part in content if part.get("text") != "")
+
+
+def as_bytes(image: Any) -> dict[str, Any]:
+    """An image as datasets store it: a file's bytes."""
+    return Image().encode_example(image)
+
+
+def without_images(prompt: Any) -> Any:
+    """The prompt with `{"type": "image"}` in place of each image."""
+    if not images_of(prompt):
+        return prompt
+    return [
+        {
+            **message,
+            "content": [{"type": "image"} if part.get("type") == "image" else part for part in _parts([message])],
+        }
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
 
 
 def comparable(value: Any) -> Hashable:

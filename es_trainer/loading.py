@@ -65,7 +65,7 @@ def load(
         model = load_model(model, options, quantization_config, with_weights)
         check_model(model, processing_class)
     if processing_class is None:
-        processing_class = load_processing_class(model, options)
+        processing_class = load_processing_class(model.config._name_or_path, options)
     tokenizer = tokenizer_of(processing_class)
     require_pad_token(tokenizer)
     check_special_tokens(model, tokenizer)
@@ -121,15 +121,10 @@ def _without_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def load_processing_class(
-    model: PreTrainedModel, options: dict[str, Any]
-) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The processor of the same name as the model, or its tokenizer if there is none, from the options' revision."""
-    name = model.config._name_or_path
-    reads_more = model.input_modalities != "text" and any(
-        auto_model.has_file(name, file, options) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
-    )
-    return (AutoProcessor if reads_more else AutoTokenizer).from_pretrained(
+def load_processing_class(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The processor of a model by its name or folder, or its tokenizer if there is none."""
+    has_processor = any(auto_model.has_file(name, file, options) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME))
+    return (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(
         name,
         revision=options.get("revision", "main"),
         trust_remote_code=options["trust_remote_code"],

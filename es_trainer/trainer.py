@@ -103,11 +103,11 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
               `args.model_init_kwargs`, in `float32` unless they have a `dtype`.
             - A [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] object. Only causal language models are
               supported, which may read images, too. Parameters with `requires_grad=False` are left alone, and so are
-              those that no completion depends on (the vision tower, if there are no images in the data). The object is trained in place. While the
-              trainer trains or evaluates, its parameters are of the working dtype (`args.bf16`, `args.fp16`);
-              before and after, they hold the trained weights in the dtype in which they were given, and what you
-              change in them is trained from then on. Parameters that were given in neither float32 nor the working
-              dtype, and those with `master_weights="host"`, take the memory of a copy then.
+              those that no completion depends on (the vision tower, if there are no images in the data). The object is
+              trained in place. While the trainer trains or evaluates, its parameters are of the working dtype
+              (`args.bf16`, `args.fp16`); before and after, they hold the trained weights in the dtype in which they
+              were given, and what you change in them is trained from then on. Parameters that were given in neither
+              float32 nor the working dtype, and those with `master_weights="host"`, take the memory of a copy then.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Reward functions, whose weighted sum is maximised. Each can be:
 

@@ -55,13 +55,9 @@ def image_processor(family: str, name: str, **options: Any) -> Any:
 
 
 def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
-    """The tests' tokenizer with special tokens for images."""
-    made = make_tokenizer()
-    made.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
-    made.add_bos_token = False
-    for name, token in named.items():
-        setattr(made, name, token)
-        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
+    """The tests' tokenizer with special tokens for images, of which some have names."""
+    made = make_tokenizer(extra_special_tokens=named)
+    made.add_special_tokens({"additional_special_tokens": special})
     return made
 
 
@@ -85,7 +81,9 @@ def qwen(kind: type, config: type, processor: type, deepstack: dict[str, Any], *
         **{"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "patch_size": 8},
         **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, **deepstack},
     }
-    names = dict(zip(("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"), ids, strict=True))
+    names = dict(
+        zip(("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"), ids, strict=True)
+    )
     model = kind(config(text_config=text, vision_config=vision, tie_word_embeddings=False, **names))
     pictures = image_processor(
         "qwen2_vl", "Qwen2VL", patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
@@ -125,6 +123,7 @@ def gemma3() -> Tiny:
         vision_config={**VISION, "image_size": 32, "patch_size": 8},
         mm_tokens_per_image=4,
         eoi_token_index=own.eoi_token_id,
+        tie_word_embeddings=False,
         **tokens,
     )
     pictures = image_processor("gemma3", "Gemma3", size={"height": 32, "width": 32})
@@ -139,9 +138,7 @@ def idefics3() -> Tiny:
     vision = {**VISION, "image_size": 32, "patch_size": 8}
     image = own.convert_tokens_to_ids("<image>")
     config = Idefics3Config(text_config=text, vision_config=vision, image_token_id=image, scale_factor=2)
-    pictures = image_processor(
-        "idefics3", "Idefics3", size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
-    )
+    pictures = image_processor("idefics3", "Idefics3", size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     template = CHAT_TEMPLATE.replace("IMAGE", "<image>")
     processor = Idefics3Processor(pictures, own, image_seq_len=4, chat_template=template)
     return Idefics3ForConditionalGeneration(config), processor

@@ -51,7 +51,9 @@ class Answers:
         if isinstance(dataset, Dataset):
             lengths: list[int] = []
             size = IMAGES_AT_ONCE if image_columns(dataset) else 1000
-            with tqdm(total=len(dataset), desc=f"Prompts of {name}", leave=False, delay=5, disable=not self.progress) as bar:
+            with tqdm(
+                total=len(dataset), desc=f"Prompts of {name}", leave=False, delay=5, disable=not self.progress
+            ) as bar:
                 for batch in prompts_of(name, dataset, size):
                     encoded = engine.encode(batch, first_row=len(lengths))
                     lengths += map(len, encoded)

@@ -69,7 +69,10 @@ class Local(Backend):
         return self.optimizer
 
     def _freeze_unread(self, prompt: ImagePrompt) -> None:
-        """Freeze the parts for other inputs than texts that a prompt with images does not need, or nobody can batch."""
+        """
+        Freeze what of the parts for other inputs than texts is not trained: what a prompt with images does not need,
+        or all of it if members are to be evaluated together.
+        """
         others = other_modalities(self.model)
         if self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1):
             freeze(

@@ -77,7 +77,7 @@ class ToolAnswers(Answers):
         engine.check_lengths(lengths, conversational=True, name=name)
 
     def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
-        refuse_images(rows, self.no_images)
+        refuse_images([row["prompt"] for row in rows], self.no_images)
         ids = [self._template(engine, self._environment_of(row)).encode(row["prompt"]) for row in rows]
         engine.check_lengths([len(tokens) for tokens in ids], conversational=True)
         return ids
