@@ -1,11 +1,10 @@
 """Datasets: what is refused, and the rows of a batch."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List, Value
 
 from .config import ESConfig
 from .fields import require
@@ -122,11 +121,25 @@ def image_columns(dataset: Any) -> list[str]:
 
 def has_images(dataset: Any) -> bool:
     """Whether prompts of a dataset have images: of a stream, whether its first one has."""
-    if image_columns(dataset) or not isinstance(dataset, (Dataset, IterableDataset)):
-        return bool(image_columns(dataset))
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return False
+    if image_columns(dataset):
+        return True
     if isinstance(dataset, IterableDataset):
-        return any(images_of(row.get("prompt")) for row in itertools.islice(dataset, 1))
+        first = next(iter(dataset), {})
+        return bool(set(IMAGE_COLUMNS) & set(first) or images_of(first.get("prompt")))
+    # Not all of many texts have to be looked through
+    made_by_transform = dataset.format["type"] == "custom"
+    if "prompt" not in _columns(dataset) or (not made_by_transform and _texts_alone(dataset.features["prompt"])):
+        return False
     return any(images_of(prompt) for batch in prompts("dataset", dataset, batch_size=1) for prompt in batch)
+
+
+def _texts_alone(feature: Any) -> bool:
+    """Whether prompts of a type are texts, or messages whose content is a text."""
+    if isinstance(feature, List) and isinstance(feature.feature, dict):
+        feature = feature.feature.get("content")
+    return isinstance(feature, Value)
 
 
 def refuse_images(prompts: Iterable[Any], reason: str) -> None:

@@ -51,7 +51,7 @@ def _with_loaded_images(message: dict[str, Any]) -> dict[str, Any]:
     """The message with images to be looked at, and without the keys that a dataset gives to parts of other types."""
     content = message.get("content")
     if not isinstance(content, list):
-        return message
+        return dict(message)
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
     return {**message, "content": [{**p, "image": load(p["image"])} if "image" in p else p for p in parts]}
 
@@ -74,6 +74,16 @@ def _parts(prompt: Any) -> Iterator[dict[str, Any]]:
 def images_of(prompt: Any) -> list[Any]:
     """The images in the messages of a prompt."""
     return [part["image"] for part in _parts(prompt) if part.get("type") == "image" and "image" in part]
+
+
+def with_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with lists of parts for texts, as chat templates of models that read images expect them."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def text_of(content: str | list[dict[str, Any]]) -> str:

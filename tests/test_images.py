@@ -106,7 +106,11 @@ def test_images_of_a_file_of_bytes_and_in_messages(see, tmp_path):
     ids = answers(run, rows)
     assert ids == [own_answer("gemma3", question("What is it?"), [picture(3)])] * 4
     assert answers(run, [{"prompt": [{"role": "user", "content": parts}]}]) != ids[:1]  # the text before the image
-    assert has_images(Dataset.from_list(rows[3:])) and not has_images(Dataset.from_list([{"prompt": question("a")}]))
+    texts = Dataset.from_list([{"prompt": question("a")}])
+    in_messages = Dataset.from_list(rows[3:])
+    assert has_images(in_messages) and has_images(in_messages.to_iterable_dataset())
+    assert has_images(texts.with_transform(lambda batch: {"prompt": [rows[3]["prompt"]] * len(batch["prompt"])}))
+    assert not has_images(texts) and not has_images(texts.to_iterable_dataset())
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava_next"])
@@ -119,6 +123,19 @@ def test_what_is_trained_is_what_a_gradient_would_reach(see, family):
     assert any("visi" in name or "visual" in name for name in reached)
     trained = {name for name, p in see(family).model.named_parameters() if p.requires_grad}
     assert trained == reached
+
+
+def test_a_stream_says_by_its_first_row_what_is_trained(see):
+    rows = list(with_pictures())
+    stream = Dataset.from_list(rows).to_iterable_dataset().map(lambda row: row)  # of which no columns are known
+    assert stream.column_names is None
+    run = see(dataset=stream, eval_dataset=None, max_steps=1, remove_unused_columns=True)
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in see().model.named_parameters() if p.requires_grad}
+    seen = []
+    run.engine.images.inputs = lambda prompts, inputs=run.engine.images.inputs: seen.append(prompts) or inputs(prompts)
+    run.train()
+    assert seen  # though columns that nobody reads are removed
 
 
 def test_without_images_the_tower_is_frozen(see):
@@ -331,6 +348,7 @@ def tool(x: int) -> int:
     [
         ({"tools": [tool]}, "`tools` and environments have conversations of texts"),
         ({"rollout_func": lambda prompts, trainer: {}}, "`rollout_func` makes"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vLLM servers are not given images"),
         ({"agent_func": lambda example, endpoint: 0.0}, "programs ask for completions of texts"),
     ],
 )

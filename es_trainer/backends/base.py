@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import ESConfig
-from ..data import image_columns
+from ..data import has_images, image_columns
 from ..engines import Engine
 from ..evolution import EvolutionStrategy, Member
 from ..fields import require
@@ -67,14 +67,13 @@ class Backend(ABC):
         Raises:
             `ValueError`: If one has images, and this backend or who answers cannot read them.
         """
-        for reason in (self.no_images, self.answers.no_images):
-            for name, dataset in datasets.items():
+        reason = self.no_images or self.answers.no_images
+        for name, dataset in datasets.items():
+            if reason is not None and has_images(dataset):
                 columns = image_columns(dataset)
-                if reason is not None and columns:
-                    raise ValueError(
-                        f"`{name}` has the column {columns[0]!r}, but {reason}, or give "
-                        f"dataset.remove_columns({columns!r}) to train on the text alone."
-                    )
+                place = f"the column {columns[0]!r}" if columns else "images in its prompts"
+                way_out = f"give dataset.remove_columns({columns!r})" if columns else "leave the images out"
+                raise ValueError(f"`{name}` has {place}, but {reason}, or {way_out} to train on the text alone.")
 
     @property
     def parts(self) -> int:

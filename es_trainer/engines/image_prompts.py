@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from transformers import ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
-from ..images import comparable, images_of
+from ..images import comparable, images_of, with_parts
 
 
 class ImagePrompt(list[int]):
@@ -70,7 +69,7 @@ class ImageTemplate:
         prompts: list[list[int]] = []
         for row, messages in enumerate(conversations, first_row):
             try:
-                messages = prepare_multimodal_messages(messages)
+                messages = with_parts(messages)
                 text = self.processor.apply_chat_template(
                     messages, add_generation_prompt=True, tokenize=False, **self.options
                 )
