@@ -403,6 +403,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             Whether to log prompts, completions and rewards of the step's best member every `logging_steps` steps:
             printed as a table, as Parquet files in `completions/` in the output folder, and to wandb, trackio and
             TensorBoard where `report_to` names them.
+        log_multimodal (`bool`, *optional*, defaults to `True`):
+            Whether the images of the prompts are in the Parquet files and on wandb and trackio, too.
         num_completions_to_print (`int`, *optional*):
             Number of completions to print. If `None`, all of the step's best member are printed.
         log_unique_prompts (`bool`, *optional*, defaults to `False`):
@@ -986,6 +988,10 @@ class ESConfig(GRPOFields, TrainingArguments):
         metadata=about(
             "Whether to print a table of completions and rewards every `logging_steps` steps.", "processes"
         ),
+    )
+    log_multimodal: bool = field(
+        default=True,
+        metadata=about("Whether to log the images of prompts together with completions.", "nobody"),
     )
     num_completions_to_print: int | None = field(
         default=None,

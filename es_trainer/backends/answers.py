@@ -1,21 +1,28 @@
 """Who completes prompts: the engine, or a function of the user."""
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..config import ESConfig
+from ..data import collate, image_columns
 from ..data import prompts as prompts_of
 from ..engines import Engine
 from ..engines.decoding import Row
+from ..engines.image_prompts import ImagePrompt
 from ..engines.sampling import derived_seed
 from ..fields import require
 from .results import Answer, Prompts
 from .rollout_func import RolloutFunc, call_rollout_func
 from .trainer_inputs import TrainerInputs
+
+
+IMAGES_AT_ONCE = 32  # rows with images that are in memory together
 
 
 class Answers:
@@ -31,18 +38,34 @@ class Answers:
 
     by_engine = True
     has_prompts = True  # in the data, which the engine can answer by itself
+    no_images: str | None = None  # why images are refused, and the way out
 
     def __init__(self, args: ESConfig, progress: bool):
         self.args = args
         self.progress = progress
+        self.image_prompt: ImagePrompt | None = None  # one of those to train on, if they have images
 
     def check(self, engine: Engine, name: str, dataset: Any) -> None:
         """Raise now what generation would raise about a prompt of a dataset."""
         if isinstance(dataset, Dataset):
             lengths: list[int] = []
-            for batch in prompts_of(name, dataset):
-                lengths += map(len, engine.encode(batch, first_row=len(lengths)))
+            size = IMAGES_AT_ONCE if image_columns(dataset) else 1000
+            with tqdm(
+                total=len(dataset), desc=f"Prompts of {name}", leave=False, delay=5, disable=not self.progress
+            ) as bar:
+                for batch in prompts_of(name, dataset, size):
+                    encoded = engine.encode(batch, first_row=len(lengths))
+                    lengths += map(len, encoded)
+                    bar.update(len(batch))
+                    self._keep_image_prompt(name, encoded)
             engine.check_lengths(lengths, conversational=isinstance(batch[0], list), name=name)
+        elif dataset is not None and engine.images is not None:
+            # Of a stream, the first prompt says whether there are images
+            self._keep_image_prompt(name, self.tokenize(engine, collate(list(itertools.islice(dataset, 1)), name)))
+
+    def _keep_image_prompt(self, name: str, prompts: list[list[int]]) -> None:
+        if name == "train_dataset" and self.image_prompt is None:
+            self.image_prompt = next((prompt for prompt in prompts if isinstance(prompt, ImagePrompt)), None)
 
     def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
         """Tokens of the rows' prompts."""
@@ -122,6 +145,7 @@ class RolloutFuncAnswers(Answers):
 
     by_engine = False
     has_prompts = False
+    no_images = "`rollout_func` makes the prompts' tokens by itself. Leave it out"
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

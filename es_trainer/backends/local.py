@@ -12,9 +12,11 @@ from transformers.utils import logging
 from ..config import ESConfig
 from ..engines import PopulationBatch, TransformersEngine
 from ..engines.generation_config import check_generation_kwargs
+from ..engines.image_prompts import ImagePrompt
 from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
+from ..text_only import freeze, other_modalities
 from .base import Backend, model_name, trained
 from .initial_weights import InitialWeights
 from .results import Prompts, Result, results
@@ -50,6 +52,8 @@ class Local(Backend):
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         config = run_config(self.args)
         dtype = working_dtype(config)
+        if self.answers.image_prompt is not None:
+            self._freeze_unread(self.answers.image_prompt)
         frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
         self.optimizer = make_optimizer(
             trained(self.model),
@@ -63,6 +67,24 @@ class Local(Backend):
         self.population_batch = self._make_population_batch()
         self._check_drift()
         return self.optimizer
+
+    def _freeze_unread(self, prompt: ImagePrompt) -> None:
+        """
+        Freeze what of the parts for other inputs than texts is not trained: what a prompt with images does not need,
+        or all of it if members are to be evaluated together.
+        """
+        others = other_modalities(self.model)
+        if self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1):
+            freeze(
+                self.model,
+                others,
+                "members that are evaluated together share what they see. To train them, too, set "
+                "perturbation='gaussian' and population_batch_size=1",
+            )
+            return
+        behind = self.engine.parameters_behind(prompt)
+        unread = [name for name in others if self.model.get_parameter(name) not in behind]
+        freeze(self.model, unread, "no completion of the prompts depends on them")
 
     def _anchor_weights(self) -> Literal["device", "host"] | InitialWeights:
         """Where the initial weights are, for the optimizer."""
@@ -91,7 +113,7 @@ class Local(Backend):
             if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
                 return None
         batch = PopulationBatch(self.model, self.optimizer.weights)
-        problem = batch.check()
+        problem = batch.check(self.engine.trial_inputs(self.answers.image_prompt))
         if problem is not None:
             logger.warning(
                 f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."

@@ -54,13 +54,13 @@ def call_rollout_func(rollout_func: RolloutFunc, prompts: list[Any], trainer: Tr
     for name in ("logprobs", "logprob_token_ids"):  # for policy gradients
         output.pop(name, None)
     masks = output.pop("env_mask", None) or [[1] * len(ids) for ids in completion_ids]
-    ends = {*trainer.engine.eos_token_ids, trainer.processing_class.pad_token_id}
+    ends = {*trainer.engine.eos_token_ids, trainer.engine.tokenizer.pad_token_id}
     completions = []
     for row, (ids, mask) in enumerate(zip(completion_ids, masks, strict=True)):
         ids = list(map(int, ids))
         if not ids:
             raise ValueError(f"`rollout_func` returned no tokens in 'completion_ids' for completion {row}.")
-        text = trainer.processing_class.decode(ids, skip_special_tokens=True)
+        text = trainer.engine.tokenizer.decode(ids, skip_special_tokens=True)
         completions.append(Completion(ids, text, ids[-1] not in ends, len(mask) - sum(mask)))
     fields = [
         {key: None if values is None else values[row] for key, values in output.items()}

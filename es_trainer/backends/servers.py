@@ -23,6 +23,7 @@ class Servers(Backend):
 
     loads_weights = False
     moves_model = False
+    no_images = "vLLM servers are not given images. Leave `use_vllm` out"
     engine: VLLMServers
 
     @classmethod

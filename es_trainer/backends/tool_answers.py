@@ -13,6 +13,7 @@ from ..agents.toolbox import ToolResult
 from ..config import ESConfig
 from ..copies import own_copy
 from ..data import prompts as prompts_of
+from ..data import refuse_images
 from ..engines import Engine
 from ..engines.decoding import Row
 from ..engines.sampling import derived_seed
@@ -35,6 +36,8 @@ class ToolAnswers(Answers):
         progress (`bool`):
             Whether to show a bar of the tokens.
     """
+
+    no_images = "`tools` and environments have conversations of texts. Leave them out"
 
     def __init__(self, args: ESConfig, tools: Sequence[Callable], environments: Environments | None, progress: bool):
         super().__init__(args, progress)
@@ -73,6 +76,7 @@ class ToolAnswers(Answers):
         engine.check_lengths(lengths, conversational=True, name=name)
 
     def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
+        refuse_images([row["prompt"] for row in rows], self.no_images)
         ids = [self._template(engine, self._environment_of(row)).encode(row["prompt"]) for row in rows]
         engine.check_lengths([len(tokens) for tokens in ids], conversational=True)
         return ids

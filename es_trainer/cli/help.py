@@ -46,8 +46,8 @@ GROUPS = {
         "vllm_enable_sleep_mode",
     ),
     "output": (
-        *("output_dir", "logging_steps", "report_to", "log_format", "log_completions", "num_completions_to_print"),
-        *("log_unique_prompts", "log_completions_hub_repo", "eval_strategy", "eval_steps"),
+        *("output_dir", "logging_steps", "report_to", "log_format", "log_completions", "log_multimodal"),
+        *("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo", "eval_strategy", "eval_steps"),
         *("per_device_eval_batch_size", "eval_kl_prompts", "save_strategy", "save_steps", "save_total_limit"),
         *("load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
     ),

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..data import check_eval_dataset, collate, shuffled
+from ..images import IMAGE_COLUMNS
 from ..run.settled_prompts import SettledPrompts
 from ..values import InSigmas
 
@@ -78,7 +79,7 @@ class GradientFreeTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # What the trainer reads of a row; the Trainer would keep what the model's `forward` takes
-        self._signature_columns = ["prompt"]
+        self._signature_columns = ["prompt", *IMAGE_COLUMNS]
 
     def _get_dataloader(
         self,

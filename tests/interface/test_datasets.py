@@ -243,8 +243,8 @@ def test_a_stream_that_goes_on_is_shuffled_as_before(trainer, saved):
     assert sum(recorder.prompts[::4], []) == whole[2 * saved :]
 
 
-@pytest.mark.parametrize("column", ["image", "images", "video", "audio"])
-def test_what_a_text_model_cannot_see(trainer, dataset, column):
+@pytest.mark.parametrize("column", ["video", "videos", "audio"])
+def test_what_no_model_can_see(trainer, dataset, column):
     rows = dataset.add_column(column, ["a file"] * len(dataset))
     for name in ("train_dataset", "eval_dataset"):
         with pytest.raises(ValueError, match=rf"`{name}` has the column '{column}'.*remove_columns\(\['{column}'\]\)"):
@@ -260,7 +260,7 @@ def test_messages_with_parts(trainer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}"
     trainer(train_dataset=rows("text"), processing_class=tokenizer)
     for given in (rows("text", "image"), stream(rows("text", "image"))):
-        with pytest.raises(ValueError, match="Prompt 0 has a part of type 'image', but images.* not supported"):
+        with pytest.raises(ValueError, match="Prompt 0 has a part of type 'image', but `processing_class` is a tok"):
             trainer(train_dataset=given, processing_class=tokenizer, max_steps=1).train()
 
 
