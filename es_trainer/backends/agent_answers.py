@@ -41,6 +41,7 @@ class AgentAnswers(Answers):
     """
 
     has_prompts = False
+    repeats = False
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

@@ -37,9 +37,12 @@ class ToolAnswers(Answers):
             Whether to show a bar of the tokens.
     """
 
+    repeats = False
+
     def __init__(self, args: ESConfig, tools: Sequence[Callable], environments: Environments | None, progress: bool):
         super().__init__(args, progress)
         self.environments = environments
+        self.splits = environments is None  # of which each server has those of its last call only
         self._toolboxes = {None: Toolbox(tools)} if environments is None else environments.toolboxes
         self._templates: dict[str | None, ToolTemplate] = {}
 

@@ -21,6 +21,7 @@ class Replica(VLLMClient):
         super().__init__(url, timeout)
         self.updates: int | None = None  # that it has done in this run; `None` if that is not known
         self.last_update: list[dict[str, Any]] = []  # what its workers returned for the last update
+        self.late = False  # whether others did its last job: no step waits for it, so it does updates afterwards
         self.lock = threading.Lock()  # held by the thread that talks to the server
 
     def lose(self, error: ServerLost) -> None:
@@ -160,7 +161,7 @@ class Replicas:
 
     def update(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        Have all servers do an update.
+        Have all servers do an update. Those that are late, or behind, do it before their next job.
 
         Args:
             record (`dict[str, Any]`):
@@ -173,7 +174,9 @@ class Replicas:
             [`ServerError`]: If no server did it, or their weights differ afterwards.
         """
         with self._progress_lock:
-            current = [server for server in self.servers if server.updates == len(self.update_records)]
+            current = [
+                server for server in self.servers if server.updates == len(self.update_records) and not server.late
+            ]
             self._append(record)
             self.checksum = None
         results: list[list[dict[str, Any]]] = []
