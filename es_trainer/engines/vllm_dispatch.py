@@ -93,7 +93,6 @@ class JobQueue:
 
     def __init__(self, jobs: Sequence[Job], servers: int, splits: bool, repeats: bool):
         self._waiting = deque(jobs)
-        self._servers = servers
         self._present = servers  # that have not left
         self._splits = splits
         self._repeats = repeats
@@ -174,7 +173,8 @@ class JobQueue:
         for slow in self._to_be_helped():
             if slow.start + self._too_long(slow.job) <= now:
                 if slow.shares is None:
-                    slow.shares = deque(slow.job.shares(-(-len(slow.job.prompts) // self._servers)))
+                    helpers = self._present - 1
+                    slow.shares = deque(slow.job.shares(-(-len(slow.job.prompts) // helpers)))
                 return Attempt(slow.shares.popleft(), server, now, helps=slow)
         return None
 

@@ -134,7 +134,7 @@ def test_servers_help_one_that_takes_too_long():
     done = list(dispatch(servers, jobs_of(5, 8), do, splits=False, repeats=True))
     assert answered(job for job, _ in done) == every(5, 8)
     assert slow not in [server for _, server in done] and slow.late
-    assert sorted(job.size for job, _ in done) == [2] * 4 + [8] * 4
+    assert sorted(job.size for job, _ in done) == [2, 3, 3, 8, 8, 8, 8]
     assert slow.lock.acquire(timeout=5)  # it is free again
 
 
@@ -161,6 +161,28 @@ def test_the_first_answer_counts_once():
     assert answered(done) == every(4, 6) and all(job.size == 6 for job in done)
     assert len(calls) == 6 and not any(server.late for server in servers.servers)
     assert all(server.lock.acquire(timeout=5) for server in others)
+
+
+def test_a_server_goes_on_after_it_was_cancelled():
+    servers = Servers(3)
+    helper = servers.servers[2]
+    held, again = threading.Barrier(3, timeout=20), threading.Event()
+    calls = dict.fromkeys(servers.servers, 0)
+
+    def do(job, server):
+        calls[server] += 1
+        if calls[server] == 1:
+            held.wait()  # each has a member
+        if server is not helper:
+            if calls[server] == 1:
+                server.hang()
+            again.set()
+        elif calls[server] > 3:  # after two shares of one of the others
+            assert again.wait(20)
+        return job
+
+    done = list(dispatch(servers, jobs_of(3, 4), do, splits=False, repeats=True))
+    assert answered(done) == every(3, 4) and again.is_set()
 
 
 def test_nothing_with_side_effects_is_begun_twice():
@@ -217,8 +239,8 @@ def test_a_job_takes_too_long_by_its_size(monkeypatch):
     jobs.task_done(first, None)  # 2 seconds a prompt
     assert jobs._until_too_long() == 0.0  # the shorter one, after 2 * 2 * 5 seconds
     helper = jobs.get(one)
-    assert helper.helps is second and helper.job == Job((1,), range(2))
-    jobs.task_done(jobs.get(one), None), jobs.task_done(jobs.get(one), None)
+    assert helper.helps is second and helper.job == Job((1,), range(3))
+    assert jobs.task_done(jobs.get(one), None) == []
     assert jobs.task_done(helper, None) != []
     assert jobs._until_too_long() == pytest.approx(20.0)  # the longer one
     now[0] = 40.0

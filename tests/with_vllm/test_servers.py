@@ -292,12 +292,11 @@ def test_completions_that_are_cancelled_are_aborted(servers, start):
     def complete():
         return [choice["token_ids"] for choice in server.complete(member, 0.1, prompts, options, [None] * 16)]
 
-    def aborted():
+    def generated():
         metrics = httpx.get(f"{server.url}/metrics").text
-        found = re.findall(r'^vllm:request_success_total\{.*finished_reason="abort".*\} (.*)$', metrics, re.MULTILINE)
-        return sum(map(float, found))
+        return sum(map(float, re.findall(r"^vllm:generation_tokens_total{.*} (.*)$", metrics, re.MULTILINE)))
 
-    expected, before = complete(), aborted()
+    expected, before = complete(), generated()
     with ThreadPoolExecutor() as threads:
         unwanted = threads.submit(complete)
         while not server._under_way:
@@ -307,7 +306,7 @@ def test_completions_that_are_cancelled_are_aborted(servers, start):
         with pytest.raises(Cancelled):
             unwanted.result()
     server.call("checksum")  # which waits until nobody uses the weights
-    assert aborted() - before == 16
+    assert generated() - before < 16 * 200
     assert complete() == expected
 
 
