@@ -61,6 +61,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/reuse.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
+	$(BIN)/python benchmarks/dispatch.py
 
 bench-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/python benchmarks/vllm_engine.py

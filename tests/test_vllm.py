@@ -406,6 +406,37 @@ def test_a_server_that_has_done_an_older_update_is_not_compared(served):
     assert server.updates == 2 and second.sent("update") == 3
 
 
+def test_no_step_waits_for_a_server_that_is_late(served):
+    first, second = FakeServer(), FakeServer()
+    engine = served(first, second)
+    engine.replicas.servers[1].late = True
+    engine.replicas.update(RECORD)
+    assert (first.sent("update"), second.sent("update")) == (1, 0)
+    members = Population.sample(8, seed=1, step=1).members
+    both, begun = threading.Barrier(2, timeout=20), set()
+
+    def answer(job, on):
+        if on.server.url not in begun:
+            begun.add(on.server.url)
+            both.wait()
+        return on.generate([[1, 2]], 0)
+
+    done = list(engine.evaluate(members, 0.1, 1, answer, repeats=False))
+    assert {made.server for made in done} == {"http://server0:1", "http://server1:1"}
+    assert [server.late for server in engine.replicas.servers] == [False, False]
+    assert [server.updates for server in engine.replicas.servers] == [1, 1]
+
+
+def test_a_server_that_is_late_does_a_step_if_the_others_are_lost(served):
+    first, second = FakeServer(), FakeServer()
+    engine = served(first, second)
+    engine.replicas.servers[1].late = True
+    first.replies["/collective_rpc"] = httpx.Response(500)
+    (result,) = engine.replicas.update(RECORD)
+    assert result["update_norm"] == 1.0 and second.sent("update") == 1
+    assert [server.updates for server in engine.replicas.servers] == [None, 1]
+
+
 @pytest.mark.parametrize("twice", [True, False])
 def test_updates_of_others_are_found_out(served, twice):
     """A proxy that sends a request again, or a second trainer."""

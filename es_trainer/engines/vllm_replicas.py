@@ -174,9 +174,7 @@ class Replicas:
             [`ServerError`]: If no server did it, or their weights differ afterwards.
         """
         with self._progress_lock:
-            current = [
-                server for server in self.servers if server.updates == len(self.update_records) and not server.late
-            ]
+            current = [server for server in self.servers if server.updates == len(self.update_records)]
             self._append(record)
             self.checksum = None
         results: list[list[dict[str, Any]]] = []
@@ -189,7 +187,9 @@ class Replicas:
                 if server.updates == len(self.update_records):
                     results.append(server.last_update)
 
-        self._on_each(current, update_on)
+        for late in (False, True):  # it takes those that are late if there is no other
+            if not results:
+                self._on_each([server for server in current if server.late == late], update_on)
         if not results:  # servers that are behind would have to catch up first
             raise self.none_left()
         return results[0]
