@@ -345,14 +345,15 @@ def test_a_member_is_one_request(served, temperature):
     fake = FakeServer()
     engine = served(fake, temperature=temperature)
     before = len(fake.requests)
-    members = Population.sample(3, seed=1, step=0, antithetic=False).members
+    population = Population.sample(2, seed=1, step=0, antithetic=False).members
+    members = [*population, population[0].center()]
     done = list(engine.evaluate(members, 0.1, 2, lambda job, on: on.generate([[1, 2], [1, 3]], 7, 2)))
     engine.generate([[1, 4]], 7)
     requests = fake.requests[before:]
     assert [path for path, _ in requests] == [COMPLETIONS] * 4
     asked = [content for _, content in requests]
-    wanted = [[member.seed, member.sign, 0.1] for member in members]
-    assert [content["member"] for content in asked] == [*wanted, None]
+    wanted = [[member.seed, member.sign, 0.1] for member in population]
+    assert [content["member"] for content in asked] == [*wanted, None, None]
     assert asked[0]["prompts"] == [[1, 2], [1, 2], [1, 3], [1, 3]] and asked[3]["prompts"] == [[1, 4]]
     seeds = [common_seed(7, prompt, number) for prompt in range(2) for number in range(2)]
     assert asked[0]["seeds"] == asked[2]["seeds"] == (seeds if temperature else [None] * 4)
