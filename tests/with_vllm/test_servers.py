@@ -143,7 +143,7 @@ def test_servers_share_out_members(servers, start, plain, tmp_path):
     options = {"population_size": 8, "eval_strategy": "steps", "eval_steps": 3, "train_dataset": prompts}
     mine, theirs = start(*servers, **options), plain(**options)
     mine.train()
-    assert all(set(steps) >= {1, 2, 3} for steps in mine.answered.values())
+    assert all(mine.answered.values())  # if not in each step: one that is slow may be helped with all that it has
     assert_alike(mine, theirs, tmp_path / "saved")
     evaluations = [[log["eval_reward"] for log in t.state.log_history if "eval_reward" in log] for t in (mine, theirs)]
     assert evaluations[0] == evaluations[1]
@@ -263,8 +263,10 @@ def test_a_server_that_hangs(servers, start, plain, tmp_path):
     assert_alike(mine, theirs, tmp_path / "saved")
     assert [log["num_tokens"] for log in logs(mine)] == [log["num_tokens"] for log in logs(theirs)]
     assert mine.evaluate()["eval_reward"] == theirs.evaluate()["eval_reward"]
-    positions = [server.call("checksum")[0] for server in mine.engine.replicas.servers]
-    assert positions[0] == positions[1] and positions[0]["updates"] == 4
+    for server in mine.engine.replicas.servers:
+        with server.lock:  # which it has while it catches up, for as long as there are jobs
+            (position,) = server.call("checksum")
+        assert position["digest"] == mine.engine.replicas.digests[position["updates"]]
 
 
 def test_a_server_that_hangs_with_a_member_that_must_not_be_repeated(servers, start, plain, tmp_path):
