@@ -60,6 +60,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/unique_prompts.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
+	$(BIN)/python benchmarks/dispatch.py
 
 bench-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python benchmarks/vllm_engine.py

@@ -42,6 +42,7 @@ class AgentAnswers(Answers):
 
     has_prompts = False
     no_images = "programs ask for completions of texts. Leave `agent_func` out"
+    repeats = False
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

@@ -39,6 +39,8 @@ class Answers:
     by_engine = True
     has_prompts = True  # in the data, which the engine can answer by itself
     no_images: str | None = None  # why images are refused, and the way out
+    splits = True  # whether the prompts of a member can be shared out, for the same answers
+    repeats = True  # whether a member can be asked twice at the same time: nothing comes of it but tokens
 
     def __init__(self, args: ESConfig, progress: bool):
         self.args = args
@@ -146,6 +148,8 @@ class RolloutFuncAnswers(Answers):
     by_engine = False
     has_prompts = False
     no_images = "`rollout_func` makes the prompts' tokens by itself. Leave it out"
+    splits = False
+    repeats = False
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

@@ -38,10 +38,12 @@ class ToolAnswers(Answers):
     """
 
     no_images = "`tools` and environments have conversations of texts. Leave them out"
+    repeats = False
 
     def __init__(self, args: ESConfig, tools: Sequence[Callable], environments: Environments | None, progress: bool):
         super().__init__(args, progress)
         self.environments = environments
+        self.splits = environments is None  # of which each server has those of its last call only
         self._toolboxes = {None: Toolbox(tools)} if environments is None else environments.toolboxes
         self._templates: dict[str | None, ToolTemplate] = {}
 
