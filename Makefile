@@ -60,8 +60,10 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/auto_step.py
 	$(BIN)/python benchmarks/reuse.py
+	$(BIN)/python benchmarks/unique_prompts.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
+	$(BIN)/python benchmarks/dispatch.py
 
 bench-vllm: $(VLLM_ENV)/installed
 	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py

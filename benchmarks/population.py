@@ -1,7 +1,8 @@
 """
 The population in one batch, against plain batches of as many rows: `python benchmarks/population.py`.
 
-- speed: tokens/s of 30 low-rank members, and of a plain (unperturbed) batch of as many sequences;
+- speed: tokens/s of 30 low-rank members, and of a plain (unperturbed) batch of as many sequences; FLOP/s of the
+  members' matrix products in the time of everything, and of one large product;
 - lengths: completions of 8 to 128 tokens, with finished rows leaving the batch and with finished rows running on, and
   a plain batch of the same lengths in Transformers' continuous batching;
 - memory: what a population batch takes at most, and what the plain batch takes (each in a process of its own).
@@ -16,6 +17,7 @@ import sys
 import torch
 from iteration import SIGMA, LowRank, seconds
 from memory import MIB, Peak
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
 from es_trainer.engines import Rows
@@ -23,6 +25,7 @@ from es_trainer.rollout import Completion
 
 
 SHORTEST, LONGEST = 8, 128
+LARGE = 2048  # rows and columns of the matrices that a processor multiplies at its best
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,15 +62,26 @@ class Lengths(StoppingCriteria):
 
 
 def speed(dtype: torch.dtype, options: argparse.Namespace) -> None:
+    matrices = torch.randn(2, LARGE, LARGE, dtype=dtype)
+
+    def product() -> torch.Tensor:
+        return matrices[0] @ matrices[1]
+
     for prompts in options.prompts:
         subject = Subject(dtype, options.population, prompts, options.tokens)
-        subject.members(), subject.plain()
-        pairs = [(seconds(subject.members), seconds(subject.plain)) for _ in range(options.rounds)]
-        members, plain = (statistics.median(side) for side in zip(*pairs, strict=True))
+        subject.plain(), product()
+        with FlopCounterMode(display=False) as counter:
+            subject.members()
+        rounds = [(seconds(subject.members), seconds(subject.plain), seconds(product)) for _ in range(options.rounds)]
+        members, plain, large = (statistics.median(side) for side in zip(*rounds, strict=True))
         tokens = options.population * prompts * options.tokens
+        flops, most = counter.get_total_flops(), 2 * LARGE**3
         print(
             f"speed, {dtype}, {prompts} prompts: {tokens / members:.0f} tokens/s; plain batch {tokens / plain:.0f}; "
-            f"{statistics.median(b / a for a, b in pairs):.0%} of it",
+            f"{statistics.median(b / a for a, b, _ in rounds):.0%} of it",
+            f"    {flops / members / 1e9:.0f} GFLOP/s; a large product {most / large / 1e9:.0f}; "
+            f"{statistics.median(flops / a / (most / c) for a, _, c in rounds):.0%} of it",
+            sep="\n",
             flush=True,
         )
 

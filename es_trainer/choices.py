@@ -30,3 +30,14 @@ def completions_needed(generation_reward: str) -> int:
     """How many completions of a prompt there have to be at least: k of `"pass@k"`."""
     found = PASS_AT.fullmatch(generation_reward)
     return int(found[1]) if found else 1
+
+
+def shaping_problem(shaping: str, members_per_prompt: int | None) -> str | None:
+    """Why members cannot be compared so, if so many of them have the same prompts (`None`: all)."""
+    if members_per_prompt is None or not shaping.startswith("prompt_"):
+        return None
+    if shaping == "prompt_z_score":
+        return "it compares all members on each prompt, but they have prompts of their own; take 'z_score'."
+    if members_per_prompt == 1:
+        return "it compares members on each prompt, but no two have the same; take 'z_score', or antithetic=True."
+    return None

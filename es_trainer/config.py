@@ -25,6 +25,7 @@ from .choices import (
     SigmaSchedule,
     completions_needed,
     is_generation_reward,
+    shaping_problem,
 )
 from .fields import (
     AT_LEAST_1,
@@ -214,11 +215,19 @@ class ESConfig(GRPOFields, TrainingArguments):
             Other numbers of prompts, as in `population_size_schedule`. The largest of them is drawn for each step, and
             a step that has fewer passes over the others, which come again in a later epoch. An epoch has as many steps
             as with the largest number.
+        unique_prompts (`bool`, *optional*, defaults to `False`):
+            Every member answers `num_prompts_per_step` prompts of its own instead of the same ones as all others (as
+            [EGGROLL](https://huggingface.co/papers/2511.16652) does), so a step sees so many times as much of the
+            dataset for as many completions. With `antithetic`, both members of a pair answer the same prompts, and
+            are compared on them: how easy these are does not count. Without, luck with easy prompts counts like merit.
+            A step takes its rows in the order of the members; where there are fewer, as at the end of an epoch, each
+            member has fewer of them, and the first rows are taken again for what is missing. The unperturbed weights
+            answer those of the first member. See docs/monitoring.md.
         num_prompts_per_step (`int`, *optional*):
             Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
             `per_device_train_batch_size * gradient_accumulation_steps`, which is 8 if neither is set. ES has no
-            micro-batches: afterwards `per_device_train_batch_size` is this number and `gradient_accumulation_steps`
-            is 1.
+            micro-batches: afterwards `per_device_train_batch_size` is the number of rows of a step, and
+            `gradient_accumulation_steps` is 1.
 
         > Parameters that control several processes
 
@@ -394,6 +403,8 @@ class ESConfig(GRPOFields, TrainingArguments):
             Whether to log prompts, completions and rewards of the step's best member every `logging_steps` steps:
             printed as a table, as Parquet files in `completions/` in the output folder, and to wandb, trackio and
             TensorBoard where `report_to` names them.
+        log_multimodal (`bool`, *optional*, defaults to `True`):
+            Whether the images of the prompts are in the Parquet files and on wandb and trackio, too.
         num_completions_to_print (`int`, *optional*):
             Number of completions to print. If `None`, all of the step's best member are printed.
         log_unique_prompts (`bool`, *optional*, defaults to `False`):
@@ -627,6 +638,14 @@ class ESConfig(GRPOFields, TrainingArguments):
             "Probability of passing over a prompt on which all members agreed when it was drawn last.",
             "run",
             valid=((lambda value: 0 <= value < 1), "it must be at least 0 and less than 1."),
+        ),
+    )
+    unique_prompts: bool = field(
+        default=False,
+        metadata=about(
+            "Every member answers prompts of its own, and with `antithetic` every pair, instead of the same ones as "
+            "all others.",
+            "run",
         ),
     )
     num_prompts_per_step: int | None = field(
@@ -970,6 +989,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             "Whether to print a table of completions and rewards every `logging_steps` steps.", "processes"
         ),
     )
+    log_multimodal: bool = field(
+        default=True,
+        metadata=about("Whether to log the images of prompts together with completions.", "nobody"),
+    )
     num_completions_to_print: int | None = field(
         default=None,
         metadata=about(
@@ -1079,6 +1102,26 @@ class ESConfig(GRPOFields, TrainingArguments):
         return largest_of(self.num_prompts_per_step, self.num_prompts_per_step_schedule)
 
     @property
+    def members_per_prompt(self) -> int | None:
+        """How many members answer the same prompts of a step. `None`: all of them."""
+        if not self.unique_prompts:
+            return None
+        return 2 if self.antithetic else 1
+
+    def num_rows_after(self, steps: int) -> int:
+        """Rows of the dataset for the step that follows so many steps."""
+        prompts = self.num_prompts_after(steps)
+        if self.members_per_prompt is None:
+            return prompts
+        return self.population_size_after(steps) // self.members_per_prompt * prompts
+
+    @property
+    def largest_num_rows(self) -> int:
+        """The most rows of the dataset that a step can have."""
+        changes = [0, *(self.population_size_schedule or {}), *(self.num_prompts_per_step_schedule or {})]
+        return max(map(self.num_rows_after, changes))
+
+    @property
     def largest_population(self) -> int:
         """The most members that a step can have."""
         return largest_of(self.population_size, self.population_size_schedule)
@@ -1136,7 +1179,7 @@ class ESConfig(GRPOFields, TrainingArguments):
         self.num_prompts_per_step = prompts
         self._normalize()
         # One batch of the dataloader is the batch of a step
-        self.per_device_train_batch_size = Derived(self.largest_num_prompts)
+        self.per_device_train_batch_size = Derived(self.largest_num_rows)
         self.gradient_accumulation_steps = Derived(1)
         self._validate()
         if self.data_seed is None or isinstance(self.data_seed, Derived):
@@ -1300,6 +1343,15 @@ class ESConfig(GRPOFields, TrainingArguments):
             self.skip_settled_prompts == 0 or self.num_prompts_per_step_schedule is None,
             "num_prompts_per_step_schedule",
             "which prompts are settled is known of those of equally large steps only; set skip_settled_prompts to 0.",
+        )
+        problem = shaping_problem(self.fitness_shaping, self.members_per_prompt)
+        require(self, problem is None, "fitness_shaping", problem or "")
+        require(
+            self,
+            self.skip_settled_prompts == 0 or not self.unique_prompts,
+            "skip_settled_prompts",
+            "with unique_prompts=True, two members at most have the same prompt, which is too few to call it settled. "
+            "Set one of the two to its default.",
         )
         for name in ("num_generations", "num_generations_eval"):
             number = getattr(self, name)

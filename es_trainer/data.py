@@ -1,17 +1,18 @@
 """Datasets: what is refused, and the rows of a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List, Value
 
 from .config import ESConfig
 from .fields import require
+from .images import IMAGE_COLUMNS, images_of, with_images
 
 
 NO_PROMPT = [{"role": "user", "content": ""}]  # of rows that need none
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_COLUMNS = ("video", "videos", "audio", "audios")
 TABLE_FORMATS = ("arrow", "pandas", "polars")  # whose rows are tables
 
 
@@ -22,7 +23,7 @@ def check_datasets(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> Non
             f"`train_dataset` is a {type(train_dataset).__name__} with the splits {list(train_dataset)}: give one of "
             "them, for instance train_dataset=dataset['train']."
         )
-    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.largest_num_prompts)
+    check_dataset("train_dataset", train_dataset, args, "num_prompts_per_step", args.largest_num_rows)
     for name, dataset in by_name(eval_dataset).items():
         check_eval_dataset(name, dataset, args)
     require(
@@ -75,8 +76,8 @@ def check_dataset(name: str, dataset: Any, args: ESConfig, batch_option: str, ba
             raise ValueError(f"`{name}` is empty: give at least one row.")
         if args.dataloader_drop_last and len(dataset) < batch_size:
             raise ValueError(
-                f"`{name}` has {len(dataset)} rows, fewer than `{batch_option}={batch_size}`, and with "
-                f"`dataloader_drop_last=True` they are all dropped. Lower `{batch_option}` or set "
+                f"`{name}` has {len(dataset)} rows, fewer than the {batch_size} of a batch (`{batch_option}`), and "
+                f"with `dataloader_drop_last=True` they are all dropped. Lower `{batch_option}` or set "
                 "dataloader_drop_last=False."
             )
         if dataset.format["type"] in TABLE_FORMATS:
@@ -107,9 +108,47 @@ def _check_columns(name: str, columns: list[str]) -> None:
     media = [column for column in columns if column in MEDIA_COLUMNS]
     if media:
         raise ValueError(
-            f"`{name}` has the column {media[0]!r}, but images, video and audio are not supported: the model would "
-            f"not see them. To train on the text alone, give dataset.remove_columns({media!r})."
+            f"`{name}` has the column {media[0]!r}, but video and audio are not supported: the model would not see "
+            f"them. To train on what else there is, give dataset.remove_columns({media!r})."
         )
+
+
+def image_columns(dataset: Any) -> list[str]:
+    """The columns with images of a dataset's rows, as far as a stream knows its columns."""
+    columns = _columns(dataset) if isinstance(dataset, (Dataset, IterableDataset)) else None
+    return [column for column in IMAGE_COLUMNS if column in (columns or [])]
+
+
+def has_images(dataset: Any) -> bool:
+    """Whether prompts of a dataset have images: of a stream, whether its first one has."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return False
+    if image_columns(dataset):
+        return True
+    if isinstance(dataset, IterableDataset):
+        first = next(iter(dataset), {})
+        return bool(set(IMAGE_COLUMNS) & set(first) or images_of(first.get("prompt")))
+    # Not all of many texts have to be looked through
+    made_by_transform = dataset.format["type"] == "custom"
+    if "prompt" not in _columns(dataset) or (not made_by_transform and _texts_alone(dataset.features["prompt"])):
+        return False
+    return any(images_of(prompt) for batch in prompts("dataset", dataset, batch_size=1) for prompt in batch)
+
+
+def _texts_alone(feature: Any) -> bool:
+    """Whether prompts of a type are texts, or messages whose content is a text."""
+    if isinstance(feature, List) and isinstance(feature.feature, dict):
+        feature = feature.feature.get("content")
+    return isinstance(feature, Value)
+
+
+def refuse_images(prompts: Iterable[Any], reason: str) -> None:
+    """
+    Raises:
+        `ValueError`: If a prompt has images.
+    """
+    if any(map(images_of, prompts)):
+        raise ValueError(f"A prompt has images, but {reason}, or leave the images out.")
 
 
 def with_prompts(dataset: Any) -> Any:
@@ -129,21 +168,35 @@ def by_name(eval_dataset: Any) -> dict[str, Any]:
 
 
 def prompts(name: str, dataset: Dataset, batch_size: int = 1000) -> Iterator[list[Any]]:
-    """The prompts of all rows, in batches."""
+    """The prompts of all rows, with their images, in batches."""
     if dataset.format["type"] != "custom":  # a transform may need the other columns
-        dataset = dataset.select_columns("prompt")
+        own = [column for column in IMAGE_COLUMNS if column in _columns(dataset)]
+        dataset = dataset.select_columns(["prompt", *own])
+    first = 0
     for batch in dataset.iter(batch_size):
         _check_columns(name, list(batch))
-        yield [_plain(prompt) for prompt in batch["prompt"]]
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        yield [_prompt_of(name, row, number) for number, row in enumerate(rows, first)]
+        first += len(rows)
 
 
 def collate(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """A batch: the rows as they are, with prompts of Python's own types whatever the dataset's format."""
+    """
+    A batch: the rows as they are, with prompts of Python's own types whatever the dataset's format, and with their
+    images in the prompts' messages.
+    """
     for row in rows:
         if not isinstance(row, Mapping):
             raise TypeError(f"`{name}` has rows of type {type(row).__name__}, but they must be dictionaries.")
         _check_columns(name, list(row))
-    return [{**row, "prompt": _plain(row["prompt"])} for row in rows]
+    return [{**row, "prompt": _prompt_of(f"A batch of `{name}`", row, number)} for number, row in enumerate(rows)]
+
+
+def _prompt_of(name: str, row: Mapping[str, Any], number: int) -> Any:
+    try:
+        return with_images(row, _plain(row["prompt"]))
+    except ValueError as error:
+        raise ValueError(f"Row {number} of `{name}`: {error}") from error
 
 
 def _plain(prompt: Any) -> Any:

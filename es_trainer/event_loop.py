@@ -6,12 +6,20 @@ import functools
 import threading
 
 
-@functools.cache
+_asked = threading.Lock()
+
+
 def event_loop() -> asyncio.AbstractEventLoop:
     """
     One for good, in a thread of its own: connections that functions keep open belong to the loop that they were opened
     in.
     """
+    with _asked:  # or threads that ask at the same time would start a loop each
+        return _start()
+
+
+@functools.cache
+def _start() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=_run_for_good, args=(loop,), name="es_trainer-event-loop", daemon=True).start()
     return loop

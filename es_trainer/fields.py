@@ -218,7 +218,6 @@ WITHOUT_EFFECT = {
     "router_aux_loss_coef": _GRADIENTS,
     "disable_dropout": "dropout is off while members are evaluated",
     "cast_lm_head_to_fp32": "`bf16=False` computes in the dtype of the model",
-    "log_multimodal": "images are not supported yet",
     "use_transformers_continuous_batching": _PAGED,
     "transformers_continuous_batching_config": _PAGED,
     "use_transformers_paged": _PAGED,

@@ -1,4 +1,4 @@
-"""Multimodal models that are trained on text."""
+"""Multimodal models: which parameters are trained, on texts and on texts with images."""
 
 import re
 
@@ -16,9 +16,14 @@ def freeze_other_modalities(model: nn.Module) -> None:
     Freeze the parameters of a multimodal model that no completion of a text depends on, such as those of its vision
     tower. A gradient would leave them as they are; without one, perturbations that no reward tells apart would add up.
     """
+    freeze(model, other_modalities(model), "no completion of a text depends on them")
+
+
+def other_modalities(model: nn.Module) -> list[str]:
+    """Names of the trained parameters of a model that no completion of a text depends on."""
     base = model.get_base_model() if is_peft_model(model) else model
     if base.input_modalities == "text":
-        return
+        return []
     kept: set[nn.Parameter] = set()
     for part in (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()):
         if part is not None:
@@ -31,12 +36,13 @@ def freeze_other_modalities(model: nn.Module) -> None:
         tower = isinstance(part, PreTrainedModel) and "text" not in part.input_modalities
         if tower or isinstance(part, (MllamaCrossAttentionDecoderLayer, Phi4MultimodalFeatureEmbedding)):
             kept.difference_update(part.parameters())
-    frozen = [name for name, p in base.named_parameters() if p.requires_grad and p not in kept]
-    for name in frozen:
-        base.get_parameter(name).requires_grad = False
-    if frozen:
-        parts = dict.fromkeys(re.match(r"(model\.)?[^.]+", name).group() for name in frozen)
-        logger.warning(
-            f"{len(frozen)} parameters of `{', '.join(parts)}` stay as they are, because no completion of a text "
-            "depends on them."
-        )
+    return [name for name, p in model.named_parameters() if p.requires_grad and p not in kept]
+
+
+def freeze(model: nn.Module, names: list[str], reason: str) -> None:
+    """Freeze parameters, and say why."""
+    for name in names:
+        model.get_parameter(name).requires_grad = False
+    if names:
+        parts = dict.fromkeys(re.match(r"(base_model\.)?(model\.)*[^.]+", name).group() for name in names)
+        logger.warning(f"{len(names)} parameters of `{', '.join(parts)}` stay as they are, because {reason}.")

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 from trl import GRPOConfig
@@ -70,9 +70,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
     [Evolution Strategies at Scale: LLM Fine-Tuning Beyond Reinforcement
     Learning](https://huggingface.co/papers/2509.24372).
 
-    Each step draws a population of perturbations of the weights, lets every perturbed model answer the same prompts,
-    and moves the weights along the perturbations, weighted by how well they were rewarded. There are no gradients,
-    and nothing is differentiated: rewards may be anything that gives a number.
+    Each step draws a population of perturbations of the weights, lets every perturbed model answer the same prompts
+    (or prompts of its own), and moves the weights along the perturbations, weighted by how well they were rewarded.
+    There are no gradients, and nothing is differentiated: rewards may be anything that gives a number.
 
     Several processes share out the members of a population, each with all of the weights. Nothing but a few numbers
     for each member travels between them, and the result does not depend on how many they are. `args` chooses what
@@ -102,12 +102,12 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
               [`~transformers.PreTrainedModel.save_pretrained`]. The model is loaded with the keyword arguments in
               `args.model_init_kwargs`, in `float32` unless they have a `dtype`.
             - A [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`] object. Only causal language models are
-              supported. Parameters with `requires_grad=False` are left alone, and so are those that no completion of a
-              text depends on (the vision tower of a multimodal model). The object is trained in place. While the
-              trainer trains or evaluates, its parameters are of the working dtype (`args.bf16`, `args.fp16`);
-              before and after, they hold the trained weights in the dtype in which they were given, and what you
-              change in them is trained from then on. Parameters that were given in neither float32 nor the working
-              dtype, and those with `master_weights="host"`, take the memory of a copy then.
+              supported, which may read images, too. Parameters with `requires_grad=False` are left alone, and so are
+              those that no completion depends on (the vision tower, if there are no images in the data). The object is
+              trained in place. While the trainer trains or evaluates, its parameters are of the working dtype
+              (`args.bf16`, `args.fp16`); before and after, they hold the trained weights in the dtype in which they
+              were given, and what you change in them is trained from then on. Parameters that were given in neither
+              float32 nor the working dtype, and those with `master_weights="host"`, take the memory of a copy then.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             Reward functions, whose weighted sum is maximised. Each can be:
 
@@ -134,14 +134,16 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
             [standard](https://huggingface.co/docs/trl/dataset_formats#standard) (text) or
             [conversational](https://huggingface.co/docs/trl/dataset_formats#conversational) (messages) prompts. Its
             other columns are passed to the reward functions. An iterable dataset is shuffled in a buffer if
-            `args.shuffle_dataset=True`. Images, video and audio are not supported.
+            `args.shuffle_dataset=True`. Images may be in a column `"image"` or `"images"`, or in the messages of the
+            prompts; see docs/images.md. Video and audio are not supported.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a `dict` of them, *optional*):
             Dataset to use for evaluation, like `train_dataset`. It is answered with the unperturbed weights. Metrics
             of several datasets are named after them: `eval_<name>_reward`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer. If `None`, it is loaded from the model's name with
-            [`~transformers.AutoTokenizer.from_pretrained`]. If it has no padding token, its end-of-sequence token is
-            used.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer, or processor of a model that reads images. If `None`, it is loaded from the model's name with
+            [`~transformers.AutoProcessor.from_pretrained`] if the model has a processor, and
+            [`~transformers.AutoTokenizer.from_pretrained`] otherwise. If there is no padding token, the
+            end-of-sequence token is used.
         reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or a `list` of them, *optional*):
             Tokenizers of the reward functions that are models: one if there is one reward function, or a list as long
             as `reward_funcs`, of which the entries of other functions are ignored. Where it is `None`, the tokenizer
@@ -214,7 +216,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         | IterableDatasetDict
         | dict[str, Dataset | IterableDataset]
         | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
@@ -264,8 +266,9 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         # PEFT initializes the adapter randomly
         set_seed(args.seed)
         self.backend = pick(args, inputs, self.processes, self)
+        self.backend.check_data(datasets)
         model, processing_class = load(
-            model, processing_class, args, quantization_config, peft_config, self.backend.loads_weights
+            model, processing_class, args, quantization_config, peft_config, self.backend.loads_weights, datasets
         )
         self._peft_config = adapters.to_json(peft_config) if peft_config is not None else None
         self.scorer.load_models(args)
@@ -414,7 +417,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         population = self.optimizer.ask()
         done = self.history.next_repeated(lambda: self._conditions(population), self.optimizer.updates)
         if done is None:
-            return self._evaluate_and_tell(population, rows[: self.args.num_prompts_after(self.state.global_step)])
+            return self._evaluate_and_tell(population, rows[: self.args.num_rows_after(self.state.global_step)])
         # Before the run was interrupted
         tell_again(self.optimizer, done)
         self.auto_step.repeat([done])
@@ -453,7 +456,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         except FloatingPointError as error:
             raise self.recorder.divergence(str(error), self.state) from error
         self._report_members(len(population))
-        utilities = self.optimizer.tell(population, evaluation.compared)
+        utilities = self.optimizer.tell(population, evaluation.compared, evaluation.members_per_prompt)
         if self.args.auto_step and self.optimizer.updates % self.args.auto_step == 0 and utilities.any():
             self._choose_step_scale()
         self.completions.choose(utilities)

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(**options) -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without merges: one token a byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
@@ -45,6 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
+        **options,
     )
 
 

@@ -137,13 +137,13 @@ def ask_twice(example: dict[str, Any], endpoint: Endpoint) -> float:
 
 
 def delay(trainer: ESTrainer, seconds: float) -> None:
-    generate = trainer.engine.generate
+    generate = trainer.engine.generate_each
 
     def slowly(*args, **kwargs):
         time.sleep(seconds)
         return generate(*args, **kwargs)
 
-    trainer.engine.generate = slowly
+    trainer.engine.generate_each = slowly
 
 
 def spoil(trainer: ESTrainer, step: int) -> None:

@@ -146,6 +146,13 @@ RUNS = {
         "config": {"evaluate_center": True, "multi_objective_aggregation": "normalize_then_sum"},
         "evaluate": True,
     },
+    "unique": {
+        "config": {
+            **{"unique_prompts": True, "antithetic": True, "population_size": 6, "num_prompts_per_step": 1},
+            **{"perturbation": "low_rank", "temperature": 1.0, "evaluate_center": True},
+        },
+    },
+    "unique_singles": {"config": {"unique_prompts": True, "population_size": 3, "num_prompts_per_step": 2}},
     "best": {
         "config": {
             **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
@@ -159,8 +166,8 @@ RUNS = {
 
 # Launched processes take minutes for all. Three share out members and prompts otherwise than two; in lockstep, all
 # processes evaluate each member
-ON_THREE = ("gaussian", "antithetic", "low_rank", "sampled", "more_processes", "program", "set")
-IN_LOCKSTEP = ("gaussian", "low_rank", "sampled", "adam", "adapter", "judge", "object", "set")
+ON_THREE = ("gaussian", "antithetic", "low_rank", "sampled", "more_processes", "program", "set", "unique")
+IN_LOCKSTEP = ("gaussian", "low_rank", "sampled", "adam", "adapter", "judge", "object", "set", "unique_singles")
 
 
 def several(folder: Path, names: Iterable[str] = RUNS) -> list[dict]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_model, make_tokenizer, needs_reasoning_gym
+from tiny_vision import make_tiny
 from transformers import AutoModelForCausalLM
 
 from es_trainer import tasks
@@ -71,6 +72,15 @@ def folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     make_model(max_position_embeddings=4096).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder_of_vision(tmp_path_factory) -> str:
+    """A tiny model that reads images."""
+    folder = tmp_path_factory.mktemp("vision")
+    for part in make_tiny("gemma3"):
+        part.save_pretrained(folder)
     return str(folder)
 
 
@@ -165,9 +175,11 @@ def marked(name: str):
 
 
 @pytest.mark.parametrize("name", list(map(marked, RECIPES)))
-def test_run(name, tiny_run, folder, tmp_path, monkeypatch):
+def test_run(name, tiny_run, folder, folder_of_vision, tmp_path, monkeypatch):
     arguments = es.make_parser().parse_args_and_config(tiny_run(name))
-    script_args = arguments[0]
+    script_args, _, model_args, _ = arguments
+    if script_args.task == "count_shapes":
+        model_args.model_name_or_path = folder = folder_of_vision
     # A tiny model solves nothing: the task's own reward is the same for all members
     (reward,) = getattr(tasks, script_args.task)(**_data(script_args)).reward_funcs
     monkeypatch.setattr(conftest, "reward_of_the_task", reward, raising=False)

@@ -155,8 +155,8 @@ def test_async_rewards_are_computed_while_the_next_member_generates(trainer):
         return [0.0] * len(completions)
 
     run = trainer(reward_funcs=judge, max_steps=1)
-    generate = run.engine.generate
-    run.engine.generate = lambda *args, **kwargs: generated.append(generate(*args, **kwargs)) or generated[-1]
+    generate = run.engine.generate_each
+    run.engine.generate_each = lambda *args, **kwargs: generated.append(generate(*args, **kwargs)) or generated[-1]
     run.train()  # without end if nothing is generated while the judge waits for it
     assert judged == [1, 2, 3, 4]
 
@@ -655,7 +655,7 @@ def test_a_reward_that_raises_leaves_weights_clean_and_the_checkpoint_usable(tra
 def test_an_error_in_generation_leaves_weights_clean(trainer, monkeypatch):
     run = trainer()
     before = weights(run.model)
-    generate, calls = run.engine.generate, []
+    generate, calls = run.engine.generate_each, []
 
     def fails(*args):
         calls.append(1)
@@ -663,7 +663,7 @@ def test_an_error_in_generation_leaves_weights_clean(trainer, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return generate(*args)
 
-    monkeypatch.setattr(run.engine, "generate", fails)
+    monkeypatch.setattr(run.engine, "generate_each", fails)
     with pytest.raises(torch.OutOfMemoryError):
         run.train()
     assert_same(weights(run.model), before)
@@ -894,7 +894,7 @@ def test_an_error_in_a_population_batch_leaves_weights_clean(trainer, monkeypatc
         assert not nothing_installed(run.model)
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(run.engine, "generate", fails)
+    monkeypatch.setattr(run.engine, "generate_each", fails)
     with pytest.raises(torch.OutOfMemoryError):
         run.train()
     assert nothing_installed(run.model)
@@ -1010,6 +1010,15 @@ def test_groups_are_as_large_as_memory_allows(trainer, memory, caplog, generatio
     assert "Memory does not suffice" not in caplog.text
 
 
+def test_groups_of_members_with_prompts_of_their_own_are_as_large(trainer, memory):
+    prompts = Dataset.from_dict({"prompt": [f"Say {number}" for number in range(8)]})
+    run = trainer(perturbation="low_rank", train_dataset=prompts, max_steps=1, unique_prompts=True)
+    memory(2 * run.optimizer.weights.member_bytes() + 2 * 2 * sequence_bytes(prompts) + 100)
+    sizes = group_sizes(run)
+    run.train()
+    assert sizes == [2] * 2
+
+
 def test_sequences_that_do_not_fit_at_once_are_generated_one_after_another(trainer, memory, caplog):
     prompts = Dataset.from_dict({"prompt": ["Say one", "Say two", "Say six"]})
     options = {"perturbation": "low_rank", "train_dataset": prompts, "num_prompts_per_step": 3, "max_steps": 2}
@@ -1017,13 +1026,13 @@ def test_sequences_that_do_not_fit_at_once_are_generated_one_after_another(train
     reference.train()
     run = trainer(**options)
     memory(run.optimizer.weights.member_bytes() + 2 * sequence_bytes(prompts) + 100)
-    sizes, generate, batch_sizes = group_sizes(run), run.engine.generate, []
+    sizes, generate, batch_sizes = group_sizes(run), run.engine.generate_each, []
 
     def recorded(prompt_ids, seed, number, group, batch_size, progress):
         batch_sizes.append(batch_size)
         return generate(prompt_ids, seed, number, group, batch_size, progress)
 
-    run.engine.generate = recorded
+    run.engine.generate_each = recorded
     run.train()
     assert sizes == [1] * 8 and batch_sizes == [2] * 8
     assert caplog.text.count("generated 2 at a time") == 1
@@ -1036,13 +1045,13 @@ def test_evaluations_generate_what_fits(trainer, memory, dataset):
     assert run.args.per_device_eval_batch_size == 64
     all_at_once = run.evaluate()["eval_reward"]
     memory(run.optimizer.weights.member_bytes() + 5 * sequence_bytes(dataset) + 100)
-    generate, batch_sizes = run.engine.generate, []
+    generate, batch_sizes = run.engine.generate_each, []
 
     def recorded(prompt_ids, seed, number, group, batch_size, progress):
-        batch_sizes.append((len(prompt_ids), batch_size))
+        batch_sizes.append((len(prompt_ids[0]), batch_size))
         return generate(prompt_ids, seed, number, group, batch_size, progress)
 
-    run.engine.generate = recorded
+    run.engine.generate_each = recorded
     assert run.evaluate()["eval_reward"] == pytest.approx(all_at_once)
     assert batch_sizes == [(6, 5)]  # one batch of all prompts, of which 5 sequences are generated at once
 

@@ -16,7 +16,7 @@ from es_trainer import ESConfig
 from es_trainer.cli import main
 from es_trainer.engines import vllm_version
 from es_trainer.engines.vllm_client import ServerError
-from es_trainer.engines.vllm_dispatch import JobQueue
+from es_trainer.engines.vllm_members import COMPLETIONS
 from es_trainer.engines.vllm_sampling import common_seed, sampling_options
 from es_trainer.engines.vllm_servers import VLLMServers
 from es_trainer.engines.vllm_weights import LoadError
@@ -162,7 +162,7 @@ def test_sampling_options():
         "min_p": 0.1,
         "repetition_penalty": 1.0,
         "max_tokens": 7,
-        "logit_bias": {7: 1.5},
+        "logit_bias": {"7": 1.5},
         "stop": ["a"],
         "stop_token_ids": [2, 5, 9],
         "structured_outputs": {"regex": "[0-9]+"},
@@ -185,9 +185,10 @@ class Calls:
         content = json.loads(request.content) if request.content else {}
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"max_model_len": 256}]})
-        if request.url.path == "/v1/completions":
-            choices = [{"index": i, **choice} for i, choice in enumerate(self.choices)]
-            return httpx.Response(200, json={"choices": choices[::-1]})
+        if request.url.path == COMPLETIONS:
+            choices = [self.choices[i % len(self.choices)] for i in range(len(content["prompts"]))]
+            completed = {"written": [], "noise_seconds": 0.0, "choices": choices}
+            return httpx.Response(200, json={"completed": completed})
         if request.url.path != "/collective_rpc":
             return httpx.Response(200, json={"success": True})
         result = {}
@@ -202,10 +203,10 @@ def servers(config, monkeypatch):
 
     def make(calls: Calls, count: int = 1, **options) -> VLLMServers:
         options["vllm_server_base_url"] = [f"http://server-{i}" for i in range(count)]
-        client = httpx.Client
+        transport = httpx.MockTransport(calls)
         with monkeypatch.context() as patched:
-            transport = httpx.MockTransport(calls)
-            patched.setattr(httpx, "Client", lambda **keywords: client(**keywords, transport=transport))
+            for client in (httpx.Client, httpx.AsyncClient):
+                patched.setattr(httpx, client.__name__, functools.partial(client, transport=transport))
             engine = VLLMServers(make_model(), make_tokenizer(), config(**SERVER, **options))
         engine.replicas.replay([], None)
         return engine
@@ -227,35 +228,9 @@ def test_a_completion_of_a_server_is_truncated_if_the_server_says_so(servers):
 def test_answers_say_which_server_they_are_of(servers):
     engine = servers(Calls({"token_ids": [70], "finish_reason": "length"}), count=2)
     members = Population.sample(6, 42, 0, False).members
-    evaluated = list(engine.evaluate(members, 0.1, lambda job, on: on.generate([[5]], seed=0)))
-    assert sorted(made.job for made in evaluated) == list(range(6))
+    evaluated = list(engine.evaluate(members, 0.1, 1, lambda job, on: on.generate([[5]], seed=0)))
+    assert sorted(made.job.members for made in evaluated) == [(number,) for number in range(6)]
     assert {made.server for made in evaluated} <= {"http://server-0", "http://server-1"}
-
-
-def test_a_job_that_was_given_back_is_done_by_another():
-    jobs = JobQueue(2)
-    assert (jobs.get(), jobs.get()) == (0, 1)
-    found = []
-
-    def work():
-        while (job := jobs.get()) is not None:
-            found.append(job)
-            jobs.task_done()
-
-    other = threading.Thread(target=work)
-    other.start()
-    jobs.task_done()
-    other.join(0.1)
-    assert other.is_alive() and not found  # job 0 may come back
-    jobs.put_back(0)
-    other.join(5)
-    assert found == [0] and not other.is_alive() and not jobs.unfinished
-
-
-def test_stopped_jobs():
-    jobs = JobQueue(3)
-    jobs.shutdown()
-    assert jobs.get() is None and not jobs.unfinished
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org"])
@@ -285,6 +260,11 @@ def test_command_of_a_server():
 
 # ---- servers that are not there: what they are told, and what becomes of their answers ----
 
+
+def completed(*choices: dict, written: list[dict] = ()) -> dict:
+    return {"json": {"completed": {"written": list(written), "noise_seconds": 0.0, "choices": list(choices)}}}
+
+
 RECORD = {"seeds": [1], "signs": [1], "utilities": [1.0], "learning_rate": 0.1, "in_place": True}
 
 
@@ -308,16 +288,12 @@ class FakeServer:
             return httpx.Response(200, json={"data": [{"max_model_len": 256}]})
         if request.url.path == "/v1/completions":
             logprobs = [{"a": -2.0 if self.overwritten in {None, *self.copied} else -1.0}] * content["max_tokens"]
-            choices = [
-                {
-                    "index": i,
-                    "token_ids": [5, 2],
-                    "finish_reason": "stop",
-                    "logprobs": {"top_logprobs": logprobs} if "logprobs" in content else None,
-                }
-                for i in range(len(content["prompt"]))
-            ]
-            return httpx.Response(200, json={"choices": choices})
+            choice = {"finish_reason": "length", "logprobs": {"top_logprobs": logprobs}}
+            return httpx.Response(200, json={"choices": [choice]})
+        if request.url.path == COMPLETIONS:
+            choices = [{"token_ids": [5, 2], "finish_reason": "stop"}] * len(content["prompts"])
+            completed = {"written": [{}], "noise_seconds": 0.5, "choices": choices}
+            return httpx.Response(200, json={"completed": completed})
         if request.url.path == "/collective_rpc":
             return httpx.Response(200, json={"results": [self.call(content["method"], *content["args"])]})
         return httpx.Response(200)
@@ -347,10 +323,9 @@ def served(monkeypatch, config, tokenizer):
     def make(*fakes: FakeServer, **options) -> VLLMServers:
         urls = [f"http://server{i}:1" for i in range(len(fakes))]
         by_host = {f"server{i}": fake for i, fake in enumerate(fakes)}
-        client = functools.partial(
-            httpx.Client, transport=httpx.MockTransport(lambda request: by_host[request.url.host](request))
-        )
-        monkeypatch.setattr("es_trainer.engines.vllm_client.httpx.Client", client)
+        transport = httpx.MockTransport(lambda request: by_host[request.url.host](request))
+        for client in (httpx.Client, httpx.AsyncClient):
+            monkeypatch.setattr(httpx, client.__name__, functools.partial(client, transport=transport))
         with torch.device("meta"):
             model = make_model()
         engine = VLLMServers(
@@ -376,25 +351,24 @@ def test_weights_that_a_server_does_not_compute_with(served):
     assert fake.sent("overwrite") == fake.sent("undo_overwrite") == 11
 
 
-def test_every_set_of_weights_has_a_salt_of_its_own(served):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_member_is_one_request(served, temperature):
     fake = FakeServer()
-    engine = served(fake)
-    population = Population.sample(4, seed=1, step=0)
-    for _ in range(2):  # the same members again: a request that was given up may have left something
-        done = engine.evaluate(population.members, 0.1, lambda job, on: on.generate([[1, 2], [1, 3]], seed=0))
-        assert len(list(done)) == 4
-    engine.generate([[1, 2]], 0)
-    answered = [content for path, content in fake.requests if path == "/v1/completions"]
-    completions = [content for content in answered if "logprobs" not in content]
-    assert len({content["cache_salt"] for content in completions}) == len(completions) == 9
-
-
-def test_requests_of_a_member_share_its_salt(served):
-    fake = FakeServer()
-    engine = served(fake, temperature=1.0)
-    engine.generate([[1, 2], [1, 3]], 0, 2)
-    completions = [content for path, content in fake.requests if path == "/v1/completions" and "seed" in content]
-    assert len(completions) == 4 and len({content["cache_salt"] for content in completions}) == 1
+    engine = served(fake, temperature=temperature)
+    before = len(fake.requests)
+    population = Population.sample(2, seed=1, step=0, antithetic=False).members
+    members = [*population, population[0].center()]
+    done = list(engine.evaluate(members, 0.1, 2, lambda job, on: on.generate([[1, 2], [1, 3]], 7, 2)))
+    engine.generate([[1, 4]], 7)
+    requests = fake.requests[before:]
+    assert [path for path, _ in requests] == [COMPLETIONS] * 4
+    asked = [content for _, content in requests]
+    wanted = [[member.seed, member.sign, 0.1] for member in population]
+    assert [content["member"] for content in asked] == [*wanted, None, None]
+    assert asked[0]["prompts"] == [[1, 2], [1, 2], [1, 3], [1, 3]] and asked[3]["prompts"] == [[1, 4]]
+    seeds = [common_seed(7, prompt, number) for prompt in range(2) for number in range(2)]
+    assert asked[0]["seeds"] == asked[2]["seeds"] == (seeds if temperature else [None] * 4)
+    assert all(made.noise_seconds == 0.5 for made in done)
 
 
 def test_a_server_that_catches_up_during_an_update_is_sent_it_once(served):
@@ -444,6 +418,37 @@ def test_a_server_that_has_done_an_older_update_is_not_compared(served):
     assert server.updates == 2 and second.sent("update") == 3
 
 
+def test_no_step_waits_for_a_server_that_is_late(served):
+    first, second = FakeServer(), FakeServer()
+    engine = served(first, second)
+    engine.replicas.servers[1].late = True
+    engine.replicas.update(RECORD)
+    assert (first.sent("update"), second.sent("update")) == (1, 0)
+    members = Population.sample(8, seed=1, step=1).members
+    both, begun = threading.Barrier(2, timeout=20), set()
+
+    def answer(job, on):
+        if on.server.url not in begun:
+            begun.add(on.server.url)
+            both.wait()
+        return on.generate([[1, 2]], 0)
+
+    done = list(engine.evaluate(members, 0.1, 1, answer, repeats=False))
+    assert {made.server for made in done} == {"http://server0:1", "http://server1:1"}
+    assert [server.late for server in engine.replicas.servers] == [False, False]
+    assert [server.updates for server in engine.replicas.servers] == [1, 1]
+
+
+def test_a_server_that_is_late_does_a_step_if_the_others_are_lost(served):
+    first, second = FakeServer(), FakeServer()
+    engine = served(first, second)
+    engine.replicas.servers[1].late = True
+    first.replies["/collective_rpc"] = httpx.Response(500)
+    (result,) = engine.replicas.update(RECORD)
+    assert result["update_norm"] == 1.0 and second.sent("update") == 1
+    assert [server.updates for server in engine.replicas.servers] == [None, 1]
+
+
 @pytest.mark.parametrize("twice", [True, False])
 def test_updates_of_others_are_found_out(served, twice):
     """A proxy that sends a request again, or a second trainer."""
@@ -460,20 +465,29 @@ def test_updates_of_others_are_found_out(served, twice):
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (httpx.Response(200, text="<html>"), "http://server0:1 answered /v1/completions without 'choices': '<html>'"),
-        (httpx.Response(200, json={"error": "x"}), "http://server0:1 answered /v1/completions without 'choices'"),
-        (httpx.Response(200, json={"choices": []}), "http://server0:1 gave 0 completions for 1 prompts"),
+        ({"text": "<html>"}, "http://server0:1 answered /member_completions without 'completed': '<html>'"),
+        ({"json": {"error": "x"}}, "http://server0:1 answered /member_completions without 'completed'"),
+        (completed(), "http://server0:1 gave 0 completions for 1 prompts"),
         (
-            httpx.Response(200, json={"choices": [{"index": 0, "token_ids": [5], "finish_reason": "abort"}]}),
+            completed({"token_ids": [5], "finish_reason": "abort"}),
             "No vLLM server is left.*\nhttp://server0:1: .*broke off a completion",
         ),
-        (httpx.Response(302, headers={"location": "/v1/completions"}), "http://server0:1"),
+        (
+            completed(written=[{"error": "NotBegun: The server was started anew."}]),
+            "No vLLM server is left.*\nhttp://server0:1: .*failed to write the weights of a member: NotBegun",
+        ),
+        (
+            completed(written=[{"error": "RuntimeError: out of memory"}]),
+            "^The vLLM server http://server0:1 failed to write the weights of a member: RuntimeError: out of memory",
+        ),
+        ({"status_code": 302, "headers": {"location": COMPLETIONS}}, "http://server0:1"),
+        ({"status_code": 404}, "http://server0:1 does not know /member_completions: start it with `es-trainer vllm-s"),
     ],
 )
 def test_answers_that_are_none_name_the_server(served, reply, message):
     fake = FakeServer()
     engine = served(fake)
-    fake.replies["/v1/completions"] = reply
+    fake.replies[COMPLETIONS] = httpx.Response(**{"status_code": 200, **reply})
     with pytest.raises(ServerError, match=message):
         engine.generate([[1, 2]], 0)
 

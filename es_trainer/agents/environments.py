@@ -65,7 +65,7 @@ class Environments:
         """Rows with nothing in their prompts, for environments that make their own; `None` if steps are not known."""
         if self.named or args.max_steps <= 0:
             return None
-        return Dataset.from_dict({"prompt": [NO_PROMPT] * args.largest_num_prompts})
+        return Dataset.from_dict({"prompt": [NO_PROMPT] * args.largest_num_rows})
 
     def name_of(self, row: dict[str, Any]) -> str | None:
         """

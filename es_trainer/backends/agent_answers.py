@@ -18,7 +18,7 @@ from ..fields import require
 from ..rollout import Completion
 from ..run.processes import Processes
 from .answers import Answers
-from .results import Prompts
+from .results import Answer, Prompts
 from .trainer_inputs import TrainerInputs
 
 
@@ -41,6 +41,8 @@ class AgentAnswers(Answers):
     """
 
     has_prompts = False
+    no_images = "programs ask for completions of texts. Leave `agent_func` out"
+    repeats = False
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
@@ -100,14 +102,14 @@ class AgentAnswers(Answers):
     def complete(
         self,
         engine: Engine,
-        prompts: Prompts,
+        asked: Sequence[Prompts],
         own: Sequence[int],
         models: Sequence[str],
         members: Any,
         batch_size: int | None,
-    ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
+    ) -> Answer:
         sessions, programs, rows = [], [], []
-        for member, model in enumerate(models):
+        for member, (model, prompts) in enumerate(zip(models, asked, strict=True)):
             for i in own:
                 for number in range(prompts.number):
                     session = Session(model, member, derived_seed("agent", prompts.seed, i, number))
@@ -117,8 +119,8 @@ class AgentAnswers(Answers):
         self._run(engine.requests(members, batch_size), sessions, programs)
         completions = [_completion(session) for session in sessions]
         columns = list(map(_columns, sessions, programs, rows))
-        prompt_tokens = sum(call["usage"]["prompt_tokens"] for session in sessions for call in session.calls)
-        return completions, prompt_tokens // len(models), columns
+        prompt_tokens = [sum(call["usage"]["prompt_tokens"] for call in session.calls) for session in sessions]
+        return completions, prompt_tokens, columns
 
     def _run(self, requests: Requests, sessions: list[Session], all_programs: list[Program]) -> None:
         programs = Programs(

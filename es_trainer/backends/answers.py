@@ -1,22 +1,28 @@
 """Who completes prompts: the engine, or a function of the user."""
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..config import ESConfig
+from ..data import collate, image_columns
 from ..data import prompts as prompts_of
 from ..engines import Engine
 from ..engines.decoding import Row
+from ..engines.image_prompts import ImagePrompt
 from ..engines.sampling import derived_seed
 from ..fields import require
-from ..rollout import Completion
-from .results import Prompts
+from .results import Answer, Prompts
 from .rollout_func import RolloutFunc, call_rollout_func
 from .trainer_inputs import TrainerInputs
+
+
+IMAGES_AT_ONCE = 32  # rows with images that are in memory together
 
 
 class Answers:
@@ -32,18 +38,36 @@ class Answers:
 
     by_engine = True
     has_prompts = True  # in the data, which the engine can answer by itself
+    no_images: str | None = None  # why images are refused, and the way out
+    splits = True  # whether the prompts of a member can be shared out, for the same answers
+    repeats = True  # whether a member can be asked twice at the same time: nothing comes of it but tokens
 
     def __init__(self, args: ESConfig, progress: bool):
         self.args = args
         self.progress = progress
+        self.image_prompt: ImagePrompt | None = None  # one of those to train on, if they have images
 
     def check(self, engine: Engine, name: str, dataset: Any) -> None:
         """Raise now what generation would raise about a prompt of a dataset."""
         if isinstance(dataset, Dataset):
             lengths: list[int] = []
-            for batch in prompts_of(name, dataset):
-                lengths += map(len, engine.encode(batch, first_row=len(lengths)))
+            size = IMAGES_AT_ONCE if image_columns(dataset) else 1000
+            with tqdm(
+                total=len(dataset), desc=f"Prompts of {name}", leave=False, delay=5, disable=not self.progress
+            ) as bar:
+                for batch in prompts_of(name, dataset, size):
+                    encoded = engine.encode(batch, first_row=len(lengths))
+                    lengths += map(len, encoded)
+                    bar.update(len(batch))
+                    self._keep_image_prompt(name, encoded)
             engine.check_lengths(lengths, conversational=isinstance(batch[0], list), name=name)
+        elif dataset is not None and engine.images is not None:
+            # Of a stream, the first prompt says whether there are images
+            self._keep_image_prompt(name, self.tokenize(engine, collate(list(itertools.islice(dataset, 1)), name)))
+
+    def _keep_image_prompt(self, name: str, prompts: list[list[int]]) -> None:
+        if name == "train_dataset" and self.image_prompt is None:
+            self.image_prompt = next((prompt for prompt in prompts if isinstance(prompt, ImagePrompt)), None)
 
     def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
         """Tokens of the rows' prompts."""
@@ -63,20 +87,20 @@ class Answers:
     def complete(
         self,
         engine: Engine,
-        prompts: Prompts,
+        asked: Sequence[Prompts],
         own: Sequence[int],
         models: Sequence[str],
         members: Any,
         batch_size: int | None,
-    ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
+    ) -> Answer:
         """
         Complete this process's share of the prompts.
 
         Args:
             engine ([`Engine`]):
                 Has the weights.
-            prompts ([`Prompts`]):
-                All prompts.
+            asked (`Sequence[Prompts]`):
+                All prompts of each member.
             own (`Sequence[int]`):
                 Which of them are this process's.
             models (`Sequence[str]`):
@@ -87,10 +111,12 @@ class Answers:
                 Most sequences generated at once.
 
         Returns:
-            `tuple`: The completions, the number of tokens of the prompts, and further columns of each completion.
+            `tuple`: The completions, the number of tokens of each one's prompt, and further columns of each.
         """
-        completions = engine.generate(prompts.ids, prompts.seed, prompts.number, members, batch_size, self.progress)
-        return completions, sum(len(prompts.ids[i]) for i in own) * prompts.number, [{}] * len(completions)
+        ids, seed, number = [prompts.ids for prompts in asked], asked[0].seed, asked[0].number
+        completions = engine.generate_each(ids, seed, number, members, batch_size, self.progress)
+        prompt_tokens = [len(of_member[i]) for of_member in ids for i in own for _ in range(number)]
+        return completions, prompt_tokens, [{}] * len(completions)
 
 
 class Generating(threading.local):
@@ -121,6 +147,9 @@ class RolloutFuncAnswers(Answers):
 
     by_engine = False
     has_prompts = False
+    no_images = "`rollout_func` makes the prompts' tokens by itself. Leave it out"
+    splits = False
+    repeats = False
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
@@ -158,21 +187,21 @@ class RolloutFuncAnswers(Answers):
     def tokenize(self, engine, rows):
         return [[] for _ in rows]
 
-    def complete(self, engine, prompts, own, models, members, batch_size):
+    def complete(self, engine, asked, own, models, members, batch_size):
         engine.reset_prefix_cache()
-        asked = [prompts.rows[i]["prompt"] for i in own]
         now = self._generating
-        completions, columns, num_tokens = [], [], 0
+        completions, columns, prompt_tokens = [], [], []
         try:
-            for now.member in range(len(models)):
+            for now.member, prompts in enumerate(asked):
                 now.engine, now.members, now.seed, now.calls = engine, members, prompts.seed, 0
-                made, prompt_tokens, fields = call_rollout_func(self.rollout_func, asked, self.trainer, prompts.number)
+                mine = [prompts.rows[i]["prompt"] for i in own]
+                made, tokens, fields = call_rollout_func(self.rollout_func, mine, self.trainer, prompts.number)
                 completions += made
                 columns += fields
-                num_tokens += prompt_tokens
+                prompt_tokens += tokens
         finally:
             now.engine = now.members = None
-        return completions, num_tokens // len(models), columns
+        return completions, prompt_tokens, columns
 
     def generate(self, prompts: list[Any], num_generations: int) -> list[dict[str, Any]]:
         """

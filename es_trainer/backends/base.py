@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..config import ESConfig
+from ..data import has_images, image_columns
 from ..engines import Engine
 from ..evolution import EvolutionStrategy, Member
 from ..fields import require
@@ -44,6 +45,7 @@ class Backend(ABC):
     moves_model = True  # whether the Trainer moves the model to the device
     partitioned = False  # whether each process has a part of every parameter
     in_lockstep = False  # whether all processes go through every forward pass together
+    no_images: str | None = None  # why images are refused, and the way out
     group_size = 1  # processes that evaluate the same members, each with its part of the weights
 
     engine: Engine
@@ -57,6 +59,21 @@ class Backend(ABC):
         self.population_batch: Any = None  # what evaluates many members at once, if they are not written into weights
         self.noise_seconds = 0.0  # of the population that is evaluated
         self._evaluating_members = False
+
+    def check_data(self, datasets: dict[str, Any]) -> None:
+        """
+        Look through what can be told of datasets before a model is loaded.
+
+        Raises:
+            `ValueError`: If one has images, and this backend or who answers cannot read them.
+        """
+        reason = self.no_images or self.answers.no_images
+        for name, dataset in datasets.items():
+            if reason is not None and has_images(dataset):
+                columns = image_columns(dataset)
+                place = f"the column {columns[0]!r}" if columns else "images in its prompts"
+                way_out = f"give dataset.remove_columns({columns!r})" if columns else "leave the images out"
+                raise ValueError(f"`{name}` has {place}, but {reason}, or {way_out} to train on the text alone.")
 
     @property
     def parts(self) -> int:

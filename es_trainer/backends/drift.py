@@ -1,6 +1,6 @@
 """How far the model has drifted from the start of the run: its next-token distributions on held-out prompts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import islice
 from typing import TypeVar
 
@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..data import collate
+from ..engines.image_prompts import identity
 from .base import Backend
 
 
@@ -33,7 +34,7 @@ class Drift:
     def __init__(self, backend: Backend, number: int):
         self.backend = backend
         self.number = number
-        self._start: dict[tuple[int, ...], torch.Tensor] | None = None  # logits, by the tokens of the prompts
+        self._start: dict[Hashable, torch.Tensor] | None = None  # logits of each prompt
 
     def begin(self, datasets: Iterable[Dataset | IterableDataset]) -> None:
         """
@@ -45,11 +46,12 @@ class Drift:
         """
         if self.number == 0:
             return
-        start: dict[tuple[int, ...], torch.Tensor] = {}
+        start: dict[Hashable, torch.Tensor] = {}
 
         def keep() -> None:
             for dataset in datasets:
-                start.update({prompt: self._logits(prompt).to("cpu", copy=True) for prompt in self._prompts(dataset)})
+                prompts = self._prompts(dataset)
+                start.update({key: self._logits(prompt).to("cpu", copy=True) for key, prompt in prompts.items()})
 
         self._on_process_0(keep)
         self._start = start
@@ -73,21 +75,22 @@ class Drift:
         value = self._on_process_0(lambda: self._mean_kl(self._prompts(dataset), self._start))
         return {} if value is None else {"kl": value}
 
-    def _mean_kl(self, prompts: list[tuple[int, ...]], start: dict[tuple[int, ...], torch.Tensor]) -> float | None:
-        if not start.keys() >= set(prompts):
+    def _mean_kl(self, prompts: dict[Hashable, list[int]], start: dict[Hashable, torch.Tensor]) -> float | None:
+        if not start.keys() >= prompts.keys():
             return None
-        return torch.cat([kl_divergence(start[prompt], self._logits(prompt)) for prompt in prompts]).mean().item()
+        values = [kl_divergence(start[key], self._logits(prompt)) for key, prompt in prompts.items()]
+        return torch.cat(values).mean().item()
 
-    def _prompts(self, dataset: Dataset | IterableDataset) -> list[tuple[int, ...]]:
-        """The tokens of the first prompts."""
+    def _prompts(self, dataset: Dataset | IterableDataset) -> dict[Hashable, list[int]]:
+        """The first prompts, by what tells them apart."""
         rows = collate(list(islice(dataset, self.number)), "eval_dataset")
         if not rows:  # of a stream, which the evaluation refuses
-            return []
-        return list(map(tuple, self.backend.answers.tokenize(self.backend.engine, rows)))
+            return {}
+        return {identity(prompt): prompt for prompt in self.backend.answers.tokenize(self.backend.engine, rows)}
 
-    def _logits(self, prompt: tuple[int, ...]) -> torch.Tensor:
+    def _logits(self, prompt: list[int]) -> torch.Tensor:
         # One prompt at a time: without padding, the same weights have the same logits to the last bit
-        return self.backend.engine.logits(list(prompt), LAST_TOKENS)
+        return self.backend.engine.logits(prompt, LAST_TOKENS)
 
     def _on_process_0(self, work: Callable[[], T]) -> T:
         with self.backend.ready(for_members=False):

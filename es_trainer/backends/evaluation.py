@@ -53,7 +53,7 @@ def evaluate_population(
         population ([`Population`]):
             The members.
         prompts ([`Prompts`]):
-            What they complete.
+            What they complete, or, if the config says so, what is shared out among them.
         state ([`~transformers.TrainerState`]):
             What reward functions get.
         report (`Callable`):
@@ -62,6 +62,8 @@ def evaluate_population(
             Given the rollouts that were scored here, with the members' numbers.
     """
     size, center = len(population), backend.args.evaluate_center
+    together = backend.args.members_per_prompt
+    prompts = prompts.shared_out(size, together)
     members = list(enumerate(population))
     if center:
         members.append((size, population.members[0].center()))
@@ -87,8 +89,9 @@ def evaluate_population(
     return Evaluation(
         rewards=rewards,
         by_prompt=by_prompt,
-        settled=settled(by_prompt),
-        compared=normalized_sum(by_function, scorer.weights.numpy()) if normalized else rewards,
+        settled=settled(by_prompt, together),
+        compared=normalized_sum(by_function, scorer.weights.numpy(), together) if normalized else rewards,
+        members_per_prompt=together,
         center=mean(_rewards(of_members[size])[0]) if center else None,
         summaries=[summary for number in range(size) for summary in _summaries(of_members[number])],
         num_tokens=sum(share.summary.num_tokens for share in shares),

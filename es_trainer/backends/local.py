@@ -12,9 +12,11 @@ from transformers.utils import logging
 from ..config import ESConfig
 from ..engines import PopulationBatch, TransformersEngine
 from ..engines.generation_config import check_generation_kwargs
+from ..engines.image_prompts import ImagePrompt
 from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
+from ..text_only import freeze, other_modalities
 from .base import Backend, model_name, trained
 from .initial_weights import InitialWeights
 from .results import Prompts, Result, results
@@ -50,6 +52,8 @@ class Local(Backend):
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         config = run_config(self.args)
         dtype = working_dtype(config)
+        if self.answers.image_prompt is not None:
+            self._freeze_unread(self.answers.image_prompt)
         frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
         self.optimizer = make_optimizer(
             trained(self.model),
@@ -63,6 +67,24 @@ class Local(Backend):
         self.population_batch = self._make_population_batch()
         self._check_drift()
         return self.optimizer
+
+    def _freeze_unread(self, prompt: ImagePrompt) -> None:
+        """
+        Freeze what of the parts for other inputs than texts is not trained: what a prompt with images does not need,
+        or all of it if members are to be evaluated together.
+        """
+        others = other_modalities(self.model)
+        if self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1):
+            freeze(
+                self.model,
+                others,
+                "members that are evaluated together share what they see. To train them, too, set "
+                "perturbation='gaussian' and population_batch_size=1",
+            )
+            return
+        behind = self.engine.parameters_behind(prompt)
+        unread = [name for name in others if self.model.get_parameter(name) not in behind]
+        freeze(self.model, unread, "no completion of the prompts depends on them")
 
     def _anchor_weights(self) -> Literal["device", "host"] | InitialWeights:
         """Where the initial weights are, for the optimizer."""
@@ -91,7 +113,7 @@ class Local(Backend):
             if self.args.population_batch_size == 1 or (self.args.population_batch_size is None and on_cpu):
                 return None
         batch = PopulationBatch(self.model, self.optimizer.weights)
-        problem = batch.check()
+        problem = batch.check(self.engine.trial_inputs(self.answers.image_prompt))
         if problem is not None:
             logger.warning(
                 f"Members are evaluated one at a time, because this model cannot evaluate several at once: {problem}."
@@ -142,16 +164,17 @@ class Local(Backend):
         self, models: dict[int, str], prompts: Prompts, installed: Any, batch_size: int | None
     ) -> list[Result]:
         """
-        What the installed members, or the weights as they are, answer to this process's share of the prompts. `models`
-        has their numbers and names.
+        What the installed members, or the weights as they are, answer to this process's share of their prompts.
+        `models` has their numbers and names.
         """
         start = time.perf_counter()
-        own = self.engine.prompt_shard(len(prompts.rows))
-        answer = self.answers.complete(self.engine, prompts, own, list(models.values()), installed, batch_size)
+        asked = [prompts.of(number) for number in models]
+        own = self.engine.prompt_shard(len(asked[0].rows))
+        answer = self.answers.complete(self.engine, asked, own, list(models.values()), installed, batch_size)
         if not own:  # fewer prompts than processes, which generate together nevertheless
             return []
         seconds = (time.perf_counter() - start) / len(models)
-        return results(list(models), own, prompts, answer, seconds, self.processes.rank)
+        return results(list(models), own, asked, answer, seconds, self.processes.rank)
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
         """Members evaluated together, and most sequences generated at once (`None`: all of them)."""
@@ -160,7 +183,7 @@ class Local(Backend):
             return 1, batch_size
         if self.args.population_batch_size is not None:
             return self.args.population_batch_size, batch_size
-        rows = len(prompts.ids) * prompts.number
+        rows = len(prompts.of(0).ids) * prompts.number
         members, fitting = self.population_batch.fitting(rows, tokens, batch_size)
         wanted = min(rows, batch_size or rows)
         if fitting == 0:

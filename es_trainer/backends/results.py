@@ -11,7 +11,7 @@ from ..run.metrics import side_by_side
 @dataclass(frozen=True)
 class Prompts:
     """
-    What is asked of every member.
+    What is asked of the members: the same of all, or of each something of its own.
 
     Args:
         rows (`list[dict[str, Any]]`):
@@ -22,12 +22,36 @@ class Prompts:
             Completions of each prompt.
         seed (`int`):
             Seed of sampling, common to all members.
+        members_per_prompt (`int`, *optional*):
+            How many members have the same prompts: those that follow each other. If `None`, all of them.
+        of_member (`int`, *optional*):
+            How many of the prompts each of them has then: the first ones have the first.
     """
 
     rows: list[dict[str, Any]]
     ids: list[list[int]]
     number: int
     seed: int
+    members_per_prompt: int | None = None
+    of_member: int | None = None
+
+    def shared_out(self, members: int, members_per_prompt: int | None) -> "Prompts":
+        """The same, for so many members to have some each. The first ones are taken again for what is missing."""
+        if members_per_prompt is None:
+            return self
+        askers = members // members_per_prompt
+        of_member = -(-len(self.rows) // askers)
+        taken = [i % len(self.rows) for i in range(askers * of_member)]
+        rows, ids = [self.rows[i] for i in taken], [self.ids[i] for i in taken]
+        return replace(self, rows=rows, ids=ids, members_per_prompt=members_per_prompt, of_member=of_member)
+
+    def of(self, number: int) -> "Prompts":
+        """Those of a member. The unperturbed weights, which come after the last one, have those of the first."""
+        if self.members_per_prompt is None:
+            return self
+        first = number // self.members_per_prompt * self.of_member % len(self.rows)
+        own = slice(first, first + self.of_member)
+        return Prompts(self.rows[own], self.ids[own], self.number, self.seed)
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,7 @@ class Result:
         number (`int`):
             Number of the member in its population, or of the batch in an evaluation.
         prompts (`range`):
-            Which of the prompts.
+            Which of its prompts.
         rows (`list[dict[str, Any]]`):
             The row of each completion.
         completions (`list[Completion]`):
@@ -66,12 +90,17 @@ class Result:
         return len(self.completions) // len(self.prompts)
 
 
-# Completions, the number of tokens of their prompts for one member, and further columns of each completion
-Answer = tuple[list[Completion], int, list[dict[str, Any]]]
+# Completions, the number of tokens of each one's prompt, and further columns of each
+Answer = tuple[list[Completion], list[int], list[dict[str, Any]]]
 
 
 def results(
-    numbers: Sequence[int], own: range, prompts: Prompts, answer: Answer, seconds: float, generated_by: Hashable
+    numbers: Sequence[int],
+    own: range,
+    asked: Sequence[Prompts],
+    answer: Answer,
+    seconds: float,
+    generated_by: Hashable,
 ) -> list[Result]:
     """
     What each of some members has answered.
@@ -80,9 +109,9 @@ def results(
         numbers (`Sequence[int]`):
             Numbers of the members in their population.
         own (`range`):
-            Which of the prompts they were asked.
-        prompts ([`Prompts`]):
-            All prompts.
+            Which of their prompts they were asked.
+        asked (`Sequence[Prompts]`):
+            All prompts of each of them.
         answer (`Answer`):
             What they answered, one member after the other.
         seconds (`float`):
@@ -91,12 +120,12 @@ def results(
             The process or server.
     """
     completions, prompt_tokens, columns = answer
-    rows = [prompts.rows[i] for i in own for _ in range(prompts.number)]
     found = []
-    for i, number in enumerate(numbers):
+    for i, (number, prompts) in enumerate(zip(numbers, asked, strict=True)):
+        rows = [prompts.rows[j] for j in own for _ in range(prompts.number)]
         part = slice(i * len(rows), (i + 1) * len(rows))
         mine = completions[part]
-        num_tokens = prompt_tokens + sum(completion.length for completion in mine)
+        num_tokens = sum(prompt_tokens[part]) + sum(completion.length for completion in mine)
         of_member = [{**row, **extra} for row, extra in zip(rows, columns[part], strict=True)]
         found.append(Result(number, own, of_member, mine, num_tokens, seconds, generated_by))
     return found

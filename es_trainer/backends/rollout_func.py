@@ -7,14 +7,13 @@ from transformers import Trainer
 
 from ..copies import own_copy
 from ..rollout import Completion
+from .results import Answer
 
 
 RolloutFunc = Callable[[list[Any], Trainer], dict[str, Any]]
 
 
-def call_rollout_func(
-    rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, num_generations: int
-) -> tuple[list[Completion], int, list[dict[str, Any]]]:
+def call_rollout_func(rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, num_generations: int) -> Answer:
     """
     Let a function generate the completions.
 
@@ -33,8 +32,8 @@ def call_rollout_func(
             Completions that there have to be for each prompt.
 
     Returns:
-        `tuple`: The completions, the number of tokens of all prompts, and what else the function returned about each
-        completion.
+        `tuple`: The completions, the number of tokens of each one's prompt, and what else the function returned about
+        each.
 
     Raises:
         `ValueError`: If the function does not return what it should.
@@ -55,19 +54,19 @@ def call_rollout_func(
     for name in ("logprobs", "logprob_token_ids"):  # for policy gradients
         output.pop(name, None)
     masks = output.pop("env_mask", None) or [[1] * len(ids) for ids in completion_ids]
-    ends = {*trainer.engine.eos_token_ids, trainer.processing_class.pad_token_id}
+    ends = {*trainer.engine.eos_token_ids, trainer.engine.tokenizer.pad_token_id}
     completions = []
     for row, (ids, mask) in enumerate(zip(completion_ids, masks, strict=True)):
         ids = list(map(int, ids))
         if not ids:
             raise ValueError(f"`rollout_func` returned no tokens in 'completion_ids' for completion {row}.")
-        text = trainer.processing_class.decode(ids, skip_special_tokens=True)
+        text = trainer.engine.tokenizer.decode(ids, skip_special_tokens=True)
         completions.append(Completion(ids, text, ids[-1] not in ends, len(mask) - sum(mask)))
     fields = [
         {key: None if values is None else values[row] for key, values in output.items()}
         for row in range(len(completions))
     ]
-    return completions, sum(map(len, prompt_ids)), fields
+    return completions, list(map(len, prompt_ids)), fields
 
 
 def _call(rollout_func: RolloutFunc, prompts: list[Any], trainer: Trainer, numbers: set[int]) -> dict[str, Any]:

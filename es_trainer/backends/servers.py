@@ -2,27 +2,29 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig, launched_processes
-from ..engines import VLLMServerEngine, VLLMServers
+from ..engines import Done, Job, VLLMServerEngine, VLLMServers
 from ..evolution import EvolutionStrategy, Member
 from ..fields import require
 from ..run.metrics import side_by_side
 from .base import Backend, model_name, require_saved_state, trained
-from .results import Answer, Prompts, Result, results
+from .results import Answer, Prompts, Result, joined, results
 from .trainer_inputs import TrainerInputs
 from .vllm_arguments import check_vllm_arguments
 
 
 class Servers(Backend):
-    """Members go to servers as those become free."""
+    """Members, or some of their prompts, go to servers as those become free."""
 
     loads_weights = False
     moves_model = False
+    no_images = "vLLM servers are not given images. Leave `use_vllm` out"
     engine: VLLMServers
 
     @classmethod
@@ -85,28 +87,54 @@ class Servers(Backend):
         return self.engine.collect()
 
     def evaluate(self, members: Sequence[tuple[int, Member]], prompts: Prompts) -> Iterator[tuple[list[Result], int]]:
-        def answer(job: int, engine: VLLMServerEngine) -> tuple[range, Answer | None]:
-            return self._answer(engine, prompts, model_name(*members[job]))
+        numbers = [number for number, _ in members]
+        of_member = len(prompts.of(numbers[0]).rows)
 
-        evaluated = self.engine.evaluate([member for _, member in members], self.optimizer.sigma, answer)
+        def answer(job: Job, engine: VLLMServerEngine) -> Answer:
+            asked = [prompts.of(numbers[i]) for i in job.members]
+            return self._answer(engine, asked, job, [model_name(*members[i]) for i in job.members])
+
+        evaluated = self.engine.evaluate(
+            [member for _, member in members],
+            self.optimizer.sigma,
+            of_member,
+            answer,
+            self.answers.splits,
+            self.answers.repeats,
+        )
         noise = []
+        parts: dict[int, list[Result]] = {}
+        count = 0
         with contextlib.closing(evaluated):
-            for count, done in enumerate(evaluated, 1):
+            for done in evaluated:
                 noise.append((done.server, done.noise_seconds))
-                number, _ = members[done.job]
-                own, answered = done.result
-                yield results([number], own, prompts, answered, done.seconds, done.server), count
+                for part in self._results(done, [numbers[i] for i in done.job.members], prompts):
+                    mine = parts.setdefault(part.number, [])
+                    mine.append(part)
+                    if sum(len(other.prompts) for other in mine) == of_member:
+                        count += 1
+                        yield [_whole(parts.pop(part.number))], count
         self.noise_seconds += side_by_side(noise)
 
     def answer(self, prompts: Prompts, number: int) -> list[Result]:
-        found = []
-        for done in self.engine.share_out(lambda engine: self._answer(engine, prompts, "policy")):
-            own, answer = done.result
-            if own:  # or there are fewer prompts than servers
-                found += results([number], own, prompts, answer, done.seconds, done.server)
-        return found
+        shares = self.engine.share_out(
+            len(prompts.rows),
+            lambda job, engine: self._answer(engine, [prompts], job, ["policy"]),
+            self.answers.repeats,
+        )
+        return [result for done in shares for result in self._results(done, [number], prompts)]
 
-    def _answer(self, engine: VLLMServerEngine, prompts: Prompts, model: str) -> tuple[range, Answer | None]:
-        """Which of the prompts a server completes, and how."""
-        own, size = engine.prompt_shard(len(prompts.rows)), self.args.generation_batch_size
-        return own, self.answers.complete(engine, prompts, own, [model], None, size) if own else None
+    def _answer(self, engine: VLLMServerEngine, asked: list[Prompts], job: Job, models: list[str]) -> Answer:
+        return self.answers.complete(engine, asked, job.prompts, models, None, self.args.generation_batch_size)
+
+    def _results(self, done: Done[Answer], numbers: Sequence[int], prompts: Prompts) -> list[Result]:
+        asked = [prompts.of(number) for number in numbers]
+        return results(numbers, done.job.prompts, asked, done.result, done.seconds, done.server)
+
+
+def _whole(parts: list[Result]) -> Result:
+    """The result of a member, whose prompts several servers may have shared out."""
+    if len(parts) == 1:
+        return parts[0]
+    seconds = sum(part.seconds for part in parts)
+    return replace(joined(parts), seconds=seconds, generated_by=parts[0].generated_by)

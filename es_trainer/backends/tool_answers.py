@@ -13,12 +13,12 @@ from ..agents.toolbox import ToolResult
 from ..config import ESConfig
 from ..copies import own_copy
 from ..data import prompts as prompts_of
+from ..data import refuse_images
 from ..engines import Engine
 from ..engines.decoding import Row
 from ..engines.sampling import derived_seed
-from ..rollout import Completion
 from .answers import Answers
-from .results import Prompts
+from .results import Answer, Prompts
 
 
 class ToolAnswers(Answers):
@@ -37,9 +37,13 @@ class ToolAnswers(Answers):
             Whether to show a bar of the tokens.
     """
 
+    no_images = "`tools` and environments have conversations of texts. Leave them out"
+    repeats = False
+
     def __init__(self, args: ESConfig, tools: Sequence[Callable], environments: Environments | None, progress: bool):
         super().__init__(args, progress)
         self.environments = environments
+        self.splits = environments is None  # of which each server has those of its last call only
         self._toolboxes = {None: Toolbox(tools)} if environments is None else environments.toolboxes
         self._templates: dict[str | None, ToolTemplate] = {}
 
@@ -74,6 +78,7 @@ class ToolAnswers(Answers):
         engine.check_lengths(lengths, conversational=True, name=name)
 
     def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
+        refuse_images([row["prompt"] for row in rows], self.no_images)
         ids = [self._template(engine, self._environment_of(row)).encode(row["prompt"]) for row in rows]
         engine.check_lengths([len(tokens) for tokens in ids], conversational=True)
         return ids
@@ -85,23 +90,23 @@ class ToolAnswers(Answers):
     def complete(
         self,
         engine: Engine,
-        prompts: Prompts,
+        asked: Sequence[Prompts],
         own: Sequence[int],
         models: Sequence[str],
         members: Any,
         batch_size: int | None,
-    ) -> tuple[list[Completion], int, list[dict[str, Any]]]:
-        count = len(models)
-        rows = [Row(member, i, number) for member in range(count) for i in own for number in range(prompts.number)]
+    ) -> Answer:
+        seed, numbers = asked[0].seed, range(asked[0].number)
+        rows = [Row(member, i, number) for member in range(len(models)) for i in own for number in numbers]
         with ThreadPoolExecutor() as threads:
-            rollouts = self._begin(engine, prompts, rows, threads)
+            rollouts = self._begin(engine, asked, rows, threads)
             live, turn = rollouts, 0
             caches: dict[Any, Any] = {}
             while live:
                 answers = engine.complete(
                     [rollout.conversation.all_ids for rollout in live],
                     [rollout.row for rollout in live],
-                    _seed_of_turn(prompts.seed, turn),
+                    _seed_of_turn(seed, turn),
                     members,
                     batch_size,
                     self.progress,
@@ -120,17 +125,17 @@ class ToolAnswers(Answers):
                 ]
                 turn += 1
         completions = [rollout.conversation.completion() for rollout in rollouts]
-        prompt_tokens = sum(len(rollout.conversation.prompt_ids) for rollout in rollouts) // count
+        prompt_tokens = [len(rollout.conversation.prompt_ids) for rollout in rollouts]
         return completions, prompt_tokens, [rollout.columns for rollout in rollouts]
 
     def _begin(
-        self, engine: Engine, prompts: Prompts, rows: list[Row], threads: ThreadPoolExecutor
+        self, engine: Engine, asked: Sequence[Prompts], rows: list[Row], threads: ThreadPoolExecutor
     ) -> list["Rollout"]:
-        data = [prompts.rows[row.prompt] for row in rows]
+        data = [asked[row.member].rows[row.prompt] for row in rows]
         names = [self._environment_of(of_row) for of_row in data]
         templates = [self._template(engine, name) for name in names]
         if self.environments is None:
-            ids = [prompts.ids[row.prompt] for row in rows]
+            ids = [asked[row.member].ids[row.prompt] for row in rows]
             instances, messages = [None] * len(rows), [of_row["prompt"] for of_row in data]
         else:
             instances = self.environments.take(names, who=engine)

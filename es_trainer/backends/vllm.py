@@ -33,6 +33,7 @@ class VLLM(Local):
     """Members are written into vLLM's weights, one at a time."""
 
     moves_model = False  # vLLM has the weights on the device
+    no_images = "vLLM is not given images. Leave `use_vllm` out"
     engine: VLLMEngine
 
     @classmethod

@@ -26,6 +26,7 @@ class Gathered(Local):
     """The weights are gathered once a step, after which each process evaluates members of its own."""
 
     partitioned = True
+    no_images = "DeepSpeed ZeRO-3 is not supported with images. Launch without it"
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

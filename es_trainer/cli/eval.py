@@ -201,7 +201,7 @@ def mean_and_error(values: "np.ndarray") -> tuple[float, float]:
 
 
 def _rows(splits: Any, arguments: EvalArguments) -> list[dict[str, Any]]:
-    from ..data import NO_PROMPT
+    from ..data import NO_PROMPT, collate
     from ..scripts.data import pick_split
 
     name = arguments.dataset_split or (next(iter(splits)) if len(splits) == 1 else "test")
@@ -212,7 +212,7 @@ def _rows(splits: Any, arguments: EvalArguments) -> list[dict[str, Any]]:
         return [{"prompt": NO_PROMPT, **row} for row in rows]
     if "prompt" not in rows[0]:
         raise ValueError(f"The dataset has no column 'prompt'; its columns are {list(rows[0])}. Rename one of them.")
-    return rows
+    return collate(rows, "dataset")
 
 
 def _evaluate_model(
@@ -297,6 +297,7 @@ def _score(
     from transformers import TrainerState
 
     from ..evolution.generations import pass_at, tries
+    from ..images import without_images
     from ..rollout import for_rewards
 
     number = arguments.num_samples
@@ -324,7 +325,7 @@ def _score(
     by_prompt["completions/clipped_ratio"] = _mean(clipped.reshape(shape))
     recorded = [
         {
-            "prompt": repeated[i * number]["prompt"],
+            "prompt": without_images(repeated[i * number]["prompt"]),
             "completions": [completion.text for completion in completions[i * number : (i + 1) * number]],
             "reward": _json(total[i]),
             "rewards": {key: _json(values[i]) for key, values in rewards.items()},
@@ -347,8 +348,8 @@ def _run_agent(
     answers.check(generator, "dataset", None)
     prompts = Prompts(rows, [[] for _ in rows], number, generator.config.seed)
     own, size = range(len(rows)), generator.config.generation_batch_size
-    answer = answers.complete(generator, prompts, own, ["policy"], None, size)
-    (result,) = results([0], own, prompts, answer, seconds=0.0, generated_by=generator.name)
+    answer = answers.complete(generator, [prompts], own, ["policy"], None, size)
+    (result,) = results([0], own, [prompts], answer, seconds=0.0, generated_by=generator.name)
     return result.completions, result.rows
 
 

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .. import auto_model
 from ..config import ESConfig
 from ..engines import TransformersEngine
 from ..engines.generation_config import check_generation_kwargs
-from ..engines.vocabulary import require_pad_token
+from ..engines.vocabulary import require_pad_token, tokenizer_of
+from ..loading import load_processing_class
 from ..rollout import Completion
 
 
@@ -29,15 +30,13 @@ class Generator(TransformersEngine):
     def __init__(self, name: str, config: ESConfig, adapter: Path | None = None):
         check_generation_kwargs(config)
         options = {"trust_remote_code": config.trust_remote_code, **config.model_init_kwargs}
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=options["revision"], trust_remote_code=config.trust_remote_code, padding_side="left"
-        )
-        require_pad_token(tokenizer)
+        processing_class = load_processing_class(name, options)
+        require_pad_token(tokenizer_of(processing_class))
         # It loads adapters, too, with the model that they name
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = auto_model.from_pretrained(name, **options)
         if adapter is not None:
             model.load_adapter(str(adapter))
-        super().__init__(model.to(config.device), tokenizer, config)
+        super().__init__(model.to(config.device), processing_class, config)
         self.name = name if adapter is None else str(adapter)
         self.config = config
 

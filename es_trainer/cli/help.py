@@ -23,7 +23,7 @@ GROUPS = {
         *("anchor_penalty", "anchor_weights", "evaluate_center", "auto_step", "auto_step_prompts"),
         *("perturbation", "perturbation_rank", "population_batch_size", "fitness_shaping", "es_optimizer"),
         *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "anchor_decay", "num_prompts_per_step"),
-        *("num_prompts_per_step_schedule",),
+        *("num_prompts_per_step_schedule", "unique_prompts"),
         *("max_steps", "num_train_epochs", "seed", "consistency_check_steps", "ds3_gather_for_generation"),
     ),
     "generation": (
@@ -46,8 +46,8 @@ GROUPS = {
         "vllm_enable_sleep_mode",
     ),
     "output": (
-        *("output_dir", "logging_steps", "report_to", "log_format", "log_completions", "num_completions_to_print"),
-        *("log_unique_prompts", "log_completions_hub_repo", "eval_strategy", "eval_steps"),
+        *("output_dir", "logging_steps", "report_to", "log_format", "log_completions", "log_multimodal"),
+        *("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo", "eval_strategy", "eval_steps"),
         *("per_device_eval_batch_size", "eval_kl_prompts", "save_strategy", "save_steps", "save_total_limit"),
         *("load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
     ),

@@ -90,9 +90,8 @@ def main(argv: list[str]) -> None:
     (arguments,) = Parser(ReplayArguments, prog="es-trainer replay").parse_args_and_config(argv)
     averaged = arguments.averaged
     check_local("model_name_or_path", arguments.model_name_or_path, folder=True)
-    from transformers import AutoTokenizer
-
     from .. import replay, replay_top_members
+    from ..loading import load_processing_class
     from ..run.top_members import member_folders
 
     origin = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
@@ -105,9 +104,9 @@ def main(argv: list[str]) -> None:
     else:
         replay_top_members(*run, arguments.top_members, arguments.output_dir, **options)
         folders += member_folders(arguments.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **origin)
+    processing_class = load_processing_class(arguments.model_name_or_path, origin)
     for folder in folders:
-        tokenizer.save_pretrained(folder)
+        processing_class.save_pretrained(folder)
     print(f"💾 Model saved to {arguments.output_dir}.")
     if arguments.top_members is not None:
         print(f"   The best members of the last update, the best first: {', '.join(map(str, folders[1:]))}.")

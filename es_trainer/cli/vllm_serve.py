@@ -56,6 +56,7 @@ def server_command(
     import torch
 
     from ..engines.vllm_engine import WORKER_EXTENSION
+    from ..engines.vllm_members import Members
 
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # which serves calls of workers' methods
     if token:
@@ -63,7 +64,8 @@ def server_command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--host", host, "--port", str(port)]
     command += ["--worker-extension-cls", WORKER_EXTENSION]
-    # vLLM's own check of tokens leaves out the workers' methods
+    command += ["--middleware", f"{Members.__module__}.{Members.__name__}"]
+    # The last is asked first. vLLM's own check of tokens leaves out the workers' methods
     command += ["--middleware", f"{__name__}.require_token"]
     command += ["--generation-config", "vllm"]  # the trainer says all there is to say
     if not torch.cuda.is_available():

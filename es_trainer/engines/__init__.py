@@ -4,14 +4,17 @@ from ..rollout import Completion
 from .base import Engine
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
+from .vllm_dispatch import Job
 from .vllm_engine import LoRAAdapters, VLLMEngine
 from .vllm_server_engine import VLLMServerEngine
-from .vllm_servers import VLLMServers
+from .vllm_servers import Done, VLLMServers
 
 
 __all__ = [
     "Completion",
+    "Done",
     "Engine",
+    "Job",
     "LoRAAdapters",
     "PopulationBatch",
     "Rows",

@@ -1,15 +1,17 @@
 """What engines have in common: prompts to tokens, tokens to completions."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..config import ESConfig
 from ..rollout import Completion
 from .decoding import Row
-from .vocabulary import check_token_ids, embedding_rows
+from .image_prompts import ImageTemplate
+from .vocabulary import check_token_ids, embedding_rows, tokenizer_of
 
 
 logger = logging.get_logger(__name__)
@@ -22,18 +24,27 @@ class Engine:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a padding token.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, with a padding token, or its processor.
         args ([`ESConfig`]):
             Generation parameters.
     """
 
+    reads_images = False
     max_new_tokens: int
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: ESConfig,
+    ):
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = tokenizer_of(processing_class)
         self.chat_template_kwargs = args.chat_template_kwargs or {}
+        self.images = None
+        if isinstance(processing_class, ProcessorMixin):
+            self.images = ImageTemplate(processing_class, self.chat_template_kwargs)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, args)
         self.context = context_length(model.config)
         self.embedding_rows = embedding_rows(model)
@@ -42,7 +53,8 @@ class Engine:
 
     def tokenize(self, prompts: list[str] | list[list[dict[str, Any]]]) -> list[list[int]]:
         """
-        Tokens of the prompts: by the chat template if they are conversational, as plain text otherwise.
+        Tokens of the prompts: by the chat template if they are conversational, as plain text otherwise. Those with
+        images are [`ImagePrompt`]s.
 
         Args:
             prompts (`list`):
@@ -68,17 +80,23 @@ class Engine:
         Raises:
             `TypeError`: If a prompt is neither a text nor a list of messages.
             `ValueError`: If a conversational prompt meets a tokenizer without chat template, a message has a part
-                that is no text, or the model has no embedding for a token.
+                that the model would not see, or the model has no embedding for a token.
         """
         conversational = isinstance(prompts[0], list)
         for row, prompt in enumerate(prompts, first_row):
             _check_prompt(row, prompt, conversational)
+            if conversational:
+                self._check_parts(row, prompt)
         if conversational:
-            if self.tokenizer.chat_template is None:
+            what = self.tokenizer if self.images is None else self.images.processor
+            if what.chat_template is None:
                 raise ValueError(
                     "The prompts are conversational, but the tokenizer has no chat template. Set "
                     "`tokenizer.chat_template` (see `trl.clone_chat_template`) or give the prompts as plain text."
                 )
+        if conversational and self.images is not None:
+            ids = self.images.encode(prompts, first_row)
+        elif conversational:
             ids = self.tokenizer.apply_chat_template(
                 prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
             )["input_ids"]
@@ -87,6 +105,29 @@ class Engine:
         for row, tokens in enumerate(ids, first_row):
             check_token_ids(self.embedding_rows, self.tokenizer, tokens, f"Prompt {row} has the token")
         return ids
+
+    def _check_parts(self, row: int, prompt: list[dict[str, Any]]) -> None:
+        """Raise what speaks against a part of a message."""
+        for message in prompt:
+            for part in message["content"] if isinstance(message.get("content"), list) else []:
+                kind = part["type"]
+                if kind == "text" or (kind == "image" and "image" in part and self.images and self.reads_images):
+                    continue
+                if kind != "image":
+                    reason = "video and audio are not supported"
+                elif self.images is None:
+                    reason = "`processing_class` is a tokenizer: give a model that reads images and its processor"
+                elif not self.reads_images:
+                    reason = "images are not supported with what generates here (see docs/images.md)"
+                else:
+                    raise ValueError(
+                        f"Prompt {row} has a part of type 'image' without an image: give it as "
+                        "{'type': 'image', 'image': ...}, or in a column 'image' or 'images'."
+                    )
+                raise ValueError(
+                    f"Prompt {row} has a part of type {kind!r}, but {reason}. The model would not see it: leave such "
+                    "parts out to train on the rest."
+                )
 
     def _with_one_begin(self, ids: list[int]) -> list[int]:
         begin = self.tokenizer.bos_token_id
@@ -119,6 +160,14 @@ class Engine:
         room = self.context - self.max_new_tokens
         too_long = [row for row, length in enumerate(lengths) if length > room]
         tokens = 'tokenizer(row["prompt"])'
+        if self.images is not None:
+            raise ValueError(
+                f"Prompt {too_long[0]} has {lengths[too_long[0]]} tokens, with those of its images; with "
+                f"`max_completion_length={self.max_new_tokens}` that is more than the context of {self.context} "
+                f"tokens. Too long are {len(too_long)} of {len(lengths)} prompts, the longest with {max(lengths)} "
+                "tokens. Lower `max_completion_length`, let the image processor make images smaller "
+                "(`processor.image_processor.size`), or drop these rows."
+            )
         if conversational:
             options = f", **{self.chat_template_kwargs!r}" if self.chat_template_kwargs else ""
             arguments = f'row["prompt"], add_generation_prompt=True, return_dict=True{options}'
@@ -156,7 +205,7 @@ class Engine:
 
         Args:
             prompt_ids (`list[list[int]]`):
-                What `tokenize` returned.
+                What `tokenize` returned. Prompts with images are [`ImagePrompt`]s.
             seed (`int`):
                 Seed of the random numbers; without effect if decoding is greedy.
             num_generations (`int`, *optional*, defaults to `1`):
@@ -176,14 +225,34 @@ class Engine:
         Raises:
             `FloatingPointError`: If logits are NaN.
         """
-        rows = self._rows(len(prompt_ids), num_generations, members)
-        return self.complete([prompt_ids[row.prompt] for row in rows], rows, seed, members, batch_size, progress)
+        of_members = [prompt_ids] * (1 if members is None else len(members))
+        return self.generate_each(of_members, seed, num_generations, members, batch_size, progress)
 
-    def _rows(self, num_prompts: int, num_generations: int, members: Any) -> list[Row]:
+    def generate_each(
+        self,
+        prompt_ids: Sequence[list[list[int]]],
+        seed: int,
+        num_generations: int = 1,
+        members: Any = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """
+        Complete prompts that each member has of its own; the rest is as with `generate`.
+
+        Args:
+            prompt_ids (`Sequence[list[list[int]]]`):
+                Tokens of the prompts of each member, or of the weights as they are. All have equally many prompts.
+        """
+        rows = self._rows(len(prompt_ids), len(prompt_ids[0]), num_generations)
+        ids = [prompt_ids[row.member][row.prompt] for row in rows]
+        return self.complete(ids, rows, seed, members, batch_size, progress)
+
+    def _rows(self, members: int, num_prompts: int, num_generations: int) -> list[Row]:
         """The completions to be made of this process's share of the prompts."""
         return [
             Row(member, prompt, number)
-            for member in range(1 if members is None else len(members))
+            for member in range(members)
             for prompt in self.prompt_shard(num_prompts)
             for number in range(num_generations)
         ]
@@ -217,14 +286,6 @@ def _check_prompt(row: int, prompt: Any, conversational: bool) -> None:
         raise TypeError(f"Prompt {row} is a list of messages, but others are texts: make them all of one kind.")
     if not prompt:
         raise ValueError(f"Prompt {row} is empty: it has no messages.")
-    for message in prompt:
-        if isinstance(message.get("content"), list):
-            for part in message["content"]:
-                if part["type"] != "text":
-                    raise ValueError(
-                        f"Prompt {row} has a part of type {part['type']!r}, but images, video and audio are not "
-                        "supported: the model would not see them. Leave such parts out to train on the text alone."
-                    )
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig) -> list[int]:

@@ -413,21 +413,25 @@ class PopulationBatch:
             for module, attribute in installed:
                 del vars(module)[attribute]
 
-    def check(self) -> str | None:
+    def check(self, inputs: dict[str, torch.Tensor] | None = None) -> str | None:
         """
         Try two members, together and one at a time; returns why the model cannot evaluate many members at once, if so.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`, *optional*):
+                What they are to read, if not texts alone; see [`trial.answers`].
         """
         try:
-            return self._compare()
+            return self._compare(inputs)
         except CannotBatch as error:
             return self._describe(error.parameter, str(error)) if error.parameter else str(error)
         except Exception as error:  # whatever a model raises that is given weights that it does not know
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-    def _compare(self) -> str | None:
+    def _compare(self, inputs: dict[str, torch.Tensor] | None) -> str | None:
         members = [Member(seed=1), Member(seed=2, sign=-1)]
         for sigma in TRIAL_SIGMAS:
-            alone = [self._answers_alone(member, sigma) for member in members]
+            alone = [self._answers_alone(member, sigma, inputs) for member in members]
             if trial.distance(*alone) > SEEN:
                 break
         else:
@@ -438,7 +442,7 @@ class PopulationBatch:
             self._measured_cache(),
         ):
             rows.assign(TRIAL_ROWS)
-            together = trial.answers(self.model)
+            together = trial.answers(self.model, inputs=inputs)
             for parameter in rows.parameters:
                 if not parameter.used:
                     return self._describe(parameter.parameter_name, "no function that is known uses it")
@@ -448,14 +452,14 @@ class PopulationBatch:
             return None
         return f"the answers of members together are {difference:.1%} away from their answers one at a time"
 
-    def _answers_alone(self, member: Member, sigma: float) -> torch.Tensor:
+    def _answers_alone(self, member: Member, sigma: float, inputs: dict[str, torch.Tensor] | None) -> torch.Tensor:
         # Partitioned weights are gathered anew for each member, and without masters there is nothing to restore from
         with self.weights.gathered(for_members=True, masters=False):
             shards = self.weights.shards if self.weights.drifts else []
             kept = [(shard.working, shard.working.to("cpu", copy=True)) for shard in shards]
             try:
                 self.weights.perturb(member, sigma)
-                return trial.answers(self.model)
+                return trial.answers(self.model, inputs=inputs)
             finally:
                 self.weights.restore()
                 for working, values in kept:

@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .population_batch import Rows
+from .shared_prefix import shared_prefix
 
 
 # Tokens of a forward pass over prompts: enough for full speed; on CPU few enough for activations to stay in the cache
@@ -68,7 +69,7 @@ class RunningBatch:
         Let rows join the batch.
 
         A text of a member is computed once, however many rows have it, and padded to no more than the longest in its
-        forward pass.
+        forward pass. So is what all new texts begin with.
 
         Args:
             texts (`list[list[int]]`):
@@ -84,26 +85,57 @@ class RunningBatch:
             `torch.Tensor` of shape `(rows, vocabulary)`: the logits of each text's last token.
         """
         old = len(self)
-        known = [0 if cache is None else cache.prefix_of(text) for cache, text in zip(caches, texts, strict=True)]
         logits = None
-        for chunk in _chunks(texts, members, known, PREFILL_TOKENS[self.model.device.type]):
-            firsts = [copies[0] for copies in chunk]
-            computed, last = self._read(*([of[i] for i in firsts] for of in (texts, members, known, caches)))
-            if not self._layers:
-                self._layers = [RowsLayer(layer) for layer in computed.layers]
-            if logits is None:
-                self._grow(len(texts), max(map(len, texts)), room)
-                logits = last.new_empty(len(texts), last.shape[-1])
-            sources = torch.tensor([i for i, copies in enumerate(chunk) for _ in copies], device=last.device)
-            targets = torch.tensor([row for copies in chunk for row in copies], device=last.device)
-            columns = _columns([len(texts[i]) for i in firsts], [known[i] for i in firsts], last.device)
-            for layer, states in zip(self._layers, computed.layers, strict=True):
-                layer.put(states, old + targets, sources, columns)
-            logits[targets] = last[sources]
+        for rows, beginnings in self._beginnings(texts, members, caches):
+            known = [
+                0 if cache is None else cache.prefix_of(text) for cache, text in zip(beginnings, texts, strict=True)
+            ]
+            for chunk in _chunks(rows, texts, members, known, PREFILL_TOKENS[self.model.device.type]):
+                firsts = [copies[0] for copies in chunk]
+                computed, last = self._read(*([of[i] for i in firsts] for of in (texts, members, known, beginnings)))
+                if not self._layers:
+                    self._layers = [RowsLayer(layer) for layer in computed.layers]
+                if logits is None:
+                    self._grow(len(texts), max(map(len, texts)), room)
+                    logits = last.new_empty(len(texts), last.shape[-1])
+                sources = torch.tensor([i for i, copies in enumerate(chunk) for _ in copies], device=last.device)
+                targets = torch.tensor([row for copies in chunk for row in copies], device=last.device)
+                columns = _columns([len(texts[i]) for i in firsts], [known[i] for i in firsts], last.device)
+                for layer, states in zip(self._layers, computed.layers, strict=True):
+                    layer.put(states, old + targets, sources, columns)
+                logits[targets] = last[sources]
         self.texts += [list(text) for text in texts]
         self.member_of += members
         self._assign(self.member_of)
         return logits
+
+    def _beginnings(
+        self, texts: list[list[int]], members: list[int], caches: list[RowCache | None]
+    ) -> Iterator[tuple[list[int], list[RowCache | None]]]:
+        """
+        Which rows to read next, and all rows' caches, where those that had none have that of what all new texts begin
+        with. It is read by as many members at once as a forward pass has room for, and only theirs is kept meanwhile.
+        """
+        new = [i for i, cache in enumerate(caches) if cache is None]
+        prefix = shared_prefix([texts[i] for i in new], [members[i] for i in new])
+        if not prefix or any(layer.is_sliding for layer in DynamicCache(config=self.model.config).layers):
+            yield list(range(len(texts))), caches
+            return
+        if len(new) < len(texts):
+            yield [i for i, cache in enumerate(caches) if cache is not None], caches
+        readers = sorted({members[i] for i in new})
+        at_once = max(1, PREFILL_TOKENS[self.model.device.type] // len(prefix))
+        for start in range(0, len(readers), at_once):
+            group = readers[start : start + at_once]
+            computed, _ = self._read([prefix] * len(group), group, [0] * len(group), [None] * len(group))
+            read = {
+                member: RowCache(prefix, [(layer.keys[row], layer.values[row]) for layer in computed.layers])
+                for row, member in enumerate(group)
+            }
+            yield (
+                [i for i in new if members[i] in read],
+                [read.get(member) if cache is None else cache for cache, member in zip(caches, members, strict=True)],
+            )
 
     def _read(
         self, texts: list[list[int]], members: list[int], known: list[int], caches: list[RowCache | None]
@@ -287,17 +319,19 @@ class RowsLayer(DynamicLayer):
         self._view(self.length)
 
 
-def _chunks(texts: list[list[int]], members: list[int], known: list[int], tokens: int) -> Iterator[list[list[int]]]:
+def _chunks(
+    rows: list[int], texts: list[list[int]], members: list[int], known: list[int], tokens: int
+) -> Iterator[list[list[int]]]:
     """
-    The rows with the same text, member and known beginning, in chunks of about as many tokens to compute, with texts
-    of like length.
+    Of some rows, those with the same text, member and known beginning, in chunks of about as many tokens to compute,
+    with texts of like length.
     """
     order: dict[tuple[int, ...], int] = {}
     copies: dict[tuple[int, int, int], list[int]] = {}
-    for i, (text, member, k) in enumerate(zip(texts, members, known, strict=True)):
-        same = order.setdefault(tuple(text), len(order))
-        copies.setdefault((member, same, k), []).append(i)
-    width = {key: len(texts[rows[0]]) - key[2] for key, rows in copies.items()}
+    for i in rows:
+        same = order.setdefault(tuple(texts[i]), len(order))
+        copies.setdefault((members[i], same, known[i]), []).append(i)
+    width = {key: len(texts[of[0]]) - key[2] for key, of in copies.items()}
     chunk: list[tuple[int, int, int]] = []
     for key in sorted(copies, key=lambda key: (width[key], key[1], key[0])):
         if chunk and (len(chunk) + 1) * width[key] > tokens:
@@ -328,9 +362,13 @@ def _beside(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Known keys and values of a layer side by side, so that they end at a column."""
     like = next(cache for cache in caches if cache is not None).layers[layer]
-    keys, values = (states.new_zeros(len(caches), states.shape[0], before, states.shape[2]) for states in like)
-    for row, (cache, k) in enumerate(zip(caches, known, strict=True)):
+    # Rows that share a beginning have the same cache, which is put in place once
+    different = {(id(cache), k): cache for cache, k in zip(caches, known, strict=True)}
+    keys, values = (states.new_zeros(len(different), states.shape[0], before, states.shape[2]) for states in like)
+    for place, ((_, k), cache) in enumerate(different.items()):
         if k:
-            for all_rows, own in zip((keys, values), cache.layers[layer], strict=True):
-                all_rows[row, :, before - k : before] = own[:, :k]
-    return keys, values
+            for all_places, own in zip((keys, values), cache.layers[layer], strict=True):
+                all_places[place, :, before - k : before] = own[:, :k]
+    places = {key: place for place, key in enumerate(different)}
+    rows = torch.tensor([places[id(cache), k] for cache, k in zip(caches, known, strict=True)], device=keys.device)
+    return keys[rows], values[rows]

@@ -2,14 +2,18 @@
 
 import functools
 import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     StopStringCriteria,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -22,6 +26,7 @@ from .base import Engine
 from .continuous_batch import ContinuousBatch
 from .decoding import Decoding, Row, follows
 from .generation_config import generation_config
+from .image_prompts import ImagePrompt
 from .not_numbers import NOT_NUMBERS, NaNLogits
 from .population_batch import Rows
 from .running_batch import RowCache
@@ -38,8 +43,8 @@ class TransformersEngine(Engine):
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a padding token.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, with a padding token, or its processor.
         args ([`ESConfig`]):
             Generation parameters.
         lockstep (`tuple[int, int]`, *optional*):
@@ -50,18 +55,19 @@ class TransformersEngine(Engine):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         args: ESConfig,
         lockstep: tuple[int, int] | None = None,
     ):
-        super().__init__(model, tokenizer, args)
+        super().__init__(model, processing_class, args)
         self.lockstep = lockstep
+        self.reads_images = lockstep is None  # or a process without images would leave the others waiting
         self.generation_config, self.sampling = generation_config(
-            model.generation_config, tokenizer, self.eos_token_ids, args
+            model.generation_config, self.tokenizer, self.eos_token_ids, args
         )
         # `generate` makes this one from the config only for decoding methods of its own
         stop_strings, self.generation_config.stop_strings = self.generation_config.stop_strings, None
-        self.stopping_criteria = [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
+        self.stopping_criteria = [StopStringCriteria(self.tokenizer, stop_strings)] if stop_strings else []
         self._members: Rows | None = None  # that are installed in the model
 
     def use(self, members: Rows | None) -> None:
@@ -86,7 +92,8 @@ class TransformersEngine(Engine):
     def _decodes_alike(self) -> bool:
         """
         Try whether `Decoding` and `generate` agree. They don't where a model keeps what it has read elsewhere than in
-        the cache that it is given (RWKV, XLNet), keeps nothing (OpenAI GPT) or makes more of its inputs (CPM-Ant).
+        the cache that it is given (RWKV, XLNet), keeps nothing (OpenAI GPT), makes more of its inputs (CPM-Ant) or
+        cannot go on from what it has read with several tokens at once (MPT).
 
         Raises:
             `FloatingPointError`: If logits are NaN.
@@ -97,15 +104,24 @@ class TransformersEngine(Engine):
             self._members.assign([row.member for row in rows])
         try:
             theirs = trial.answers(self.model)
-            mine = trial.answers(self.model, Decoding(rows, list(trial.LENGTHS), self._members))
+            decoding = Decoding(rows, list(trial.LENGTHS), self._members, caches={})
+            mine = trial.answers(self.model, decoding)
+            decoding.caches = {
+                row: cache and RowCache(cache.ids[: trial.BEGINNING], cache.layers)
+                for row, cache in decoding.caches.items()
+            }
+            continued = trial.answers(self.model, decoding)
         except Exception as error:  # whatever a model raises that is given inputs that it does not know
             logger.info(f"Transformers' own loop generates, in which finished rows run on: {error!r}.")
             return False
         if theirs.isnan().any():  # which says nothing about the two, and would be remembered
             raise FloatingPointError(NOT_NUMBERS)
-        difference = trial.distance(mine, theirs)
-        logger.info(f"Decoding without finished rows is {difference:.1e} away from Transformers' own loop.")
-        return difference <= trial.tolerance(self.model)
+        differences = [trial.distance(answers, theirs) for answers in (mine, continued)]
+        logger.info(
+            f"Decoding without finished rows is {differences[0]:.1e} away from Transformers' own loop, and "
+            f"{differences[1]:.1e} where the beginnings were read before."
+        )
+        return all(difference <= trial.tolerance(self.model) for difference in differences)
 
     @property
     def max_new_tokens(self) -> int:
@@ -116,23 +132,24 @@ class TransformersEngine(Engine):
         rank, processes = self.lockstep or (0, 1)
         return range(rank, num_prompts, processes)
 
-    def generate(
+    def generate_each(
         self,
-        prompt_ids: list[list[int]],
+        prompt_ids: Sequence[list[list[int]]],
         seed: int,
         num_generations: int = 1,
         members: Rows | None = None,
         batch_size: int | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Complete the prompts; see [`Engine.generate`]."""
-        rows = self._rows(len(prompt_ids), num_generations, members)
+        """Complete prompts that each member has of its own; see [`Engine.generate_each`]."""
+        num_prompts = len(prompt_ids[0])
+        rows = self._rows(len(prompt_ids), num_prompts, num_generations)
         wanted = len(rows)
         if self.lockstep:
             # As many rows as the others, or they would wait for this process
-            most = -(-len(prompt_ids) // self.lockstep[1]) * num_generations
+            most = -(-num_prompts // self.lockstep[1]) * num_generations
             rows += [Row(0, 0, 0)] * (most - wanted)
-        ids = [prompt_ids[row.prompt] for row in rows]
+        ids = [prompt_ids[row.member][row.prompt] for row in rows]
         return self.complete(ids, rows, seed, members, batch_size, progress)[:wanted]
 
     def complete(
@@ -158,12 +175,8 @@ class TransformersEngine(Engine):
                 that are not computed again.
         """
         self.use(members)
-        size = batch_size or len(rows)
-        # Rows of like length share a batch: less padding
-        by_length = sorted(range(len(rows)), key=lambda i: len(ids[i]))
         completions: dict[int, Completion] = {}
-        for start in range(0, len(rows), size):
-            batch = sorted(by_length[start : start + size])
+        for batch in _batches(ids, batch_size or len(rows)):
             made = self._generate_batch(
                 [ids[i] for i in batch], [rows[i] for i in batch], seed, members, progress, caches
             )
@@ -171,24 +184,59 @@ class TransformersEngine(Engine):
         return [completions[i] for i in range(len(rows))]
 
     @torch.inference_mode()
-    def logits(self, ids: list[int], last: int) -> torch.Tensor:
+    def logits(self, prompt: list[int], last: int) -> torch.Tensor:
         """
         Logits that the weights as they are have after the last tokens of a text.
 
         Args:
-            ids (`list[int]`):
-                Tokens of the text.
+            prompt (`list[int]`):
+                Tokens of the text, or a prompt with images.
             last (`int`):
                 After how many tokens at most.
 
         Returns:
             `torch.Tensor` of shape `(tokens, vocabulary)`, on the model's device and in the dtype that it has there.
         """
+        return self._logits(prompt, last)
+
+    def parameters_behind(self, prompt: list[int]) -> set[nn.Parameter]:
+        """The parameters with `requires_grad` that what the model says to a prompt depends on."""
+        # No gradient is computed: autograd's graph alone says it, and what gradients would need is not kept
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+            nodes = [self._logits(prompt, last=1).grad_fn]
+        seen: set[Any] = set()
+        found: set[nn.Parameter] = set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if node.name().endswith("AccumulateGrad"):
+                found.add(node.variable)
+        return found
+
+    def _logits(self, prompt: list[int], last: int) -> torch.Tensor:
         self.use(None)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         taken = inspect.signature(base.forward).parameters
         options = {"logits_to_keep": last} if "logits_to_keep" in taken else {}
-        return base(input_ids=torch.tensor([ids], device=base.device), **options).logits[0, -last:]
+        ids = torch.tensor([prompt], device=base.device)
+        return base(input_ids=ids, **self._image_inputs([prompt]), **options).logits[0, -last:]
+
+    def trial_inputs(self, prompt: list[int] | None) -> dict[str, torch.Tensor] | None:
+        """A prompt with images as [`trial.answers`] takes it."""
+        if prompt is None:
+            return None
+        copies = [prompt] * len(trial.LENGTHS)
+        ids = torch.tensor(copies, device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._image_inputs(copies)}
+
+    def _image_inputs(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+        """What the model reads of prompts beside their tokens; nothing if they are texts."""
+        if not isinstance(prompts[0], ImagePrompt):
+            return {}
+        return {name: values.to(self.model.device) for name, values in self.images.inputs(prompts).items()}
 
     def requests(self, members: Rows | None, most_rows: int | None = None) -> ContinuousBatch:
         """
@@ -227,13 +275,17 @@ class TransformersEngine(Engine):
         if self.sampling["temperature"] > 0:
             random_numbers = CommonRandomNumbers(seed, [(row.prompt, row.number) for row in rows], width)
             processors += sampling_processors(**self.sampling, random_numbers=random_numbers)
-        decoding = Decoding(rows, lengths, members, progress, caches) if self.drops_finished_rows else None
+        image_inputs = self._image_inputs(prompt_ids)
+        decoding = None
+        if self.drops_finished_rows and not image_inputs:
+            decoding = Decoding(rows, lengths, members, progress, caches)
         if members is not None:
             members.assign([row.member for row in rows])
         with trial.without_defaults(self.model):
             output = self.model.generate(
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
+                **image_inputs,
                 generation_config=self.generation_config,
                 logits_processor=processors,
                 stopping_criteria=self.stopping_criteria,
@@ -262,3 +314,15 @@ class TransformersEngine(Engine):
         while self.stopping_criteria and length > 1 and ids[length - 1] == self.generation_config.pad_token_id:
             length -= 1
         return ids[:length]
+
+
+def _batches(prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+    """
+    Numbers of the prompts that are completed together, `size` at most. Those of like length share a batch, which makes
+    less padding, and those with images have batches of their own.
+    """
+    for has_images in (False, True):
+        some = [i for i, prompt in enumerate(prompts) if isinstance(prompt, ImagePrompt) == has_images]
+        by_length = sorted(some, key=lambda i: len(prompts[i]))
+        for start in range(0, len(some), size):
+            yield sorted(by_length[start : start + size])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LENGTHS = (5, 3, 5)  # tokens of the prompts; numbers that no dimension is likely to be mistaken for
+BEGINNING = 2  # tokens of each that may have been read before the others
 STEPS = 3  # tokens that are generated
 
 # Of the distance between answers, relative to their size: rounding stays below, an error does not
@@ -47,9 +48,21 @@ def without_defaults(model: "PreTrainedModel | PeftModel") -> Iterator[PreTraine
 
 
 @torch.inference_mode()
-def answers(model: "PreTrainedModel | PeftModel", custom_generate: Callable | None = None) -> torch.Tensor:
+def answers(
+    model: "PreTrainedModel | PeftModel",
+    custom_generate: Callable | None = None,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """
     Logits that follow prompts of `LENGTHS`, which differ in every token, in Transformers' own loop or another.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        custom_generate (`Callable`, *optional*):
+            The other loop.
+        inputs (`dict[str, torch.Tensor]`, *optional*):
+            What the model is to read in place of these prompts: as many others.
 
     Returns:
         `torch.Tensor` of shape `(prompts, STEPS, vocabulary)`, in float32.
@@ -61,10 +74,11 @@ def answers(model: "PreTrainedModel | PeftModel", custom_generate: Callable | No
     prompts, tokens = (ids % vocabulary).view(rows, -1).to(model.device).split([width, STEPS], dim=1)
     mask = (torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]).long().to(model.device)
     recorder = _Recorder(tokens)
+    if inputs is None:
+        inputs = {"input_ids": prompts.contiguous(), "attention_mask": mask}
     with without_defaults(model) as base:
         base.eval().generate(
-            input_ids=prompts.contiguous(),
-            attention_mask=mask,
+            **inputs,
             generation_config=GenerationConfig(do_sample=False, max_new_tokens=STEPS, pad_token_id=0),
             logits_processor=LogitsProcessorList([recorder]),
             custom_generate=custom_generate,

@@ -1,18 +1,21 @@
 """One vLLM server as the trainer sees it: an HTTP client for completions and for the methods of its workers."""
 
+import asyncio
 import base64
 import contextlib
 import os
-import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import httpx
 import torch
 
+from ..event_loop import event_loop
+from ..evolution import Member
 from ..weights.part import Part
 from .live_weights import PROBE_SAMPLING
+from .vllm_members import COMPLETIONS, WORKERS_METHODS
 
 
 EXPORTED_WEIGHTS = 1 << 22  # in one response
@@ -25,6 +28,10 @@ class ServerError(RuntimeError):
 
 class ServerLost(ServerError):
     """A vLLM server does not answer, or has started anew."""
+
+
+class Cancelled(ServerError):
+    """Completions are not wanted any more."""
 
 
 class VLLMClient:
@@ -42,13 +49,17 @@ class VLLMClient:
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.last_error = "it was never reached"
+        self.noise_seconds = 0.0  # that the server took to write weights before completions
         token = os.environ.get("VLLM_API_KEY")
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout)),
-            limits=httpx.Limits(max_connections=None),
-        )
+        options: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+            "timeout": httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout)),
+            "limits": httpx.Limits(max_connections=None),
+        }
+        self._http = httpx.Client(**options)
+        self._completing = httpx.AsyncClient(**options)  # whose requests can be cancelled
+        self._under_way: set[Future[httpx.Response]] = set()
 
     def is_up(self) -> bool:
         """Whether the server is healthy; if not, `last_error` says why."""
@@ -63,53 +74,69 @@ class VLLMClient:
 
     def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a method of the worker extension; returns the response of each worker."""
-        responses = self._send("POST", "/collective_rpc", {"method": method, "args": args}, key="results")
+        responses = self._send("POST", WORKERS_METHODS, {"method": method, "args": args}, key="results")
+        self._check(responses, method)
+        return responses
+
+    def _check(self, responses: list[dict[str, Any]], what: str) -> None:
+        """Raise the errors that workers have responded with."""
         for response in responses:
             if "error" in response:
                 kind = ServerLost if response["error"].startswith("NotBegun") else ServerError
-                raise kind(f"The vLLM server {self.url} failed to {method}: {response['error']}")
-        return responses
+                raise kind(f"The vLLM server {self.url} failed to {what}: {response['error']}")
 
     def model_info(self) -> dict[str, Any]:
         """vLLM's description of the model that it serves."""
         return self._send("GET", "/v1/models", key="data")[0]
 
     def complete(
-        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None], salt: str | None = None
+        self,
+        member: Member | None,
+        sigma: float,
+        prompts: list[list[int]],
+        options: dict[str, Any],
+        seeds: list[int | None],
     ) -> list[dict[str, Any]]:
         """
-        Complete prompts. Prompts with a seed are sent one by one, as a request has one seed.
-
-        The weights have to stay the same until this returns. A salt in vLLM's prefix cache keeps calls with other
-        weights from reading its keys and values, even if this call failed.
+        Have a member complete prompts, in one request.
 
         Args:
+            member ([`Member`], *optional*):
+                The member. `None` for the unperturbed weights.
+            sigma (`float`):
+                Standard deviation of the noise.
             prompts (`list[list[int]]`):
                 Tokens of the prompts.
             options (`dict[str, Any]`):
                 What `sampling_options` returned.
             seeds (`list[int | None]`):
-                Seed of each completion, or `None` for all of them if decoding is greedy.
-            salt (`str`, *optional*):
-                The salt, which calls with the same weights may share. If `None`, one that no other call has.
+                Seed of each completion; `None` if decoding is greedy.
 
         Returns:
             `list[dict[str, Any]]`: The `"token_ids"` and `"finish_reason"` of each completion.
+
+        Raises:
+            [`Cancelled`]: If `cancel` was called.
         """
-        options = {**options, "cache_salt": salt or uuid.uuid4().hex}
-        if seeds[0] is None:
-            return self._complete(prompts, options)
-        with ThreadPoolExecutor(len(prompts)) as requests:
-            responses = requests.map(
-                lambda prompt, seed: self._complete([prompt], {**options, "seed": seed}), prompts, seeds
-            )
-            return [choice for (choice,) in responses]
+        perturbation = None if member is None or member.is_center else (member.seed, member.sign, sigma)
+        content = {"member": perturbation, "prompts": prompts, "options": options, "seeds": seeds}
+        answer = self._send("POST", COMPLETIONS, content, key="completed", request=self._cancellable)
+        self._check(answer["written"], "write the weights of a member")
+        self.noise_seconds += answer["noise_seconds"]
+        return self._checked(answer["choices"], len(prompts))
+
+    def cancel(self) -> None:
+        """Break off the completions that are under way. The server aborts them before it changes its weights."""
+        for request in list(self._under_way):
+            request.cancel()
 
     def logprobs(self, prompt: list[int], tokens: int, salt: str) -> list[float]:
         """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
         # Tokens by their ids, as several tokens may have the same text
         options = {**PROBE_SAMPLING, "max_tokens": tokens, "cache_salt": salt, "return_tokens_as_token_ids": True}
-        (choice,) = self._complete([prompt], options)
+        (choice,) = self._checked(
+            self._send("POST", "/v1/completions", {"prompt": [prompt], **options}, key="choices"), 1
+        )
         return [logprob for token in choice["logprobs"]["top_logprobs"] for logprob in token.values()]
 
     @contextlib.contextmanager
@@ -148,21 +175,35 @@ class VLLMClient:
             part.put_into(whole, torch.frombuffer(bytearray(data), dtype=whole.dtype))
         return whole
 
-    def _complete(self, prompts: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
-        request = {"prompt": prompts, "return_token_ids": True, **options}
-        choices = self._send("POST", "/v1/completions", request, key="choices")
-        if len(choices) != len(prompts):
-            raise ServerError(
-                f"The vLLM server {self.url} gave {len(choices)} completions for {len(prompts)} prompts."
-            )
+    def _checked(self, choices: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+        if len(choices) != number:
+            raise ServerError(f"The vLLM server {self.url} gave {len(choices)} completions for {number} prompts.")
         if any(choice["finish_reason"] == "abort" for choice in choices):
             raise ServerLost(f"The vLLM server {self.url} broke off a completion: it is paused or ends.")
-        return sorted(choices, key=lambda choice: choice["index"])
+        return choices
 
-    def _send(self, verb: str, path: str, content: dict[str, Any] | None = None, *, key: str) -> Any:
+    def _cancellable(self, verb: str, path: str, json: dict[str, Any] | None) -> httpx.Response:
+        reply = asyncio.run_coroutine_threadsafe(self._completing.request(verb, path, json=json), event_loop())
+        self._under_way.add(reply)
+        try:
+            return reply.result()
+        except CancelledError as error:
+            raise Cancelled(f"Completions by the vLLM server {self.url} were cancelled.") from error
+        finally:
+            self._under_way.discard(reply)
+
+    def _send(
+        self,
+        verb: str,
+        path: str,
+        content: dict[str, Any] | None = None,
+        *,
+        key: str,
+        request: Callable[..., httpx.Response] | None = None,
+    ) -> Any:
         """Return the value under `key` of the server's response. Requests are not retried: most change the server."""
         try:
-            reply = self._http.request(verb, path, json=content)
+            reply = (request or self._http.request)(verb, path, json=content)
         except httpx.RequestError as error:
             slow = isinstance(error, httpx.ReadTimeout)
             why = (

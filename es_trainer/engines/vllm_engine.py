@@ -31,7 +31,7 @@ from .base import Engine
 from .decoding import Row
 from .live_weights import PROBE_SAMPLING, find_unused_weights, overwritten
 from .vllm_requests import VLLMRequests
-from .vllm_sampling import common_seed, sampling_options
+from .vllm_sampling import common_seed, sampling_options, sampling_params
 from .vllm_weights import check_values, load_error
 
 
@@ -216,13 +216,7 @@ class VLLMEngine(Engine):
             caches (`dict[str, str]`, *optional*):
                 What calls for earlier turns with the same weights have left here: the salt of vLLM's prefix cache.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        options = dict(self.sampling)
-        if "structured_outputs" in options:
-            options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
-        samples = options["temperature"] > 0
+        samples = self.sampling["temperature"] > 0
         seeds = [common_seed(seed, row.prompt, row.number) if samples else None for row in rows]
         # The weights may have changed since the last call, whose keys and values have another salt
         salt = str(next(self._cache_salts))
@@ -231,7 +225,7 @@ class VLLMEngine(Engine):
         with self.woken_up():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in ids],
-                [SamplingParams(**options, seed=seed, detokenize="stop" in options) for seed in seeds],
+                [sampling_params(self.sampling, seed) for seed in seeds],
                 lora_request=None if members is None else [members[row.member] for row in rows],
                 use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
             )

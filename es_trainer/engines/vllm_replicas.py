@@ -21,6 +21,7 @@ class Replica(VLLMClient):
         super().__init__(url, timeout)
         self.updates: int | None = None  # that it has done in this run; `None` if that is not known
         self.last_update: list[dict[str, Any]] = []  # what its workers returned for the last update
+        self.late = False  # whether others did its last job: no step waits for it, so it does updates afterwards
         self.lock = threading.Lock()  # held by the thread that talks to the server
 
     def lose(self, error: ServerLost) -> None:
@@ -160,7 +161,7 @@ class Replicas:
 
     def update(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        Have all servers do an update.
+        Have all servers do an update. Those that are late, or behind, do it before their next job.
 
         Args:
             record (`dict[str, Any]`):
@@ -186,7 +187,9 @@ class Replicas:
                 if server.updates == len(self.update_records):
                     results.append(server.last_update)
 
-        self._on_each(current, update_on)
+        for late in (False, True):  # it takes those that are late if there is no other
+            if not results:
+                self._on_each([server for server in current if server.late == late], update_on)
         if not results:  # servers that are behind would have to catch up first
             raise self.none_left()
         return results[0]

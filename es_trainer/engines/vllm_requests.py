@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from .requests import Request
-from .vllm_sampling import request_options
+from .vllm_sampling import request_options, sampling_params
 
 
 if TYPE_CHECKING:
@@ -52,19 +52,13 @@ class VLLMRequests:
 
     def add(self, request: Request) -> None:
         """Answer a request from the next step on."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        options, seed = request_options(self.options, request)
-        if "structured_outputs" in options:
-            options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
         self._added += 1
         name = f"{self.salt}/{self._added}"
         self._requests[name] = request
         self.llm.llm_engine.add_request(
             name,
             {"prompt_token_ids": request.ids, "cache_salt": self.salt},
-            SamplingParams(**options, seed=seed),
+            sampling_params(*request_options(self.options, request)),
             lora_request=None if self.members is None else self.members[request.member],
         )
 

@@ -1,11 +1,14 @@
 """What vLLM is told about how to sample."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import ESConfig
 from .requests import Request
 from .sampling import derived_seed
 
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 # What of `generation_kwargs` vLLM takes
 SAMPLING_PARAMS = (
@@ -63,8 +66,6 @@ def sampling_options(args: ESConfig, eos_token_ids: list[int]) -> dict[str, Any]
     stop = options.pop("stop_strings", None)  # as Transformers calls it
     if stop:
         options["stop"] = stop
-    if "logit_bias" in options:  # JSON has made texts of the tokens
-        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
     options["stop_token_ids"] = [*eos_token_ids, *options.get("stop_token_ids", [])]
     if args.vllm_structured_outputs_regex is not None:
         options["structured_outputs"] = {"regex": args.vllm_structured_outputs_regex}
@@ -85,6 +86,28 @@ def request_options(options: dict[str, Any], request: Request) -> tuple[dict[str
     options["min_p"] = options["min_p"] or 0.0
     options["stop"] = [*options.get("stop", []), *request.stop]
     return options, request.seed if options["temperature"] > 0 else None
+
+
+def sampling_params(options: dict[str, Any], seed: int | None) -> "SamplingParams":
+    """
+    vLLM's own sampling parameters.
+
+    Args:
+        options (`dict[str, Any]`):
+            Those of the run or of a request, by vLLM's names; they may have been JSON.
+        seed (`int`, *optional*):
+            Seed of the completion; `None` if decoding is greedy.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    options = dict(options)
+    if "structured_outputs" in options:
+        options["structured_outputs"] = StructuredOutputsParams(**options["structured_outputs"])
+    if "logit_bias" in options:  # JSON has made texts of the tokens
+        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+    # vLLM looks for texts that end a completion in its own text
+    return SamplingParams(**options, seed=seed, detokenize=bool(options.get("stop")))
 
 
 def common_seed(step: int, prompt: int, number: int) -> int:

@@ -1,13 +1,13 @@
 """One vLLM server as an engine, while it has the weights of a member or the unperturbed ones."""
 
 import queue
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
+from ..evolution import Member
 from ..rollout import Completion
 from .base import Engine
 from .decoding import Row
@@ -22,7 +22,7 @@ MOST_CONNECTIONS = 256
 
 class VLLMServerEngine(Engine):
     """
-    Generates on one server.
+    Generates on one server, by the member and of the prompts that it was given last.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -35,9 +35,11 @@ class VLLMServerEngine(Engine):
             The server.
         context (`int`):
             Most tokens that it reads.
-        share (`tuple[int, int]`):
-            Which share of the prompts it completes, of how many.
     """
+
+    member: Member | None = None  # `None` has the unperturbed weights
+    sigma = 0.0
+    prompts = range(0)
 
     def __init__(
         self,
@@ -46,20 +48,36 @@ class VLLMServerEngine(Engine):
         args: ESConfig,
         server: VLLMClient,
         context: int,
-        share: tuple[int, int] = (0, 1),
     ):
         super().__init__(model, tokenizer, args)
         self.server = server
         self.context = context
-        self.share = share
         self.sampling = sampling_options(args, self.eos_token_ids)
         self.max_new_tokens = self.sampling["max_tokens"]
 
+    def give(self, member: Member | None, sigma: float, prompts: range) -> None:
+        """
+        Say who answers next, and what.
+
+        Args:
+            member ([`Member`], *optional*):
+                The member. `None` for the unperturbed weights.
+            sigma (`float`):
+                Standard deviation of the noise.
+            prompts (`range`):
+                Numbers of the prompts.
+        """
+        self.member, self.sigma, self.prompts = member, sigma, prompts
+
     def prompt_shard(self, num_prompts: int) -> range:
-        """Numbers of the prompts that this server completes: those that lie together, as it completes them."""
-        number, count = self.share
-        size = -(-num_prompts // count)
-        return range(min(number * size, num_prompts), min((number + 1) * size, num_prompts))
+        """Numbers of the prompts that this server completes."""
+        return self.prompts
+
+    def answers(
+        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None]
+    ) -> list[dict[str, Any]]:
+        """What the server completes prompts with; see [`VLLMClient.complete`]."""
+        return self.server.complete(self.member, self.sigma, prompts, options, seeds)
 
     def complete(
         self,
@@ -69,19 +87,14 @@ class VLLMServerEngine(Engine):
         members: None = None,
         batch_size: int | None = None,
         progress: bool = False,
-        caches: dict[str, str] | None = None,
+        caches: dict[str, Any] | None = None,
     ) -> list[Completion]:
         """
-        Complete rows that have a text of their own each; see [`TransformersEngine.complete`].
-
-        Args:
-            caches (`dict[str, str]`, *optional*):
-                What calls for earlier turns with the same weights have left here: the salt of vLLM's prefix cache.
+        Complete rows that have a text of their own each; see [`TransformersEngine.complete`]. vLLM keeps the caches.
         """
         samples = self.sampling["temperature"] > 0
         seeds = [common_seed(seed, row.prompt, row.number) if samples else None for row in rows]
-        salt = None if caches is None else caches.setdefault("salt", uuid.uuid4().hex)
-        choices = self.server.complete(ids, self.sampling, seeds, salt)
+        choices = self.answers(ids, self.sampling, seeds)
         return [self._completion(choice["token_ids"], choice["finish_reason"] == "length") for choice in choices]
 
     def requests(self, members: None = None, most_rows: int | None = None) -> "ServerRequests":
@@ -108,7 +121,6 @@ class ServerRequests:
 
     def __init__(self, engine: VLLMServerEngine, most: int):
         self.engine = engine
-        self._salt = uuid.uuid4().hex
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="es_trainer-requests")
         self._answered: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
         self._under_way = 0
@@ -127,7 +139,7 @@ class ServerRequests:
                 answer: Any = None
             else:
                 options, seed = request_options(self.engine.sampling, request)
-                (answer,) = self.engine.server.complete([request.ids], options, [seed], self._salt)
+                (answer,) = self.engine.answers([request.ids], options, [seed])
         except Exception as error:
             answer = error
         self._answered.put((request, answer))

@@ -18,7 +18,7 @@ from ..run.history import describe, make_optimizer, run_config
 from .base import Engine
 from .live_weights import find_unused_weights
 from .remote_strategy import RemoteStrategy
-from .vllm_dispatch import dispatch
+from .vllm_dispatch import Job, dispatch
 from .vllm_replicas import Replica, Replicas
 from .vllm_sampling import sampling_options
 from .vllm_server_engine import VLLMServerEngine
@@ -31,11 +31,11 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Done(Generic[T]):
     """
-    What was done with a member on a server.
+    What a server has done.
 
     Args:
-        job (`int`):
-            Number of the member among those given.
+        job ([`Job`]):
+            The members and the prompts.
         server (`str`):
             URL of the server.
         result (`T`):
@@ -46,7 +46,7 @@ class Done(Generic[T]):
             Time for the perturbation.
     """
 
-    job: int
+    job: Job
     server: str
     result: T
     seconds: float
@@ -75,7 +75,7 @@ class VLLMServers(Engine):
         self.args = args
         self.max_new_tokens = sampling_options(args, self.eos_token_ids)["max_tokens"]
         self.replicas = Replicas(args)
-        self._engines: dict[tuple[str, int, int], VLLMServerEngine] = {}
+        self._engines: dict[str, VLLMServerEngine] = {}
         self.context = min(server.model_info()["max_model_len"] for server in self.replicas.servers)
 
     # ---- the run ----
@@ -115,7 +115,13 @@ class VLLMServers(Engine):
     # ---- completions ----
 
     def evaluate(
-        self, members: Sequence[Member], sigma: float, do: Callable[[int, VLLMServerEngine], T]
+        self,
+        members: Sequence[Member],
+        sigma: float,
+        num_prompts: int,
+        do: Callable[[Job, VLLMServerEngine], T],
+        splits: bool = True,
+        repeats: bool = True,
     ) -> Iterator[Done[T]]:
         """
         Do something with each member.
@@ -125,50 +131,67 @@ class VLLMServers(Engine):
                 The members.
             sigma (`float`):
                 Standard deviation of the noise.
+            num_prompts (`int`):
+                Number of prompts.
             do (`Callable`):
-                Gets the number of a member and a server that has its weights, in a thread of the server. It is called
-                again, with another server, if that one is lost meanwhile.
+                Gets a member, some of the prompts, and a server that answers as the member, in a thread of the server.
+                It is called again, with another server, if that one is lost meanwhile.
+            splits (`bool`, *optional*, defaults to `True`):
+                Whether the prompts of a member can be shared out among servers.
+            repeats (`bool`, *optional*, defaults to `True`):
+                Whether a member can be given to another server while one takes too long.
 
         Returns:
-            `Iterator[Done]`: members in the order in which servers are done with them.
+            `Iterator[Done]`: members, or shares of their prompts, in the order in which servers are done with them.
         """
 
-        def evaluate_on(job: int, server: Replica) -> Done[T]:
-            start = time.perf_counter()
-            server.call("perturb", members[job].seed, members[job].sign, sigma)
-            perturbed = time.perf_counter()
-            result = do(job, self._engine(server, (0, 1)))
-            return Done(job, server.url, result, time.perf_counter() - perturbed, perturbed - start)
+        def evaluate_on(job: Job, server: Replica) -> Done[T]:
+            (number,) = job.members
+            return self._do(job, server, members[number], sigma, do)
 
-        yield from dispatch(self.replicas, len(members), evaluate_on)
+        jobs = [Job((number,), range(num_prompts)) for number in range(len(members))]
+        yield from dispatch(self.replicas, jobs, evaluate_on, splits, repeats)
 
-    def share_out(self, do: Callable[[VLLMServerEngine], T]) -> list[Done[T]]:
+    def share_out(
+        self, num_prompts: int, do: Callable[[Job, VLLMServerEngine], T], repeats: bool = True
+    ) -> list[Done[T]]:
         """
         Do something with the unperturbed weights, a share of it on each server.
 
         Args:
+            num_prompts (`int`):
+                Number of prompts.
             do (`Callable`):
-                Gets a server, whose `share` says which share of the prompts it completes.
+                Gets a share of the prompts, and a server that answers.
+            repeats (`bool`, *optional*, defaults to `True`):
+                Whether a share can be given to another server while one takes too long.
 
         Returns:
-            `list[Done]`: what came of each share.
+            `list[Done]`: what came of each share, in the order of the prompts.
         """
-        count = len(self.replicas.servers)
 
-        def do_on(job: int, server: Replica) -> Done[T]:
-            server.call("restore")
-            start = time.perf_counter()
-            result = do(self._engine(server, (job, count)))
-            return Done(job, server.url, result, time.perf_counter() - start, 0.0)
+        def do_on(job: Job, server: Replica) -> Done[T]:
+            return self._do(job, server, None, 0.0, do)
 
-        return sorted(dispatch(self.replicas, count, do_on), key=lambda done: done.job)
+        jobs = Job((0,), range(num_prompts)).shares(-(-num_prompts // len(self.replicas.servers)))
+        done = dispatch(self.replicas, jobs, do_on, splits=False, repeats=repeats)
+        return sorted(done, key=lambda part: part.job.prompts.start)
 
-    def _engine(self, server: Replica, share: tuple[int, int]) -> VLLMServerEngine:
-        key = (server.url, *share)
-        if key not in self._engines:
+    def _do(
+        self, job: Job, server: Replica, member: Member | None, sigma: float, do: Callable[[Job, VLLMServerEngine], T]
+    ) -> Done[T]:
+        engine = self._engine(server)
+        engine.give(member, sigma, job.prompts)
+        start, noise_before = time.perf_counter(), server.noise_seconds
+        result = do(job, engine)
+        noise_seconds = server.noise_seconds - noise_before
+        return Done(job, server.url, result, time.perf_counter() - start - noise_seconds, noise_seconds)
+
+    def _engine(self, server: Replica) -> VLLMServerEngine:
+        if server.url not in self._engines:
             tokenizer = copy.deepcopy(self.tokenizer)
-            self._engines[key] = VLLMServerEngine(self.model, tokenizer, self.args, server, self.context, share)
-        return self._engines[key]
+            self._engines[server.url] = VLLMServerEngine(self.model, tokenizer, self.args, server, self.context)
+        return self._engines[server.url]
 
     def generate(
         self,
@@ -183,7 +206,9 @@ class VLLMServers(Engine):
         Complete the prompts with the unperturbed weights, on all servers together; see
         [`Engine.generate`].
         """
-        shares = self.share_out(lambda engine: engine.generate(prompt_ids, seed, num_generations))
+        shares = self.share_out(
+            len(prompt_ids), lambda job, engine: engine.generate(prompt_ids, seed, num_generations)
+        )
         return [completion for done in shares for completion in done.result]
 
     # ---- saving ----

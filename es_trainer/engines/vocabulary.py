@@ -1,14 +1,28 @@
 """Tokens that a model and its tokenizer have to agree on."""
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..weights.layouts.zero3 import whole_shape
 
 
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a processor, or the tokenizer that it is.
+
+    Raises:
+        `TypeError`: If it is neither.
+    """
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        kind = type(processing_class).__name__
+        raise TypeError(f"`processing_class` must be a tokenizer or a processor, but is a {kind}.")
+    return tokenizer
+
+
 def require_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the end-of-sequence token the padding token of a tokenizer that has none."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"`processing_class` must be a tokenizer, but is a {type(tokenizer).__name__}.")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

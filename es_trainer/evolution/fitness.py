@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from ..choices import FitnessShaping
+from ..choices import FitnessShaping, shaping_problem
 
 
 # Numbers are equal if they differ by less than this, relative to the rewards that they are made of. A reward is a
@@ -72,10 +72,10 @@ def total_reward(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, total)
 
 
-def normalized_sum(by_function: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def normalized_sum(by_function: np.ndarray, weights: np.ndarray, members_per_prompt: int | None = None) -> np.ndarray:
     """
     Weighted sum of reward functions of which each was brought to the scale of the others before: less its mean over
-    the population on each prompt, and divided by the standard deviation of the members' [`fitness`] by it. (GDPO,
+    the members that have a prompt, and divided by the standard deviation of the members' [`fitness`] by it. (GDPO,
     arXiv 2601.05242, whose groups are the completions of one prompt.)
 
     Args:
@@ -83,6 +83,8 @@ def normalized_sum(by_function: np.ndarray, weights: np.ndarray) -> np.ndarray:
             Shape `(functions, members, prompts)`; NaN where a function does not apply.
         weights (`np.ndarray`):
             Shape `(functions,)`.
+        members_per_prompt (`int`, *optional*):
+            See [`fitness`]. With 1, the mean over all prompts is taken, as the others say nothing about a prompt.
 
     Returns:
         `np.ndarray`: Shape `(members, prompts)`; NaN where no function applies. A function by which all members have
@@ -92,33 +94,71 @@ def normalized_sum(by_function: np.ndarray, weights: np.ndarray) -> np.ndarray:
     for rewards, weight in zip(by_function, weights, strict=True):
         scale = _scale(rewards)
         rewards = rewards / scale
-        values = fitness(rewards)
+        values = fitness(rewards, members_per_prompt)
         if not _all_equal(values):
-            total += np.nan_to_num(weight * (rewards - mean(rewards, axis=0)) / deviation(values))
+            total += np.nan_to_num(weight * _less_ease(rewards, members_per_prompt) / deviation(values))
     return np.where(np.isnan(by_function).all(axis=0), np.nan, total)
 
 
-def fitness(rewards: np.ndarray, magnitudes: np.ndarray | None = None) -> np.ndarray:
+def fitness(rewards: np.ndarray, members_per_prompt: int | None = None) -> np.ndarray:
     """
     How good the members are: the mean of a member's rewards, less how much easier its prompts were than all prompts.
 
-    How easy a prompt is, its mean over the members that have it says. Where nothing is missing, fitness is the mean
-    of the rewards.
+    How easy a prompt is, its mean over the members that have it says. Where all members have the same prompts and
+    nothing is missing, fitness is the mean of the rewards.
 
     Args:
         rewards (`np.ndarray`):
             Shape `(members, prompts)`; NaN where a completion does not count.
-        magnitudes (`np.ndarray`, *optional*):
-            What the rewards' rounding errors are relative to, of the same shape. If `None`, the rewards.
+        members_per_prompt (`int`, *optional*):
+            How many members have the same prompts: those that follow each other. If `None`, all of them. With 2, these
+            are pairs: fitness is the mean of all rewards, plus or minus half of the pair's mean difference on the
+            prompts that count for both. With 1, every member has prompts of its own, of which nobody can say how easy
+            they are: fitness is the mean of the rewards.
 
     Returns:
         `np.ndarray`: Shape `(members,)`. It is the same number for members whose fitness differs by rounding errors
         only, and NaN for a member that has less than half of the prompts that any member has.
     """
+    return _fitness(*_comparable(rewards, members_per_prompt)) + _common_part(rewards, members_per_prompt)
+
+
+def _comparable(rewards: np.ndarray, members_per_prompt: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """
+    What the rewards say about members, of shape (members, prompts), as if all of them had the same prompts, and what
+    its rounding errors are relative to.
+    """
+    magnitudes = np.abs(rewards)
+    if members_per_prompt is None:
+        return rewards, magnitudes
+    if members_per_prompt == 1:
+        return mean(_of_judged(rewards), axis=1)[:, None], mean(magnitudes, axis=1)[:, None]
+    return _less_ease(rewards, members_per_prompt), np.repeat(_of_pairs(magnitudes, 1), 2, axis=0)
+
+
+def _common_part(rewards: np.ndarray, members_per_prompt: int | None) -> float:
+    """What `_comparable` has taken away from all members: how easy all prompts are."""
+    return mean(_of_pairs(rewards, 1)) if members_per_prompt == 2 else 0.0
+
+
+def _less_ease(rewards: np.ndarray, members_per_prompt: int | None) -> np.ndarray:
+    """The rewards, less the mean of those who have the prompt. Those of a pair differ in the sign, and in no bit."""
+    if members_per_prompt == 2:
+        half = _of_pairs(rewards, -1)
+        return np.stack([half, -half], axis=1).reshape(rewards.shape)
+    return rewards - mean(rewards, axis=0 if members_per_prompt is None else None)
+
+
+def _of_pairs(rewards: np.ndarray, sign: int) -> np.ndarray:
+    """Half of the sum (1) or difference (-1) of both members' rewards, of shape (pairs, prompts)."""
+    return rewards[::2] / 2 + sign * (rewards[1::2] / 2)
+
+
+def _fitness(rewards: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
     rewards = _of_judged(rewards)
     scale = _scale(rewards)
     rewards = rewards / scale  # so that differences do not overflow
-    magnitudes = np.where(np.isnan(rewards), np.nan, np.abs(rewards) if magnitudes is None else magnitudes / scale)
+    magnitudes = np.where(np.isnan(rewards), np.nan, magnitudes / scale)
 
     ease = mean(rewards, axis=0)
     own_ease = np.where(np.isnan(rewards), np.nan, ease)
@@ -177,9 +217,12 @@ def _prompt_z_scores(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, magnitudes
 
 
-def utilities(rewards: np.ndarray, shaping: FitnessShaping) -> np.ndarray:
+def utilities(rewards: np.ndarray, shaping: FitnessShaping, members_per_prompt: int | None = None) -> np.ndarray:
     """
     Weigh the members by their rewards.
+
+    Where pairs have prompts of their own, a prompt's ease is the mean of the pair, which is subtracted before members
+    are compared: luck with easy prompts moves nothing, neither by itself nor through the standard deviation.
 
     Args:
         rewards (`np.ndarray`):
@@ -196,25 +239,34 @@ def utilities(rewards: np.ndarray, shaping: FitnessShaping) -> np.ndarray:
               their rewards agree about the members, the smaller are the utilities.
             - `"none"`: the same without the division.
 
+            The two that begin with `"prompt_"` compare the members on each prompt. So they need members that have the
+            same: all for the z-score, which is no more than a sign where there are two, and at least pairs for the
+            other.
+        members_per_prompt (`int`, *optional*):
+            How many members have the same prompts; see [`fitness`]. If `None`, all of them.
+
     Returns:
         `np.ndarray`: Shape `(members,)`. All are zero where every member has the same fitness, up to rounding. A
         member without fitness has zero: it takes part in no mean, deviation or rank, and weighs like an average one.
 
     Raises:
-        `ValueError`: If `shaping` is unknown, or a reward is infinite.
+        `ValueError`: If `shaping` is unknown or needs members that have the same prompts, or a reward is infinite.
     """
     if shaping not in get_args(FitnessShaping):
         names = ", ".join(map(repr, get_args(FitnessShaping)))
         raise ValueError(f"fitness_shaping={shaping!r} is unknown; choose one of {names}.")
+    if (problem := shaping_problem(shaping, members_per_prompt)) is not None:
+        raise ValueError(f"fitness_shaping={shaping!r} is not valid: {problem}")
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.ndim == 1:
         rewards = rewards[:, None]
     if np.isinf(rewards).any():
         raise ValueError(f"Rewards must be finite, or NaN where they do not count, but are {rewards.tolist()}.")
+    rewards, magnitudes = _comparable(rewards, members_per_prompt)
     rewards = _of_judged(rewards)
     scale = _scale(rewards)
-    rewards = rewards / scale
-    values = fitness(*_prompt_z_scores(rewards)) if shaping == "prompt_z_score" else fitness(rewards)
+    rewards, magnitudes = rewards / scale, magnitudes / scale
+    values = _fitness(*(_prompt_z_scores(rewards) if shaping == "prompt_z_score" else (rewards, magnitudes)))
     if _all_equal(values):
         return np.zeros(len(values))
     if shaping == "z_score":

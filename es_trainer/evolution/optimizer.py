@@ -278,7 +278,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Write the unperturbed weights into the model."""
         self.weights.restore()
 
-    def tell(self, population: Population, rewards: Sequence[float] | np.ndarray) -> np.ndarray:
+    def tell(
+        self,
+        population: Population,
+        rewards: Sequence[float] | np.ndarray,
+        members_per_prompt: int | None = None,
+    ) -> np.ndarray:
         """
         Say how good the members were.
 
@@ -287,6 +292,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 What `ask` returned.
             rewards (`np.ndarray`):
                 Shape `(members,)` or `(members, prompts)`; NaN where a completion does not count.
+            members_per_prompt (`int`, *optional*):
+                How many members have the same prompts: those that follow each other. If `None`, all of them; see
+                [`fitness.utilities`].
 
         Returns:
             `np.ndarray`: the utilities, of shape `(members,)`.
@@ -298,7 +306,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             raise ValueError(
                 f"Rewards were told for {len(rewards)} members, but the population has {len(population)}."
             )
-        values = utilities(np.asarray(rewards, dtype=np.float64), self.fitness_shaping)
+        values = utilities(np.asarray(rewards, dtype=np.float64), self.fitness_shaping, members_per_prompt)
         self.update_record = UpdateRecord(
             [member.seed for member in population], [member.sign for member in population], values.tolist()
         )

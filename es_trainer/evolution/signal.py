@@ -1,4 +1,4 @@
-"""Whether the rewards of a population say anything about its members: a two-way analysis of variance."""
+"""Whether the rewards of a population say anything about its members: an analysis of variance."""
 
 import math
 from typing import NamedTuple
@@ -38,31 +38,70 @@ class Signal(NamedTuple):
 UNKNOWN = Signal(math.nan, math.nan, math.nan)
 
 
-def signal(rewards: np.ndarray) -> Signal:
+def signal(rewards: np.ndarray, members_per_prompt: int | None = None) -> Signal:
     """
-    The two-way analysis of variance without replication (Hoyt, 1941; the same number as Cronbach's alpha).
+    The analysis of variance of members and prompts.
+
+    - Where all members have the same prompts, it is the two-way analysis without replication (Hoyt, 1941; the same
+      number as Cronbach's alpha). How easy prompts are does not count. Prompts that not all members have are left out,
+      and so are members that have none.
+    - Where each member has prompts of its own, it is the one-way analysis of members (ICC(1, k) of Shrout and Fleiss,
+      1979). How easy a member's prompts are is a part of its luck.
+    - Where each pair has prompts of its own, it is the one-way analysis of the pairs' differences, in which the ease
+      of prompts is not. Which member of a pair comes first means nothing, so their mean is known to be 0, and is not
+      estimated.
+
+    In the latter two, some may have fewer prompts than others. The interval is an approximation then.
 
     Args:
         rewards (`np.ndarray`):
-            Shape `(members, prompts)`; NaN where a completion does not count. Prompts that not all members have are
-            left out, and so are members that have none.
+            Shape `(members, prompts)`; NaN where a completion does not count.
+        members_per_prompt (`int`, *optional*):
+            How many members have the same prompts: those that follow each other. If `None`, all of them; 2 are pairs.
 
     Returns:
-        [`Signal`]: NaN where fewer than two members or prompts are left, or all members have the same mean.
+        [`Signal`]: NaN where fewer than two members, pairs or prompts are left, or all have the same mean.
     """
+    rewards = rewards / (np.nanmax(np.abs(rewards), initial=0.0) or 1.0)  # so that squares do not overflow
+    if members_per_prompt is None:
+        return _two_way(rewards)
+    if members_per_prompt == 1:
+        return _one_way(rewards)
+    return _one_way(rewards[::2] / 2 - rewards[1::2] / 2, about=0.0)
+
+
+def _one_way(values: np.ndarray, about: float | None = None) -> Signal:
+    """That of values of shape (members, prompts), about a mean that is known, or about their own."""
+    values = values[~np.isnan(values).all(axis=1)]
+    known = ~np.isnan(values)
+    of_residual = int(known.sum()) - len(values)
+    if len(values) < 2 or of_residual < 1:
+        return UNKNOWN
+    by_member = np.nanmean(values, axis=1)
+    center = np.nanmean(values) if about is None else about
+    of_members = len(values) - (about is None)
+    members_square = (known.sum(axis=1) * np.square(by_member - center)).sum() / of_members
+    residual_square = np.nansum(np.square(values - by_member[:, None])) / of_residual
+    return _of_squares(members_square, residual_square, of_members, of_residual)
+
+
+def _two_way(rewards: np.ndarray) -> Signal:
     rewards = rewards[~np.isnan(rewards).all(axis=1)]
     rewards = rewards[:, ~np.isnan(rewards).any(axis=0)]
     members, prompts = rewards.shape
     if min(members, prompts) < 2:
         return UNKNOWN
-    scale = np.abs(rewards).max() or 1.0  # so that squares do not overflow
-    rewards = rewards / scale
     by_member = rewards.mean(axis=1, keepdims=True)
     by_prompt = rewards.mean(axis=0, keepdims=True)
     residual = rewards - by_member - by_prompt + rewards.mean()
     of_members, of_residual = members - 1, (members - 1) * (prompts - 1)
     members_square = prompts * np.square(by_member - rewards.mean()).sum() / of_members
     residual_square = np.square(residual).sum() / of_residual
+    return _of_squares(members_square, residual_square, of_members, of_residual)
+
+
+def _of_squares(members_square: float, residual_square: float, of_members: int, of_residual: int) -> Signal:
+    """The signal by mean squares and their degrees of freedom."""
     if members_square <= ROUNDING**2:
         return UNKNOWN
     unreliable = residual_square / members_square
@@ -71,19 +110,23 @@ def signal(rewards: np.ndarray) -> Signal:
     return Signal(float(1 - unreliable), float(low), float(high))
 
 
-def settled(rewards: np.ndarray) -> np.ndarray:
+def settled(rewards: np.ndarray, members_per_prompt: int | None = None) -> np.ndarray:
     """
-    Which prompts tell no members apart, because all of them were rewarded the same.
+    Which prompts tell no members apart, because all that have them were rewarded the same.
 
     Args:
         rewards (`np.ndarray`):
             Shape `(members, prompts)`; NaN where a completion does not count.
+        members_per_prompt (`int`, *optional*):
+            How many members have the same prompts: those that follow each other. If `None`, all of them.
 
     Returns:
-        `np.ndarray`: Shape `(prompts,)`, of booleans. Prompts that at most one member has are among them.
+        `np.ndarray`: Shape `(all prompts,)`, of booleans. Prompts that count for one member at most are among them.
     """
+    members, prompts = rewards.shape
+    together = rewards.reshape(-1, members_per_prompt or members, prompts)
     with np.errstate(invalid="ignore"):
-        highest, lowest = np.fmax.reduce(rewards, axis=0), np.fmin.reduce(rewards, axis=0)
+        highest, lowest = (reduce(together, axis=1).ravel() for reduce in (np.fmax.reduce, np.fmin.reduce))
         return ~(highest - lowest > ROUNDING * np.fmax(np.abs(highest), np.abs(lowest)))
 
 

@@ -46,6 +46,7 @@ class CheckpointTrainer(Trainer):
 
     _peft_config: dict[str, Any] | None = None  # of an adapter that the trainer made
     _whole: dict[torch.Tensor, torch.Tensor] | None = None  # the weights, while they are saved
+    _loading: str | None = None  # folder of the model that is loaded
     _repeat_updates = False  # whether to go on from the last update instead of the last checkpoint
 
     # ---- saving ----
@@ -163,9 +164,18 @@ class CheckpointTrainer(Trainer):
         self._steps_of_checkpoint = state.max_steps
         if not self.backend.has_whole_weights:
             return  # the optimizer's state has the weights, or says where in the history they are
+        self._loading = resume_from_checkpoint
         with self.optimizer.weights.in_checkpoint_dtype():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.optimizer.weights.adopt()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not load_result.unexpected_keys:
+            super()._issue_warnings_after_load(load_result)
+            return
+        # Parameters of some models have other names in files, which the Trainer does not know
+        saved = type(self.model).from_pretrained(self._loading, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
 
     def _check_resumable(self, checkpoint: Path) -> None:
         """
@@ -214,6 +224,7 @@ class CheckpointTrainer(Trainer):
             # All of its state: a further call of train() goes on from the best update, and the history with it
             load_state(checkpoint, self.optimizer)
             return
+        self._loading = str(checkpoint)
         with self.optimizer.weights.in_checkpoint_dtype():
             super()._load_best_model()
             self.optimizer.weights.adopt()

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..data import check_eval_dataset, collate, shuffled
+from ..images import IMAGE_COLUMNS
 from ..run.settled_prompts import SettledPrompts
 from ..values import InSigmas
 
@@ -28,7 +29,7 @@ class GradientFreeTrainer(Trainer):
     """
     [`~transformers.Trainer`] for an optimizer that evaluates a model instead of differentiating it.
 
-    A step takes `num_prompts_per_step` rows, however many processes there are. There is no autocast, no gradient
+    A step takes as many rows as the config says, however many processes there are. There is no autocast, no gradient
     scaler, no `DataParallel` and no engine of DeepSpeed's around the model.
     """
 
@@ -69,8 +70,8 @@ class GradientFreeTrainer(Trainer):
         return scheduler
 
     def get_total_train_batch_size(self, args: ESConfig) -> int:
-        """Prompts of a step, however many processes there are."""
-        return args.largest_num_prompts
+        """Rows of a step, however many processes there are."""
+        return args.largest_num_rows
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
         """Not estimated: the Trainer's formula is for a training step with a backward pass."""
@@ -78,7 +79,7 @@ class GradientFreeTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # What the trainer reads of a row; the Trainer would keep what the model's `forward` takes
-        self._signature_columns = ["prompt"]
+        self._signature_columns = ["prompt", *IMAGE_COLUMNS]
 
     def _get_dataloader(
         self,

@@ -82,6 +82,7 @@ class HubTrainer(Trainer):
         card = model_card(
             self.args,
             self.model,
+            self.processing_class,
             self.optimizer.weights.dtype
             or self.optimizer.weights.shards[0].checkpoint_dtype,  # to ask the model would gather weights, here alone
             self.state.log_history,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..config import ESConfig
+from ..images import as_bytes, images_of, text_of, without_images
 from ..rewards.scorer import distinct
 from ..rollout import Rollout
 from ..run.processes import Processes
@@ -100,6 +102,8 @@ class CompletionsLog:
             callbacks (`list[TrainerCallback]`):
                 Those of the trainer, of which some belong to trackers.
         """
+        images = [images_of(prompt) for prompt in prompts] if self.args.log_multimodal else []
+        prompts = list(map(without_images, prompts))
         names = distinct(["step", "prompt", "completion", "advantage", *(name for name, _ in columns)])[4:]
         table = {
             "prompt": prompts,
@@ -110,10 +114,14 @@ class CompletionsLog:
         print_completions(f"Step {step}: completions of the best member", table, self.args.num_completions_to_print)
         arrays = {name: _array(values) for name, values in table.items()}
         logged = pyarrow.table({"step": [step] * len(prompts), **arrays})
+        if any(images):
+            logged = logged.append_column("images", pyarrow.array([list(map(as_bytes, some)) for some in images]))
         path = self.folder / f"completions_{step:05d}.parquet"
         with self.scheduler.lock if self.scheduler is not None else contextlib.nullcontext():
             pyarrow.parquet.write_table(logged, path)
         frame = logged.to_pandas()
+        if any(images):
+            frame["images"] = images
         for name, values in table.items():
             if frame[name].dtype.kind not in "biuf":  # trackers know numbers and texts
                 frame[name] = [None if value is None else _text(value) for value in values]
@@ -126,11 +134,12 @@ class CompletionsLog:
         if "wandb" in self.args.report_to:
             import wandb
 
-            wandb.log({"completions": wandb.Table(dataframe=frame)})
+            wandb.log({"completions": wandb.Table(dataframe=_with_images(frame, wandb.Image))})
         if "trackio" in self.args.report_to:
             import trackio
 
-            trackio.log({"completions": trackio.Table(dataframe=frame)})
+            trackio.log({"completions": trackio.Table(dataframe=_with_images(frame, trackio.Image))})
+        frame = frame.drop(columns="images", errors="ignore")
         for callback in callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.tb_writer.add_text("completions", _markdown(frame.columns, frame.values.tolist()), step)
@@ -204,6 +213,13 @@ class BestCompletions:
         )
 
 
+def _with_images(frame: "pandas.DataFrame", image: Callable[[Any], Any]) -> "pandas.DataFrame":
+    """The table with the images of each row as a tracker shows them."""
+    if "images" not in frame:
+        return frame
+    return frame.assign(images=[list(map(image, some)) for some in frame["images"]])
+
+
 def print_completions(title: str, table: dict[str, list[Any]], limit: int | None = None) -> None:
     """
     Print a table of prompts and completions.
@@ -252,8 +268,7 @@ def _text(value: Any) -> str:
 def _content(message: dict[str, Any]) -> str:
     """Text of a message; other parts than text by their kind. Tool calls stand as they are."""
     content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part.get("text") or f"<{part['type']}>" for part in content if part.get("text") != "")
+    content = content if content is None else text_of(content)
     return " ".join(str(part) for part in (content, message.get("tool_calls")) if part)
 
 

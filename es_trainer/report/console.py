@@ -54,6 +54,7 @@ class Lines:
         several = f" x {args.num_generations} completions" if args.num_generations > 1 else ""
         members = f"{args.population_size} members{_later(args.population_size_schedule)}"
         prompts = f"{args.num_prompts_per_step} prompts{_later(args.num_prompts_per_step_schedule)}"
+        prompts += " of their own" * args.unique_prompts
         step = f"{members} x {prompts}{several}"
         tokens = completions * args.max_completion_length
         return Text(f"{state.max_steps:,} steps of {step}: up to {tokens:,} new tokens a step.")

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..auto_model import auto_class
 from ..config import ESConfig
+from ..images import text_of
 from ..version import __version__
 
 
@@ -31,6 +33,7 @@ SETTINGS = (
     "anchor_decay",
     "num_prompts_per_step",
     "num_prompts_per_step_schedule",
+    "unique_prompts",
     "num_generations",
     "max_completion_length",
     "temperature",
@@ -43,6 +46,7 @@ PACKAGES = ("transformers", "torch", "trl", "datasets", "tokenizers")
 def model_card(
     args: ESConfig,
     model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     dtype: torch.dtype,
     log_history: list[dict[str, Any]],
     name: str | None,
@@ -58,6 +62,8 @@ def model_card(
             How the model was trained.
         model ([`~transformers.PreTrainedModel`]):
             The model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer or processor.
         dtype (`torch.dtype`):
             Dtype that its trained weights had while it was trained.
         log_history (`list[dict]`):
@@ -77,6 +83,8 @@ def model_card(
     """
     base = model.config._name_or_path
     is_peft = is_peft_model(model)
+    architecture = type(model.get_base_model() if is_peft else model).__name__
+    has_processor = isinstance(processing_class, ProcessorMixin)
     name = name or Path(args.output_dir).name
     rewards = [log["reward"] for log in log_history if log.get("reward") is not None]
     data = ModelCardData(
@@ -84,7 +92,7 @@ def model_card(
         datasets=dataset,
         library_name="peft" if is_peft else "transformers",
         model_name=name,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if has_processor else "text-generation",
         tags=tags,
     )
     return ModelCard.from_template(
@@ -97,6 +105,8 @@ def model_card(
         on_hub=repository is not None,
         dataset=dataset,
         is_peft=is_peft,
+        model_class=auto_class(model.config, architecture).__name__,
+        processing_class="processor" if has_processor else "tokenizer",
         steps=max((log["step"] for log in log_history), default=0),
         settings={name: value for name, value in args.to_dict().items() if name in SETTINGS},
         dtype=str(dtype).removeprefix("torch."),
@@ -110,7 +120,7 @@ def model_card(
 
 def _cell(entry: str | list[dict[str, Any]]) -> str:
     """Text for a cell of a Markdown table; of a conversation, its last message."""
-    text = entry if isinstance(entry, str) else entry[-1]["content"]
+    text = entry if isinstance(entry, str) else text_of(entry[-1]["content"])
     for mark, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
         text = text.replace(mark, escaped)
     return "<br>".join(text.splitlines())

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 
+from ..data import refuse_images
 from ..deepspeed_config import unpartitioned
 from ..weights.layouts.zero3 import is_partitioned
 
@@ -60,6 +61,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        refuse_images(prompts, "reward models read texts. Take the model out of `reward_funcs`")
         if is_conversational({"prompt": prompts[0]}):
             conversations = ({"messages": p + c} for p, c in zip(prompts, completions, strict=True))
             texts = [

@@ -7,10 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from datasets import Dataset
+from datasets.table import embed_table_storage
 from torch import nn
 
 from ..config import ESConfig
 from ..fields import same_in
+from ..images import comparable
 from ..weights.layouts.zero3 import whole_shape
 from .history import run_config
 
@@ -50,7 +52,8 @@ def of_data(datasets: dict[str, Any]) -> dict[str, Any]:
 
 def of_prompts(rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
     """The prompts of a step: streams cannot be compared at the start."""
-    return {f"the checksum of the prompts of step {step}": zlib.crc32(repr([row["prompt"] for row in rows]).encode())}
+    prompts = comparable([row["prompt"] for row in rows])
+    return {f"the checksum of the prompts of step {step}": zlib.crc32(repr(prompts).encode())}
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
@@ -78,5 +81,6 @@ def _content(dataset: Any) -> str:
         return type(dataset).__name__
     digest = hashlib.blake2b(repr(dataset.column_names).encode(), digest_size=8)
     for table in dataset.with_format("arrow").iter(1000):
-        digest.update(repr(table.to_pylist()).encode())
+        # With the content of images that the dataset has the paths of
+        digest.update(repr(embed_table_storage(table.cast(dataset.features.arrow_schema)).to_pylist()).encode())
     return f"{len(dataset)} rows, {digest.hexdigest()}"

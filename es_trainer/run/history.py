@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .. import auto_model
 from ..adapters import add_adapter, from_json
 from ..config import ESConfig
 from ..evolution import EvolutionStrategy, Member
@@ -294,7 +295,7 @@ def begin_replay(
     if isinstance(base_model, str):
         on_gpu = header.get("device") == "cuda" and torch.cuda.is_available()
         options = {"dtype": torch.float32, "device_map": "cuda" if on_gpu else None, **model_init_kwargs}
-        base_model = AutoModelForCausalLM.from_pretrained(base_model, **options)
+        base_model = auto_model.from_pretrained(base_model, **options)
     device = base_model.device.type
     if header.get("device", device) != device:
         logger.warning(

@@ -7,7 +7,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..evolution import EvolutionStrategy
-from ..evolution.fitness import mean
+from ..evolution.fitness import fitness, mean
 from ..evolution.optimizer import UpdateRecord
 from ..evolution.signal import expected_gain, signal
 from .metrics import Summary
@@ -29,12 +29,14 @@ class Evaluation(NamedTuple):
         by_prompt (`np.ndarray`):
             The same without the rewards that are about all completions of a member.
         settled (`np.ndarray`):
-            Shape `(prompts,)`: whether all members were rewarded the same by the latter.
+            Shape `(all prompts,)`: whether all members that have a prompt were rewarded the same by the latter.
         compared (`np.ndarray`):
-            By what the members are compared, of the same shape: the rewards, or with
+            By what the members are compared, of the shape of the rewards: these, or with
             `multi_objective_aggregation="normalize_then_sum"` those of functions that were brought to one scale.
+        members_per_prompt (`int`, *optional*):
+            How many members have the same prompts: those that follow each other. If `None`, all of them.
         center (`float`, *optional*):
-            Mean reward of the unperturbed weights on the same prompts, if they were evaluated.
+            Mean reward of the unperturbed weights on the prompts of the first member, if they were evaluated.
         summaries (`list[Summary]`):
             What to log of the members, in their order.
         num_tokens (`int`):
@@ -45,6 +47,7 @@ class Evaluation(NamedTuple):
     by_prompt: np.ndarray
     settled: np.ndarray
     compared: np.ndarray
+    members_per_prompt: int | None
     center: float | None
     summaries: list[Summary]
     num_tokens: int
@@ -70,18 +73,21 @@ class Learning:
             self._last = None
         del self._steps[updates:]
 
-    def evaluated(self, evaluation: Evaluation, fitness: np.ndarray, utilities: np.ndarray) -> dict[str, float]:
+    def evaluated(self, evaluation: Evaluation, by_member: np.ndarray, utilities: np.ndarray) -> dict[str, float]:
         """What the rewards of a step say, from which fitness and utilities follow; docs/monitoring.md has each key."""
         metrics = {}
-        if not np.isnan(evaluation.by_prompt).all():  # or no reward is about a prompt
+        together = evaluation.members_per_prompt
+        # Or no reward is about a prompt, or nobody is compared on one
+        if not np.isnan(evaluation.by_prompt).all() and together != 1:
             metrics["frac_reward_zero_std"] = float(evaluation.settled.mean())
-        found = signal(evaluation.by_prompt)
-        self._expected = expected_gain(fitness, found.reliability, utilities, step_length=1.0)
+        found = signal(evaluation.by_prompt, together)
+        self._expected = expected_gain(by_member, found.reliability, utilities, step_length=1.0)
         if found.is_known:
             metrics |= {"signal": found.reliability, "signal_low": found.low, "signal_high": found.high}
         if evaluation.center is not None:
             metrics["reward/center"] = evaluation.center
-            metrics["sigma_cost"] = evaluation.center - mean(fitness)
+            # By those that were asked the same
+            metrics["sigma_cost"] = evaluation.center - mean(fitness(evaluation.rewards[:together]))
             before = self._steps[-1].get("reward/center") if self._steps else None
             if before is not None:
                 metrics["gain"] = evaluation.center - before

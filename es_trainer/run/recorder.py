@@ -119,7 +119,7 @@ class Recorder:
         """
         if not utilities.any():
             self._warn_of_equal_fitness(step)
-        by_member = fitness(evaluation.rewards)
+        by_member = fitness(evaluation.rewards, evaluation.members_per_prompt)
         self._member_rewards = [json_number(value) for value in by_member.tolist()]
         self._metrics |= completion_metrics(evaluation.summaries, self.reward_names)
         self._metrics |= self._learning.evaluated(evaluation, by_member, utilities)

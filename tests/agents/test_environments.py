@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 from calling import PROMPTS, QUESTIONS, Sums, add, calling_model, calling_tokenizer, needs_tools, trained_weights
+from conftest import history
 from datasets import Dataset
 
 from es_trainer.agents import Environments
@@ -50,6 +51,15 @@ def acting(trainer):
 
 def logged(run) -> dict:
     return [log for log in run.state.log_history if "reward" in log][-1]
+
+
+@pytest.mark.parametrize("options", [{"population_batch_size": 1}, {"perturbation": "low_rank"}])
+def test_members_act_in_environments_of_their_own_rows(acting, options):
+    options |= {"unique_prompts": True, "num_prompts_per_step": 1, "population_size": 2, "shuffle_dataset": False}
+    run = acting(Sums, **options)
+    run.train()
+    (line,) = history(run.args.output_dir)
+    assert line["rewards"] == [2 + 3, 1 + 1]
 
 
 @pytest.mark.parametrize("options", [{"population_batch_size": 1}, {"perturbation": "low_rank"}])

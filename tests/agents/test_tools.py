@@ -77,6 +77,15 @@ def test_members_call_tools_and_answer_with_their_results(calling, mode):
     assert log["reward"] == 0.5
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_members_have_questions_of_their_own(calling, mode):
+    seen = Seen()
+    options = {"unique_prompts": True, "antithetic": True, "num_prompts_per_step": 1, "shuffle_dataset": False}
+    calling(reward_funcs=seen, max_steps=1, **options, **MODES[mode]).train()
+    expected = [conversation(question)[-1]["content"] for question in QUESTIONS for _ in range(2)]
+    assert [completion[-1]["content"] for completion in seen.completions] == expected
+
+
 def test_a_turn_goes_on_from_the_tokens_before(calling):
     """A conversation has the tokens that the chat template writes for it. Lengths leave the tools' part out."""
     run = calling()
@@ -86,7 +95,7 @@ def test_a_turn_goes_on_from_the_tokens_before(calling):
     with run.backend.in_working_dtype():
         ids = answers.tokenize(run.engine, rows)
         completions, _, _ = answers.complete(
-            run.engine, Prompts(rows, ids, 1, seed=0), range(2), ["policy"], None, None
+            run.engine, [Prompts(rows, ids, 1, seed=0)], range(2), ["policy"], None, None
         )
     for question, prompt, completion in zip(QUESTIONS, ids, completions, strict=True):
         text = tokenizer.apply_chat_template(

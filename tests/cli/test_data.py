@@ -133,14 +133,14 @@ def test_system_prompts(jsonl):
 
 
 def test_nothing_to_load():
-    assert "`task` (arc, conciseness, countdown," in refusal()
+    assert "`task` (arc, conciseness, count_shapes, countdown," in refusal()
     assert "set `reward_funcs` (ready-made: " in refusal(dataset_name="mine")
     assert "`reward_funcs`" in refusal(DatasetMixtureConfig(datasets=[{"path": "mine"}]))
 
 
 def test_an_unknown_task_is_an_error_that_names_the_nearest():
     message = refusal(task="countdwn")
-    assert message.startswith("`task='countdwn'` is not one of arc, conciseness, countdown,")
+    assert message.startswith("`task='countdwn'` is not one of arc, conciseness, count_shapes, countdown,")
     assert message.endswith(": did you mean 'countdown'?")
 
 

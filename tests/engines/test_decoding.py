@@ -9,6 +9,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MoshiConfig,
+    MptConfig,
     Qwen3MoeConfig,
 )
 
@@ -28,6 +29,8 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
     "qwen3_moe": Qwen3MoeConfig(**TINY, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "mamba": MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3),
+    # Whose positions are wrong where several tokens follow on what was read before
+    "mpt": MptConfig(vocab_size=259, d_model=32, n_heads=4, n_layers=2, max_seq_len=256, initializer_range=0.3),
 }
 
 
@@ -311,6 +314,7 @@ def test_other_caches_are_left_to_transformers_and_give_the_same(engine, options
         ("llama", {"encoder_repetition_penalty": 2.0}),
         ("llama", {"encoder_no_repeat_ngram_size": 2}),
         ("mamba", {}),
+        ("mpt", {}),
     ],
     ids=str,
 )

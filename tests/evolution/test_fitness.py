@@ -301,3 +301,94 @@ def test_where_no_reward_applies_nothing_is_known():
     second = np.array([[NAN, 1.0], [NAN, NAN], [NAN, 3.0]])
     found = normalized_sum(np.array([first, second]), np.array([1.0, 1.0]))
     assert np.isnan(found).tolist() == [[False, False], [False, True], [False, False]]
+
+
+# ---- prompts of members' own ----
+
+SHAPINGS_OF_PAIRS = ("z_score", "centered_rank", "prompt_centered", "none")
+
+
+def own_rewards(seed: int = 0, members: int = 8, prompts: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-8, 8, size=(members, prompts)) / 8
+
+
+def test_pairs_are_compared_by_half_of_their_differences():
+    rewards = own_rewards()
+    half = (rewards[::2] - rewards[1::2]).mean(axis=1) / 2
+    values = np.stack([half, -half], axis=1).ravel()
+    np.testing.assert_allclose(fitness(rewards, 2), rewards.mean() + values)
+    np.testing.assert_allclose(utilities(rewards, "none", 2), values)
+    np.testing.assert_allclose(utilities(rewards, "z_score", 2), values / np.sqrt(np.mean(values**2)))
+    np.testing.assert_allclose(
+        utilities(rewards, "centered_rank", 2), (scipy.stats.rankdata(values) - 1) / 7 - 0.5, atol=1e-15
+    )
+    of_prompts = (rewards[::2] - rewards[1::2]) / 2
+    np.testing.assert_allclose(utilities(rewards, "prompt_centered", 2), values / np.sqrt(np.mean(of_prompts**2)))
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS_OF_PAIRS)
+def test_luck_with_easy_prompts_moves_no_pair(shaping):
+    rewards = own_rewards()
+    ease = np.repeat(np.random.default_rng(1).integers(-64, 64, size=(4, 3)), 2, axis=0)
+    found = utilities(rewards, shaping, 2)
+    assert np.array_equal(utilities(rewards + ease, shaping, 2), found) and found.any()
+    np.testing.assert_allclose(found[::2], -found[1::2], atol=1e-15)
+    assert not np.allclose(utilities(rewards + ease, "z_score", 1), utilities(rewards, "z_score", 1))
+
+
+def test_a_pair_of_which_one_does_not_count_is_not_compared_there():
+    rewards = own_rewards()
+    found = rewards.copy()
+    found[2, 0] = np.nan
+    without = rewards[2:4, 1:]
+    half = (without[0] - without[1]).mean() / 2
+    expected = utilities(rewards, "none", 2)
+    expected[2:4] = half, -half
+    np.testing.assert_allclose(utilities(found, "none", 2), expected)
+    found[2:4] = [[np.nan, 1.0, np.nan], [0.0, 5.0, 2.0]]  # less than half
+    expected[2:4] = 0.0
+    np.testing.assert_allclose(utilities(found, "none", 2), expected)
+    assert np.isnan(fitness(found, 2)[2:4]).all()
+
+
+def test_members_alone_have_the_mean_of_what_counts():
+    rewards = own_rewards()
+    rewards[0, 1] = rewards[3, :2] = np.nan
+    values = np.nanmean(rewards, axis=1)
+    values[3] = np.nan  # less than half
+    np.testing.assert_allclose(fitness(rewards, 1), values)
+    scores = (values - np.nanmean(values)) / np.nanstd(values)
+    np.testing.assert_allclose(utilities(rewards, "z_score", 1), np.nan_to_num(scores))
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS_OF_PAIRS)
+def test_pairs_that_differ_by_rounding_are_equal(shaping):
+    rewards = np.array([[0.1 + 0.2, 1.0], [0.3, 1.0], [0.7, 1e-3], [0.8 - 0.1, 1e-3]])
+    assert rewards[0, 0] != rewards[1, 0] and rewards[2, 0] != rewards[3, 0]
+    assert not utilities(rewards, shaping, 2).any()
+    assert np.unique(fitness(rewards, 2)).size == 1
+
+
+@pytest.mark.parametrize(
+    ("shaping", "together"), [("prompt_z_score", 2), ("prompt_z_score", 1), ("prompt_centered", 1)]
+)
+def test_what_compares_members_on_prompts_needs_members_that_have_the_same(shaping, together):
+    with pytest.raises(ValueError, match=f"fitness_shaping='{shaping}' is not valid: it compares"):
+        utilities(own_rewards(), shaping, together)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_several_rewards_of_own_prompts_are_brought_to_one_scale(together):
+    narrow, wide = own_rewards(1), own_rewards(2)
+    narrow[2, 1] = np.nan  # where only the other one applies
+    values = [fitness(narrow, together), fitness(wide, together)]
+    total = normalized_sum(np.array([narrow, 1000 * wide + 7]), np.array([2.0, 1.0]), together)
+    assert not np.isnan(total).any()
+    if together == 2:
+        centered = [(rewards[::2] - rewards[1::2]) / 2 for rewards in (narrow, wide)]
+        expected = 2 * np.nan_to_num(centered[0]) / np.std(values[0]) + centered[1] / np.std(values[1])
+        np.testing.assert_allclose(total[::2], expected)
+        np.testing.assert_allclose(total[1::2], -expected)
+    else:
+        centered = [np.nan_to_num(rewards - np.nanmean(rewards)) for rewards in (narrow, wide)]
+        np.testing.assert_allclose(total, 2 * centered[0] / np.std(values[0]) + centered[1] / np.std(values[1]))

@@ -105,3 +105,74 @@ def test_what_is_luck_is_not_expected_to_come_again():
     assert expected_gain(fitness(matrix(2.0)), signal(matrix(2.0)).reliability, utilities, 0.2) == pytest.approx(
         expected
     )
+
+
+# ---- prompts of members' own ----
+
+
+def test_members_with_prompts_of_their_own_are_one_factor():
+    rewards = np.random.default_rng(3).normal(size=(6, 4)) + np.arange(6.0)[:, None]
+    f, _ = scipy.stats.f_oneway(*rewards)
+    distribution = scipy.stats.f(5, 6 * 3)
+    found = signal(rewards, members_per_prompt=1)
+    assert found.reliability == pytest.approx(1 - 1 / f)
+    assert (found.low, found.high) == pytest.approx((1 - distribution.ppf(0.975) / f, 1 - distribution.ppf(0.025) / f))
+    rewards[0, 1:3] = rewards[4, 0] = math.nan
+    f, _ = scipy.stats.f_oneway(*rewards, nan_policy="omit")
+    assert signal(rewards, members_per_prompt=1).reliability == pytest.approx(1 - 1 / f)
+
+
+def of_pairs(differences: np.ndarray, ease: np.ndarray) -> np.ndarray:
+    return np.stack([ease + differences / 2, ease - differences / 2], axis=1).reshape(-1, differences.shape[1])
+
+
+def test_pairs_are_analysed_by_their_differences_about_zero():
+    differences = np.array([[3.0, 1.0], [-2.0, -4.0], [5.0, 5.0]])  # means 2, -3, 5; residuals 1 and -1, twice, and 0
+    mean_square, residual_square = 2 * (4 + 9 + 25) / 3, (2 + 2 + 0) / 3
+    for ease in (np.zeros((3, 2)), np.array([[100.0, -100.0], [7.0, 0.5], [0.0, 0.0]])):
+        found = signal(of_pairs(differences, ease), members_per_prompt=2)
+        assert found.reliability == pytest.approx(1 - residual_square / mean_square)
+        f = scipy.stats.f(3, 3)
+        assert found.low == pytest.approx(1 - residual_square / mean_square * f.ppf(0.975))
+    # Which of a pair comes first does not matter, and neither do units
+    swapped = of_pairs(differences * [[1], [-1], [1]], np.ones((3, 2)))
+    assert signal(1e300 * swapped / 100, members_per_prompt=2).reliability == pytest.approx(found.reliability)
+
+
+@pytest.mark.parametrize("members_per_prompt", [1, 2])
+def test_their_intervals_are_right_19_times_of_20(members_per_prompt):
+    rng = np.random.default_rng(0)
+    prompts, noise, spread = 4, 2.0, 3.0  # of luck and, for pairs, of the prompts' ease
+    # Fitness has the variance 1 + noise**2 / prompts, of which 1 is the members'
+    true = 1 / (1 + noise**2 / prompts)
+    covered, unreliable = [], []
+    for _ in range(2000):
+        values = rng.normal(size=(10, 1)) + noise * rng.normal(size=(10, prompts))
+        if members_per_prompt == 2:
+            values = of_pairs(values, spread * rng.normal(size=values.shape))
+        reliability, low, high = signal(values, members_per_prompt)
+        covered.append(low <= true <= high)
+        unreliable.append(1 - reliability)
+    assert 0.935 < np.mean(covered) < 0.965
+    degrees = 10 if members_per_prompt == 2 else 9
+    assert np.mean(unreliable) == pytest.approx((1 - true) * degrees / (degrees - 2), rel=0.05)
+
+
+def test_where_theirs_cannot_be_told():
+    nan = math.nan
+    for together in (1, 2):
+        assert not signal(matrix(1.0)[:, :1], together).is_known  # one prompt
+        assert not signal(np.full((4, 3), nan), together).is_known
+        assert not signal(matrix(1.0)[:together], together).is_known  # one member, or pair
+    assert not signal(np.array([[0.1 + 0.2, 0.5]] * 2 + [[0.3, 0.5]] * 2), 2).is_known
+    assert not signal(np.array([[0.1 + 0.2, 0.6], [0.3, 0.6]] * 2), 2).is_known  # equal but for rounding
+    # A prompt that does not count for one of a pair says nothing of it
+    rewards = of_pairs(np.array([[3.0, 1.0], [-2.0, -4.0]]), np.zeros((2, 2)))
+    missing = np.hstack([rewards, [[nan], [50.0], [7.0], [nan]]])
+    assert signal(missing, 2) == pytest.approx(signal(rewards, 2))
+
+
+def test_prompts_on_which_a_pair_agrees_are_settled():
+    nan = math.nan
+    rewards = np.array([[1.0, 0.1 + 0.2, nan], [1.0, 0.3, 1.0], [1.0, 2.0, nan], [0.0, 2.0, nan]])
+    assert settled(rewards, 2).tolist() == [True, True, True, False, True, True]

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from conftest import assert_same, logs, make_model, make_tokenizer, weights
+from conftest import assert_same, letters, logs, make_model, make_tokenizer, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from watched import compute_with_a_copy
@@ -52,6 +52,33 @@ def test_three_steps_are_those_of_transformers(start, tmp_path):
     assert not torch.equal(before["model.norm.weight"], weights(saved)["model.norm.weight"])
     replayed = replay(tiny.tiny_folder(), mine.args.output_dir)
     assert_same(weights(replayed), weights(saved))
+
+
+@pytest.mark.parametrize("options", [{}, {"perturbation": "low_rank", "vllm_lora": True, "population_batch_size": 3}])
+def test_pairs_answer_prompts_of_their_own(start, dataset, options):
+    asked = []
+
+    def reward(prompts, completions, **kwargs):
+        asked.append((prompts, completions))
+        return letters(completions)
+
+    options = {**options, "unique_prompts": True, "antithetic": True, "max_steps": 2}
+    options |= {"reward_funcs": reward, "shuffle_dataset": False, "population_size": 6, "num_prompts_per_step": 1}
+    mine = start(**options)
+    mine.train()
+    there = asked.copy()
+    asked.clear()
+    # The same weights are perturbed
+    frozen = {name for name, parameter in mine.model.named_parameters() if not parameter.requires_grad}
+    model = AutoModelForCausalLM.from_pretrained(tiny.tiny_folder())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in frozen
+    theirs = start(False, model=model, **{name: value for name, value in options.items() if name != "vllm_lora"})
+    theirs.train()
+    assert [prompt for (prompt,), _ in there[:6]] == [prompt for prompt in dataset["prompt"][:3] for _ in range(2)]
+    assert there == asked
+    for key in ("reward", "reward_std", "num_tokens"):
+        assert [log[key] for log in logs(mine)] == [log[key] for log in logs(theirs)], key
 
 
 def test_bfloat16_weights_are_the_masters_rounded(start, tmp_path):
