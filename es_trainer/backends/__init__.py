@@ -90,9 +90,13 @@ def _kind(args: ESConfig) -> type[Backend]:
             from .servers import Servers
 
             return Servers
-        from .vllm import VLLM, VLLMLoRA
+        if args.vllm_lora:
+            from .vllm_lora import VLLMLoRA
 
-        return VLLMLoRA if args.vllm_lora else VLLM
+            return VLLMLoRA
+        from .vllm import VLLM
+
+        return VLLM
     if args.deepspeed_plugin is not None:
         from .zero3 import Gathered, Lockstep
 

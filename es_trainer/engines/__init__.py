@@ -4,19 +4,23 @@ from ..rollout import Completion
 from .base import Engine
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
-from .vllm_engine import LoRAAdapters, VLLMEngine
+from .vllm_engine import VLLMEngine
+from .vllm_lora_engine import MemberRequests, VLLMLoRAEngine
 from .vllm_server_engine import VLLMServerEngine
 from .vllm_servers import VLLMServers
+from .vllm_slots import LowRankMembers
 
 
 __all__ = [
     "Completion",
     "Engine",
-    "LoRAAdapters",
+    "LowRankMembers",
+    "MemberRequests",
     "PopulationBatch",
     "Rows",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMLoRAEngine",
     "VLLMServerEngine",
     "VLLMServers",
 ]

@@ -24,7 +24,8 @@ from ..weights.layouts import EngineWeights
 from ..weights.part import Part
 from .live_weights import overwrite
 from .vllm_base_model import all_workers, broadcast_parameters, load_on_first_rank
-from .vllm_weights import carried_by_lora, find_engine_weights, has_values, refuse_other_values
+from .vllm_slots import Slots, find_slots, occupy_slots
+from .vllm_weights import find_engine_weights, has_values, refuse_other_values
 
 
 def _prepare_cpu() -> None:
@@ -101,9 +102,10 @@ class WorkerExtension:
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         return find_engine_weights(self.get_model(), shapes, rank, size)
 
-    def lora_target_parameters(self, names: Sequence[str]) -> set[str]:
-        """The parameters that LoRA adapters can perturb."""
-        return carried_by_lora(self.get_model(), names)
+    def slots(self, weights: dict[str, Sequence[int]]) -> dict[str, Slots]:
+        """The adapter slots of weights of a Transformers model, given by name with their shapes, where there are."""
+        occupy_slots(self.get_model().lora_manager)
+        return find_slots(self.get_model(), weights)
 
     @_reported
     def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
