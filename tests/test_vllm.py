@@ -56,7 +56,7 @@ SERVER = {"use_vllm": True, "vllm_mode": "server"}
             "`perturbation_rank=600` is not valid: vLLM's adapters have a rank of at most 512.",
         ),
         ({"use_vllm": False, "vllm_lora": True}, "`vllm_lora=True` is not valid: it needs use_vllm=True."),
-        ({**SERVER, "vllm_lora": True, "perturbation": "low_rank"}, "it needs vllm_mode='colocate'."),
+        ({**SERVER, "vllm_lora": True}, "adapters are low-rank; set perturbation='low_rank'."),
         (
             {**SERVER, "master_weights": "none"},
             "`master_weights='none'` is not valid: members that a server evaluates",

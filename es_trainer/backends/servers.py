@@ -41,7 +41,6 @@ class Servers(Backend):
             f"the trainer of servers is one process, but {launched_processes()} were launched. Start the script with "
             "python, and more servers.",
         )
-        require(args, not args.vllm_lora, "vllm_lora", "it needs vllm_mode='colocate'.")
         require(
             args,
             args.vllm_tensor_parallel_size == 1,
@@ -69,7 +68,10 @@ class Servers(Backend):
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
-        self.engine = VLLMServers(model, tokenizer, self.args)
+        self.engine = self._make_engine(tokenizer)
+
+    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMServers:
+        return VLLMServers(self.model, tokenizer, self.args)
 
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         self.optimizer = self.engine.begin(trained(self.model), decayed)

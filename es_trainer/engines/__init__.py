@@ -6,6 +6,7 @@ from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
 from .vllm_engine import VLLMEngine
 from .vllm_lora_engine import MemberRequests, VLLMLoRAEngine
+from .vllm_lora_servers import VLLMLoRAServers
 from .vllm_server_engine import VLLMServerEngine
 from .vllm_servers import VLLMServers
 from .vllm_slots import LowRankMembers
@@ -21,6 +22,7 @@ __all__ = [
     "TransformersEngine",
     "VLLMEngine",
     "VLLMLoRAEngine",
+    "VLLMLoRAServers",
     "VLLMServerEngine",
     "VLLMServers",
 ]

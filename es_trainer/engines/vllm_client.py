@@ -105,11 +105,19 @@ class VLLMClient:
             )
             return [choice for (choice,) in responses]
 
-    def logprobs(self, prompt: list[int], tokens: int, salt: str) -> list[float]:
+    def load_adapter(self, name: str, path: str) -> None:
+        """Have the server know an adapter by a name, which `"model"` of requests may be then."""
+        self._reply("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    def models(self) -> list[str]:
+        """Names of the model that it serves, and of its adapters."""
+        return [model["id"] for model in self._send("GET", "/v1/models", key="data")]
+
+    def logprobs(self, prompt: list[int], tokens: int, salt: str, adapter: str | None = None) -> list[float]:
         """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
         # Tokens by their ids, as several tokens may have the same text
         options = {**PROBE_SAMPLING, "max_tokens": tokens, "cache_salt": salt, "return_tokens_as_token_ids": True}
-        (choice,) = self._complete([prompt], options)
+        (choice,) = self._complete([prompt], options if adapter is None else {**options, "model": adapter})
         return [logprob for token in choice["logprobs"]["top_logprobs"] for logprob in token.values()]
 
     @contextlib.contextmanager
@@ -160,7 +168,18 @@ class VLLMClient:
         return sorted(choices, key=lambda choice: choice["index"])
 
     def _send(self, verb: str, path: str, content: dict[str, Any] | None = None, *, key: str) -> Any:
-        """Return the value under `key` of the server's response. Requests are not retried: most change the server."""
+        """Return the value under `key` of the server's response."""
+        reply = self._reply(verb, path, content)
+        try:
+            return reply.json()[key]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ServerError(
+                f"The vLLM server {self.url} answered {path} without {key!r}: {reply.text[:500]!r}. Something else "
+                "than `es-trainer vllm-serve` listens there, or a proxy has answered."
+            ) from error
+
+    def _reply(self, verb: str, path: str, content: dict[str, Any] | None) -> httpx.Response:
+        """Send a request. Requests are not retried: most change the server."""
         try:
             reply = self._http.request(verb, path, json=content)
         except httpx.RequestError as error:
@@ -184,10 +203,4 @@ class VLLMClient:
             )
         if reply.is_error:
             raise ServerError(f"The vLLM server {self.url} refused {path}: {reply.status_code} {reply.text[:500]}")
-        try:
-            return reply.json()[key]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ServerError(
-                f"The vLLM server {self.url} answered {path} without {key!r}: {reply.text[:500]!r}. Something else "
-                "than `es-trainer vllm-serve` listens there, or a proxy has answered."
-            ) from error
+        return reply

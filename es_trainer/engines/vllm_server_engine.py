@@ -2,6 +2,7 @@
 
 import queue
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,7 +67,7 @@ class VLLMServerEngine(Engine):
         ids: list[list[int]],
         rows: list[Row],
         seed: int,
-        members: None = None,
+        members: Sequence[str | None] | None = None,
         batch_size: int | None = None,
         progress: bool = False,
         caches: dict[str, str] | None = None,
@@ -75,24 +76,46 @@ class VLLMServerEngine(Engine):
         Complete rows that have a text of their own each; see [`TransformersEngine.complete`].
 
         Args:
+            members (`Sequence[str | None]`, *optional*):
+                Names of the adapters that the members are. `None` generates with the weights as they are.
             caches (`dict[str, str]`, *optional*):
                 What calls for earlier turns with the same weights have left here: the salt of vLLM's prefix cache.
         """
         samples = self.sampling["temperature"] > 0
         seeds = [common_seed(seed, row.prompt, row.number) if samples else None for row in rows]
         salt = None if caches is None else caches.setdefault("salt", uuid.uuid4().hex)
-        choices = self.server.complete(ids, self.sampling, seeds, salt)
+        choices = self._choices(ids, seeds, salt, [None if members is None else members[row.member] for row in rows])
         return [self._completion(choice["token_ids"], choice["finish_reason"] == "length") for choice in choices]
 
-    def requests(self, members: None = None, most_rows: int | None = None) -> "ServerRequests":
+    def _choices(
+        self, ids: list[list[int]], seeds: list[int | None], salt: str | None, adapters: list[str | None]
+    ) -> list[dict[str, Any]]:
+        """What the server completes, with the adapter of each row; a request has one adapter."""
+        rows = {adapter: [row for row, own in enumerate(adapters) if own == adapter] for adapter in adapters}
+
+        def complete(adapter: str | None) -> list[dict[str, Any]]:
+            of_rows = [[values[row] for row in rows[adapter]] for values in (ids, seeds)]
+            return self.server.complete(of_rows[0], self.options(adapter), of_rows[1], salt)
+
+        with ThreadPoolExecutor(len(rows)) as threads:  # vLLM batches the requests
+            found = dict(zip(rows, threads.map(complete, rows), strict=True))
+        return [found[adapter][rows[adapter].index(row)] for row, adapter in enumerate(adapters)]
+
+    def options(self, adapter: str | None) -> dict[str, Any]:
+        """Sampling parameters of a request for an adapter, or for the weights as they are."""
+        return self.sampling if adapter is None else {**self.sampling, "model": adapter}
+
+    def requests(self, members: Sequence[str | None] | None = None, most_rows: int | None = None) -> "ServerRequests":
         """
         Requests that are answered as they come; see [`TransformersEngine.requests`].
 
         Args:
+            members (`Sequence[str | None]`, *optional*):
+                Names of the adapters that the members are.
             most_rows (`int`, *optional*):
                 Most requests that are sent at once.
         """
-        return ServerRequests(self, most_rows or MOST_CONNECTIONS)
+        return ServerRequests(self, most_rows or MOST_CONNECTIONS, members)
 
 
 class ServerRequests:
@@ -104,10 +127,13 @@ class ServerRequests:
             The server.
         most (`int`):
             Most requests that are sent at once.
+        members (`Sequence[str | None]`, *optional*):
+            Names of the adapters that the members are.
     """
 
-    def __init__(self, engine: VLLMServerEngine, most: int):
+    def __init__(self, engine: VLLMServerEngine, most: int, members: Sequence[str | None] | None = None):
         self.engine = engine
+        self.members = members
         self._salt = uuid.uuid4().hex
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="es_trainer-requests")
         self._answered: queue.SimpleQueue[tuple[Request, Any]] = queue.SimpleQueue()
@@ -126,7 +152,8 @@ class ServerRequests:
             if request.cancelled:
                 answer: Any = None
             else:
-                options, seed = request_options(self.engine.sampling, request)
+                adapter = None if self.members is None else self.members[request.member]
+                options, seed = request_options(self.engine.options(adapter), request)
                 (answer,) = self.engine.server.complete([request.ids], options, [seed], self._salt)
         except Exception as error:
             answer = error

@@ -70,11 +70,13 @@ class VLLMServers(Engine):
         `ConnectionError`: If a server is not up within `args.vllm_server_timeout`.
     """
 
+    replicas_kind = Replicas
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
         super().__init__(model, tokenizer, args)
         self.args = args
         self.max_new_tokens = sampling_options(args, self.eos_token_ids)["max_tokens"]
-        self.replicas = Replicas(args)
+        self.replicas = self.replicas_kind(args)
         self._engines: dict[tuple[str, int, int], VLLMServerEngine] = {}
         self.context = min(server.model_info()["max_model_len"] for server in self.replicas.servers)
 

@@ -63,17 +63,25 @@ class Slots:
         self.a[slots, :rank].copy_(a[:, :, self.inputs])
         self.b[slots, :, :rank].copy_(b[:, self.outputs])
 
-    @contextlib.contextmanager
-    def filled(self) -> Iterator[None]:
-        """Inside, the first slot has noise, the same in every process; afterwards, zeros."""
+    def fill(self) -> None:
+        """Write noise into the first slot, the same in every process."""
         generator = torch.Generator(self.a.device).manual_seed(0)
         for factor in (self.a[0], self.b[0]):
             factor.normal_(std=1 / math.sqrt(factor.shape[1]), generator=generator)
+
+    def clear(self) -> None:
+        """Write zeros into the first slot."""
+        self.a[0].zero_()
+        self.b[0].zero_()
+
+    @contextlib.contextmanager
+    def filled(self) -> Iterator[None]:
+        """Inside, the first slot has noise; afterwards, zeros."""
+        self.fill()
         try:
             yield
         finally:
-            self.a[0].zero_()
-            self.b[0].zero_()
+            self.clear()
 
 
 def find_slots(engine: nn.Module, weights: Mapping[str, Sequence[int]]) -> dict[str, Slots]:
@@ -101,27 +109,27 @@ def find_slots(engine: nn.Module, weights: Mapping[str, Sequence[int]]) -> dict[
     found = {}
     for name, shape in weights.items():
         holder = next((holder for holder in engine_names(name, engine) if holder in layers), None)
-        slots = None if holder is None else _slots_of(layers[holder], _part(name, holder, engine), shape)
+        slots = None if holder is None else _slots_of(layers[holder], *_part(name, holder, engine), shape)
         if slots is not None:
             found[name] = slots
     return found
 
 
-def _part(name: str, holder: str, engine: nn.Module) -> int | None:
-    """Which of the projections that vLLM has fused in a layer a weight is."""
+def _part(name: str, holder: str, engine: nn.Module) -> tuple[int, int]:
+    """Which of the projections that vLLM has fused in a layer a weight is, and of how many."""
     projection, layer = (each.split(".")[-2] for each in (name, holder))
     parts = engine.packed_modules_mapping.get(layer, [])
-    return parts.index(projection) if projection in parts else None
+    return (parts.index(projection), len(parts)) if projection in parts else (0, 1)
 
 
-def _slots_of(layer: Any, part: int | None, shape: Sequence[int]) -> Slots | None:
+def _slots_of(layer: Any, part: int, parts: int, shape: Sequence[int]) -> Slots | None:
     """The slots of a layer, or of a part of it, for a weight of that shape; `None` if they do not hold it."""
-    if len(shape) != 2 or (layer.n_slices > 1) != (part is not None and layer.n_slices > part):
+    if len(shape) != 2 or layer.n_slices != parts:
         return None
     # Which of them the worker has is what vLLM takes of their numbers
     outputs, inputs = torch.arange(shape[0]).view(-1, 1), torch.arange(shape[1]).view(1, -1)
     if layer.n_slices == 1:
-        part, inputs, outputs = 0, layer.slice_lora_a(inputs), layer.slice_lora_b(outputs)
+        inputs, outputs = layer.slice_lora_a(inputs), layer.slice_lora_b(outputs)
     else:
         inputs, outputs = (
             take([numbers if i == part else None for i in range(layer.n_slices)])[part]
@@ -160,7 +168,12 @@ def slot_request(slot: int) -> "LoRARequest":
     """What vLLM generates by with the adapter that is in a slot."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(f"slot-{slot}", slot + 1, PATH)
+    return LoRARequest(slot_name(slot), slot + 1, PATH)
+
+
+def slot_name(slot: int) -> str:
+    """The name of the adapter that is in a slot."""
+    return f"slot-{slot}"
 
 
 class LowRankMembers:

@@ -24,7 +24,7 @@ from ..weights.layouts import EngineWeights
 from ..weights.part import Part
 from .live_weights import overwrite
 from .vllm_base_model import all_workers, broadcast_parameters, load_on_first_rank
-from .vllm_slots import Slots, find_slots, occupy_slots
+from .vllm_slots import LowRankMembers, Slots, find_slots, occupy_slots
 from .vllm_weights import find_engine_weights, has_values, refuse_other_values
 
 
@@ -91,6 +91,7 @@ class WorkerExtension:
     # Parameters and buffers of the base model that the run does not train, in the worker that loaded it
     _untrained: Mapping[str, torch.Tensor] = MappingProxyType({})
     _engine_weights: Mapping[str, EngineWeights] = MappingProxyType({})
+    _slots: Mapping[str, Slots] = MappingProxyType({})
     _overwritten: tuple[torch.Tensor, torch.Tensor] | None = None  # weights, and their values before
     _checked = False  # whether the engine's weights were those of the base model
     _strategy: EvolutionStrategy | None = None
@@ -128,6 +129,39 @@ class WorkerExtension:
         return {}
 
     @_reported
+    def open_slots(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
+        """
+        Make the adapter slots ready for members.
+
+        Args:
+            parameters (`dict[str, Sequence[int]]`):
+                Names and shapes of the parameters of a Transformers model.
+
+        Returns:
+            `dict`: How many `"slots"` there are, for which `"rank"`, and the `"names"` of the parameters with slots.
+        """
+        lora = self.vllm_config.lora_config
+        if lora is None:
+            raise ValueError(
+                "The server has no adapters. Start it with --enable-lora --max-loras N --max-lora-rank R: N members "
+                "in a batch, whose `perturbation_rank` is at most R."
+            )
+        self._slots = self.slots(parameters)
+        return {"slots": lora.max_loras, "rank": lora.max_lora_rank, "names": list(self._slots)}
+
+    @_reported
+    def fill_slot(self, name: str) -> dict[str, Any]:
+        """Write noise into the first slot of a parameter."""
+        self._slots[name].fill()
+        return {}
+
+    @_reported
+    def clear_slot(self, name: str) -> dict[str, Any]:
+        """Write zeros into the first slot of a parameter."""
+        self._slots[name].clear()
+        return {}
+
+    @_reported
     def begin(self, header: dict[str, Any], dtype: str) -> dict[str, Any]:
         """
         Begin a run, unless it has begun already.
@@ -156,6 +190,14 @@ class WorkerExtension:
     def perturb(self, seed: int, sign: int, sigma: float) -> dict[str, Any]:
         """Make the weights those of a member."""
         self._running().weights.perturb(Member(seed, sign), sigma)
+        return {}
+
+    @_reported
+    def install(self, members: Sequence[tuple[int, int]], sigma: float) -> dict[str, Any]:
+        """Write members, given as seeds and signs, into the adapter slots, from the first on."""
+        strategy = self._running()
+        strategy.restore()
+        LowRankMembers(strategy.weights, self._slots).write([Member(*member) for member in members], sigma)
         return {}
 
     @_reported

@@ -291,6 +291,10 @@ def test_servers_that_do_not_fit_the_run(servers, start):
         start(servers[0], bf16=True)
     with pytest.raises(ValueError, match="context of 256 tokens"):
         start(servers[0], max_completion_length=250)
+    with pytest.raises(
+        ServerError, match="has no adapters. Start it with --enable-lora --max-loras N --max-lora-rank"
+    ):
+        start(servers[0], perturbation="low_rank", vllm_lora=True)
 
 
 def test_a_server_that_is_not_there(start):
