@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -50,7 +51,7 @@ class Local(Backend):
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         config = run_config(self.args)
         dtype = working_dtype(config)
-        frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
+        frozen, float32 = self._frozen(dtype), kept_in_float32(self.model, dtype)
         self.optimizer = make_optimizer(
             trained(self.model),
             decayed,
@@ -63,6 +64,10 @@ class Local(Backend):
         self.population_batch = self._make_population_batch()
         self._check_drift()
         return self.optimizer
+
+    def _frozen(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        """The tensors of the model that are not trained, and follow the working dtype."""
+        return frozen_tensors(self.model, dtype)
 
     def _anchor_weights(self) -> Literal["device", "host"] | InitialWeights:
         """Where the initial weights are, for the optimizer."""

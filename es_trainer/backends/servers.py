@@ -56,6 +56,11 @@ class Servers(Backend):
         )
         require_saved_state(args)
         check_vllm_arguments(args, inputs)
+        if inputs.has_adapter:
+            raise ValueError(
+                "An adapter (`peft_config`) with `vllm_mode='server'` is not supported. Set vllm_mode='colocate', or "
+                "leave `peft_config` out to train all weights."
+            )
         if inputs.source is None:
             raise TypeError(
                 f"`model` is a {type(inputs.model).__name__}, but the weights are on the servers with "

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
-from ..engines import LowRankMembers, MemberRequests, VLLMLoRAEngine
+from ..engines import LowRankMembers, VLLMLoRAEngine
 from .low_rank_adapters import check_low_rank, freeze_parameters_without_slots
 from .results import Prompts
 from .trainer_inputs import TrainerInputs
@@ -28,8 +28,9 @@ class VLLMLoRA(VLLM):
         self.slots = self.engine.slots()
         freeze_parameters_without_slots(model, self.slots)
 
-    def _make_population_batch(self) -> MemberRequests:
-        return MemberRequests(LowRankMembers(self.optimizer.weights, self.slots))
+    def _make_population_batch(self) -> VLLMLoRAEngine:
+        self.engine.members = LowRankMembers(self.optimizer.weights, self.slots)
+        return self.engine
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
         return self.engine.most_members, self.args.generation_batch_size

@@ -106,7 +106,7 @@ class VLLMEngine(Engine):
             tokenizer=tokenizer,
             revision=model_options.get("revision") if source != tokenizer else None,
             trust_remote_code=args.trust_remote_code or model_options.get("trust_remote_code", False),
-            dtype=str(working_dtype(run_config(args)) or self.model.dtype).removeprefix("torch."),
+            dtype=str(self._dtype(args)).removeprefix("torch."),
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_len=args.vllm_max_model_length,
@@ -117,6 +117,10 @@ class VLLMEngine(Engine):
             enforce_eager=args.device.type == "cpu",
             **self._options(args, processes),
         )
+
+    def _dtype(self, args: ESConfig) -> Any:
+        """What vLLM computes in."""
+        return working_dtype(run_config(args)) or self.model.dtype
 
     def _options(self, args: ESConfig, processes: Processes) -> dict[str, Any]:
         """Further options of vLLM."""

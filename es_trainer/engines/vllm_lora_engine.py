@@ -9,6 +9,7 @@ from ..config import ESConfig
 from ..evolution import Member
 from ..run.processes import Processes
 from .live_weights import find_unused_weights
+from .peft_members import AdapterMembers
 from .vllm_engine import VLLMEngine, logprobs
 from .vllm_slots import LowRankMembers, Slots, slot_request
 from .vllm_weights import load_error
@@ -25,6 +26,8 @@ class VLLMLoRAEngine(VLLMEngine):
     `population_batch_size`, or the share of the population that a group of processes evaluates, are the members that
     there are slots for.
     """
+
+    members: LowRankMembers | AdapterMembers  # what writes members, as soon as there are weights
 
     def _options(self, args: ESConfig, processes: Processes) -> dict[str, Any]:
         from vllm.config.lora import MaxLoRARanks
@@ -67,23 +70,14 @@ class VLLMLoRAEngine(VLLMEngine):
             raise load_error([f"of adapters, {problem}" for problem in problems])
         return found
 
-
-class MemberRequests:
-    """
-    Members in vLLM's slots, and what vLLM generates by with each of them. The unperturbed weights need no slot.
-
-    Args:
-        members ([`LowRankMembers`]):
-            Writes members.
-    """
-
-    def __init__(self, members: LowRankMembers):
-        self.members = members
-
     @contextlib.contextmanager
     def install(self, members: Sequence[Member], sigma: float) -> "Iterator[list[LoRARequest | None]]":
-        """Inside, there is an adapter for each member but the unperturbed weights."""
+        """Inside, there is an adapter for each member."""
         perturbed = [member for member in members if not member.is_center]
         self.members.write(perturbed, sigma)
         slots = iter(range(len(perturbed)))
-        yield [None if member.is_center else slot_request(next(slots)) for member in members]
+        yield [self._unperturbed() if member.is_center else slot_request(next(slots)) for member in members]
+
+    def _unperturbed(self) -> "LoRARequest | None":
+        """The adapter of the unperturbed weights, which are those of the engine."""
+        return None

@@ -206,8 +206,13 @@ class Weights:
         factors = self.perturbation.factors(
             shard.name, shard.shape, seeds, coefficients, working.device, dtype or working.dtype
         )
-        if factors is not None:
-            return factors
+        return self.values_of_members(shard, members, sigma, dtype) if factors is None else factors
+
+    def values_of_members(
+        self, shard: Shard, members: Sequence[Member], sigma: float, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The same, but the values themselves whatever the perturbation: a tensor of shape `(members, *shape)`."""
+        working = shard.working
         dtype = dtype or _dtype_of_values(shard)
         values = torch.empty(len(members), working.numel(), dtype=dtype, device=working.device)
         for row, member in zip(values, members, strict=True):
