@@ -51,7 +51,6 @@ class VLLMAdapter(VLLM):
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
-        super().check_arguments(args, inputs)
         require(
             args, not args.vllm_lora, "vllm_lora", "with `peft_config`, members are adapters already; leave it out."
         )
@@ -68,6 +67,7 @@ class VLLMAdapter(VLLM):
             f"vLLM loads the base model, with {', '.join(sorted(LOADABLE))} only; leave out {', '.join(others)}.",
         )
         check_lora_config(inputs.peft_config)
+        super().check_arguments(args, inputs)
 
     @property
     def parts(self) -> int:

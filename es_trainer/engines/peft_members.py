@@ -1,6 +1,6 @@
 """Members of a run that trains an adapter of PEFT's: its own matrices with noise, in vLLM's slots."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,19 +44,28 @@ class LoRALayer:
 
 
 def lora_layers(model: "PeftModel") -> dict[str, LoRALayer]:
-    """The layers of a model's adapter, by the name of the weight that they add to."""
-    return dict(_lora_layers(model))
+    """
+    The layers of a model's adapter, by the name of the weight that they add to.
 
-
-def _lora_layers(model: "PeftModel") -> Iterator[tuple[str, LoRALayer]]:
+    Raises:
+        `ValueError`: If the adapter is of other modules than linear layers, too; names one.
+    """
     # Imported where it is used: importing peft takes seconds
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear, LoraLayer
 
-    adapter = model.active_adapter
+    adapter, found = model.active_adapter, {}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            yield f"{name.removeprefix(PREFIX)}.weight", LoRALayer(a, b, module.scaling[adapter])
+        if not isinstance(module, LoraLayer):
+            continue
+        name = name.removeprefix(PREFIX)
+        if not isinstance(module, Linear):
+            raise ValueError(
+                f"vLLM has adapters of linear layers, but `peft_config` adds one to `{name}`, which is none. Leave it "
+                "out of `target_modules`, or set use_vllm=False."
+            )
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        found[f"{name}.weight"] = LoRALayer(a, b, module.scaling[adapter])
+    return found
 
 
 class AdapterMembers:

@@ -56,7 +56,7 @@ class VLLMAdapterEngine(VLLMLoRAEngine):
             )
         return found
 
-    def _unperturbed(self) -> "LoRARequest":
+    def unperturbed(self) -> "LoRARequest":
         """Write the adapter as it is into its slot."""
         self.members.write([Member(0, 0)], 0.0, self.most_members)
         return slot_request(self.most_members)
@@ -72,9 +72,9 @@ class VLLMAdapterEngine(VLLMLoRAEngine):
         caches: dict[str, str] | None = None,
     ) -> list[Completion]:
         """See [`VLLMEngine.complete`]."""
-        members = [self._unperturbed()] if members is None else members
+        members = [self.unperturbed()] if members is None else members
         return super().complete(ids, rows, seed, members, batch_size, progress, caches)
 
     def requests(self, members: "Sequence[LoRARequest] | None", most_rows: int | None = None) -> VLLMRequests:
         """See [`VLLMEngine.requests`]."""
-        return super().requests([self._unperturbed()] if members is None else members, most_rows)
+        return super().requests([self.unperturbed()] if members is None else members, most_rows)

@@ -76,8 +76,8 @@ class VLLMLoRAEngine(VLLMEngine):
         perturbed = [member for member in members if not member.is_center]
         self.members.write(perturbed, sigma)
         slots = iter(range(len(perturbed)))
-        yield [self._unperturbed() if member.is_center else slot_request(next(slots)) for member in members]
+        yield [self.unperturbed() if member.is_center else slot_request(next(slots)) for member in members]
 
-    def _unperturbed(self) -> "LoRARequest | None":
+    def unperturbed(self) -> "LoRARequest | None":
         """The adapter of the unperturbed weights, which are those of the engine."""
         return None
