@@ -10,6 +10,8 @@ NEWEST := .venv-newest
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/pip install --quiet --constraint tests/with_vllm/constraints.txt
 
+VLLM_ALONE := $(patsubst %,tests/with_vllm/test_%.py,agents adapter slots)
+
 # Files of tests side by side, each with one thread
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
 test test-lowest test-newest: export OMP_NUM_THREADS := 1
@@ -31,9 +33,9 @@ test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
 test-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
-	# In a process of its own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
-	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
+	$(VLLM)/bin/python -m pytest -m "not slow" tests/with_vllm $(patsubst %,--ignore %,$(VLLM_ALONE))
+	# In processes of their own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
+	for file in $(VLLM_ALONE); do $(VLLM)/bin/python -m pytest -m "not slow" $$file || exit 1; done
 
 slow: $(VENV)/dev $(VENV)/openenv $(VLLM)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu

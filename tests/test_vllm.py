@@ -295,6 +295,10 @@ def test_command_of_a_server():
     assert environment["VLLM_API_KEY"] == "secret" and environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert ("--enforce-eager" in command) == (not torch.cuda.is_available())
     assert command[-2:] == ["--dtype", "bfloat16"] and command[command.index("--port") + 1] == "8001"
+    # Adapters have names only where members are adapters
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
+    environment, _ = server_command("model", "127.0.0.1", 8001, None, ["--enable-lora"])
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
 # ---- servers that are not there: what they are told, and what becomes of their answers ----

@@ -6,17 +6,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_weights import MODELS, save
-from tiny import start_llm
+from tiny import start_llm, tiny_folder
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
 from es_trainer.engines.vllm_slots import LowRankMembers
+from es_trainer.engines.vllm_weights import LoadError
 from es_trainer.evolution import Member
 from es_trainer.noise.shapes import LowRank
 from es_trainer.run.member_adapters import WEIGHTS_NAME, of_linear
 from es_trainer.weights.store import Weights
 
 
+LORA = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8, "kv_cache_memory_bytes": 1 << 26}
 RANK = 2
 MEMBERS = [Member(5, -1), Member(6, 1)]
 
@@ -50,7 +52,7 @@ def write_files(weights: Weights, names, member: Member, folder) -> str:
 )
 def test_members_are_what_vllm_would_load(tmp_path, name, dtype, count):
     folder = save(MODELS[name], tmp_path / "model")
-    llm = start_llm(folder, dtype, enable_lora=True, max_loras=2, max_cpu_loras=2, max_lora_rank=8)
+    llm = start_llm(folder, dtype, **LORA)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     weights = Weights(plain.named_parameters(), getattr(torch, dtype), perturbation=LowRank(RANK))
     (slots,) = llm.collective_rpc("slots", args=({name: list(p.shape) for name, p in plain.named_parameters()},))
@@ -69,3 +71,15 @@ def test_members_are_what_vllm_would_load(tmp_path, name, dtype, count):
             assert torch.equal(written, other), layer
             assert not zero.any(), layer
     assert all(tensors[0].any() for layer, tensors in mine.items() if "_proj" in layer)
+
+
+def compute_without_slots(model) -> None:
+    """Break a layer: it does not compute with its slots from now on."""
+    model.get_submodule("model.layers.0.mlp.down_proj")._apply_lora_to_output = lambda x, output: output
+
+
+def test_slots_that_are_not_computed_with(trainer):
+    run = trainer(tiny_folder(), use_vllm=True, vllm_lora=True, perturbation="low_rank")
+    run.engine.llm.apply_model(compute_without_slots)
+    with pytest.raises(LoadError, match="of adapters, a change of model.layers.0.mlp.down_proj.weight has no effect"):
+        run.engine.slots()
