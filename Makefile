@@ -65,6 +65,7 @@ bench: $(VENV)/dev
 bench-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python benchmarks/vllm_engine.py
 	$(VLLM)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
+	$(VLLM)/bin/python benchmarks/vllm_slots.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
