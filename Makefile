@@ -33,10 +33,9 @@ test-lowest: $(LOWEST)/installed
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
+# A process for each file: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
 test-vllm: $(VLLM_ENV)/installed
-	$(VLLM_ENV)/bin/python -m pytest -m "not slow" tests/with_vllm --ignore tests/with_vllm/test_agents.py
-	# In a process of its own: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
-	$(VLLM_ENV)/bin/python -m pytest -m "not slow" tests/with_vllm/test_agents.py
+	for file in tests/with_vllm/test_*.py; do $(VLLM_ENV)/bin/python -m pytest -m "not slow" $$file || exit 1; done
 
 slow: $(VENV)/dev $(VENV)/openenv $(VLLM_ENV)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
@@ -68,6 +67,7 @@ bench: $(VENV)/dev
 bench-vllm: $(VLLM_ENV)/installed
 	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py
 	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
+	$(VLLM_ENV)/bin/python benchmarks/vllm_slots.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -321,9 +321,10 @@ class ESConfig(GRPOFields, TrainingArguments):
             Regular expression that completions have to match.
         vllm_lora (`bool`, *optional*, defaults to `False`):
             Evaluate the members as LoRA adapters of one batch, which is several times faster than one member after
-            another where few prompts do not fill the device. Needs `perturbation="low_rank"` and
-            `vllm_mode="colocate"`. Only what LoRA adapters can carry is trained, which are the matrices of the linear
-            layers; embeddings, norms, biases and experts stay as they are, which is logged.
+            another where few prompts do not fill the device. Needs `perturbation="low_rank"`, and servers that were
+            started with `--enable-lora`. Only what LoRA adapters can carry is trained, which are the matrices of the
+            linear layers; embeddings, norms, biases and experts stay as they are, which is logged. With a
+            `peft_config`, members are adapters without it.
 
         > Parameters that control vLLM with `vllm_mode="server"`
 

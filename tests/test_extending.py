@@ -81,9 +81,11 @@ def test_backends():
         "vllm_lora": [True, False],
         "deepspeed_plugin": [None, object()],
         "ds3_gather_for_generation": [True, False],
+        "has_adapter": [True, False],
     }
     combinations = itertools.product(*options.values())
-    chosen = {backends._kind(SimpleNamespace(**dict(zip(options, values, strict=True)))) for values in combinations}
+    given = [SimpleNamespace(**dict(zip(options, values, strict=True))) for values in combinations]
+    chosen = {backends._kind(values, values) for values in given}
     assert chosen == set(defined(backends, kinds_of(Backend)).values())
 
 
@@ -97,7 +99,7 @@ def test_layouts():
 
 def test_engines():
     found = defined(engines, kinds_of(Engine))
-    assert set(found) == {name for name in engines.__all__ if name.endswith("Engine") or name == "VLLMServers"}
+    assert set(found) == {name for name in engines.__all__ if name.endswith(("Engine", "Servers"))}
 
 
 def test_tasks():
@@ -127,9 +129,10 @@ def test_commands():
         ("Momentum", {"evolution/update_rules.py"}),
         ("Adam", {"evolution/update_rules.py"}),
         ("Lockstep", {"backends/zero3.py", "backends/__init__.py"}),
-        ("VLLMLoRA", {"backends/vllm.py", "backends/__init__.py"}),
-        ("Servers", {"backends/servers.py", "backends/__init__.py"}),
-        ("VLLMServers", {"engines/vllm_servers.py", "engines/__init__.py", "backends/servers.py"}),
+        ("VLLMLoRA", {"backends/vllm_lora.py", "backends/__init__.py"}),
+        ("Servers", {"backends/servers.py", "backends/servers_lora.py", "backends/__init__.py"}),
+        ("VLLMAdapter", {"backends/vllm_adapter.py", "backends/__init__.py"}),
+        ("VLLMLoRAServers", {"engines/vllm_lora_servers.py", "engines/__init__.py", "backends/servers_lora.py"}),
         ("gsm8k", {"tasks/gsm8k.py", "tasks/__init__.py"}),
         ("conciseness_reward", {"rewards/conciseness.py", "rewards/__init__.py", "tasks/conciseness.py"}),
     ],

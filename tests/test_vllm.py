@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 from conftest import TINY_RUN, make_model, make_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from es_trainer import ESConfig
 from es_trainer.cli import main
@@ -56,7 +56,7 @@ SERVER = {"use_vllm": True, "vllm_mode": "server"}
             "`perturbation_rank=600` is not valid: vLLM's adapters have a rank of at most 512.",
         ),
         ({"use_vllm": False, "vllm_lora": True}, "`vllm_lora=True` is not valid: it needs use_vllm=True."),
-        ({**SERVER, "vllm_lora": True, "perturbation": "low_rank"}, "it needs vllm_mode='colocate'."),
+        ({**SERVER, "vllm_lora": True}, "adapters are low-rank; set perturbation='low_rank'."),
         (
             {**SERVER, "master_weights": "none"},
             "`master_weights='none'` is not valid: members that a server evaluates",
@@ -127,20 +127,45 @@ def test_the_range_of_versions_is_checked(monkeypatch, caplog, version, supporte
             vllm_version.check_version()
 
 
-def test_adapters_of_peft_are_refused(trainer):
-    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="`use_vllm=True` with an adapter is not supported"):
-        trainer(use_vllm=True, peft_config=adapter)
-    with pytest.raises(ValueError, match="`use_vllm=True` with an adapter is not supported"):
-        trainer(model=get_peft_model(make_model(), adapter), use_vllm=True)
+def lora(**options) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
 
 
-def test_quantized_weights_are_refused(trainer):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "`use_dora=True`, which `use_vllm=True` does not support: vLLM's adapters cannot hold"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save=['lm_head']`, which .* cannot hold whole modules"),
+        ({"bias": "lora_only"}, "`bias='lora_only'`, which .* cannot hold biases"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'`, which .* needs the weights of the base model"),
+        ({"rank_pattern": {"q_proj": 600}}, "`r=4`, which .* a rank of at most 512"),
+        ({"trainable_token_indices": [1]}, "`trainable_token_indices=.1.`, which .* cannot hold embeddings of tokens"),
+    ],
+)
+def test_adapters_that_vllm_cannot_hold(trainer, options, message):
+    with pytest.raises(ValueError, match=message.replace("[", "[[]")):
+        trainer(use_vllm=True, peft_config=lora(**options))
+
+
+def test_adapters_are_of_lora_and_of_a_model_by_name(trainer):
+    with pytest.raises(ValueError, match="`peft_config` is a IA3Config, but vLLM has adapters of `LoraConfig` only"):
+        trainer(use_vllm=True, peft_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    for model, config in ((get_peft_model(make_model(), lora()), None), (make_model(), lora())):
+        with pytest.raises(ValueError, match="`model` is a .*, but with `use_vllm=True` and an adapter, vLLM loads"):
+            trainer(model=model, use_vllm=True, peft_config=config)
+    with pytest.raises(ValueError, match="`vllm_lora=True` is not valid: with `peft_config`, members are adapters"):
+        trainer(use_vllm=True, peft_config=lora(), vllm_lora=True)
+    with pytest.raises(ValueError, match="vLLM loads the base model, with .* only; leave out token"):
+        trainer(use_vllm=True, peft_config=lora(), model_init_kwargs={"token": "a", "dtype": "float32"})
+    with pytest.raises(ValueError, match="An adapter .* with `vllm_mode='server'` is not supported"):
+        trainer(peft_config=lora(), **SERVER)
+
+
+def test_models_that_vllm_would_have_to_quantize_are_refused(trainer):
     from transformers import BitsAndBytesConfig
 
-    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="`quantization_config` with `use_vllm=True`"):
-        trainer(use_vllm=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True), peft_config=adapter)
+    with pytest.raises(ValueError, match="`quantization_config` with `use_vllm=True` is not supported: vLLM quanti"):
+        trainer(use_vllm=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True), peft_config=lora())
 
 
 def test_servers_have_the_weights(trainer):
@@ -256,6 +281,10 @@ def test_command_of_a_server():
     assert environment["VLLM_API_KEY"] == "secret" and environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert ("--enforce-eager" in command) == (not torch.cuda.is_available())
     assert command[-2:] == ["--dtype", "bfloat16"] and command[command.index("--port") + 1] == "8001"
+    # Adapters have names only where members are adapters
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
+    environment, _ = server_command("model", "127.0.0.1", 8001, None, ["--enable-lora"])
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
 # ---- servers that are not there: what they are told, and what becomes of their answers ----

@@ -55,7 +55,7 @@ def pick(args: ESConfig, inputs: TrainerInputs, processes: Processes, trainer: T
         answers = ToolAnswers(args, inputs.tools, inputs.environments, progress)
     else:
         answers = Answers(args, progress)
-    return _kind(args)(args, processes, answers, inputs.source)
+    return _kind(args, inputs)(args, processes, answers, inputs.source)
 
 
 def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
@@ -75,7 +75,7 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
     require(args, args.use_vllm or not args.vllm_lora, "vllm_lora", "it needs use_vllm=True.")
     known = not args.use_vllm or args.vllm_mode in ("colocate", "server")
     require(args, known, "vllm_mode", "choose one of 'colocate', 'server'.")
-    _kind(args).check_arguments(args, inputs)
+    _kind(args, inputs).check_arguments(args, inputs)
     check_anchor_weights(args, inputs)
     if inputs.rollout_func is not None:
         RolloutFuncAnswers.check_arguments(args, inputs)
@@ -83,16 +83,28 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
         AgentAnswers.check_arguments(args, inputs)
 
 
-def _kind(args: ESConfig) -> type[Backend]:
+def _kind(args: ESConfig, inputs: TrainerInputs) -> type[Backend]:
     # Each is imported where it is used: a run needs one
     if args.use_vllm:
+        if args.vllm_mode == "server" and args.vllm_lora:
+            from .servers_lora import ServersLoRA
+
+            return ServersLoRA
         if args.vllm_mode == "server":
             from .servers import Servers
 
             return Servers
-        from .vllm import VLLM, VLLMLoRA
+        if inputs.has_adapter:
+            from .vllm_adapter import VLLMAdapter
 
-        return VLLMLoRA if args.vllm_lora else VLLM
+            return VLLMAdapter
+        if args.vllm_lora:
+            from .vllm_lora import VLLMLoRA
+
+            return VLLMLoRA
+        from .vllm import VLLM
+
+        return VLLM
     if args.deepspeed_plugin is not None:
         from .zero3 import Gathered, Lockstep
 

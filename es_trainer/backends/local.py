@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -54,7 +55,7 @@ class Local(Backend):
         dtype = working_dtype(config)
         if self.answers.image_prompt is not None:
             self._freeze_unread(self.answers.image_prompt)
-        frozen, float32 = frozen_tensors(self.model, dtype), kept_in_float32(self.model, dtype)
+        frozen, float32 = self._frozen(dtype), kept_in_float32(self.model, dtype)
         self.optimizer = make_optimizer(
             trained(self.model),
             decayed,
@@ -85,6 +86,10 @@ class Local(Backend):
         behind = self.engine.parameters_behind(prompt)
         unread = [name for name in others if self.model.get_parameter(name) not in behind]
         freeze(self.model, unread, "no completion of the prompts depends on them")
+
+    def _frozen(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        """The tensors of the model that are not trained, and follow the working dtype."""
+        return frozen_tensors(self.model, dtype)
 
     def _anchor_weights(self) -> Literal["device", "host"] | InitialWeights:
         """Where the initial weights are, for the optimizer."""

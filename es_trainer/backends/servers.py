@@ -43,7 +43,6 @@ class Servers(Backend):
             f"the trainer of servers is one process, but {launched_processes()} were launched. Start the script with "
             "python, and more servers.",
         )
-        require(args, not args.vllm_lora, "vllm_lora", "it needs vllm_mode='colocate'.")
         require(
             args,
             args.vllm_tensor_parallel_size == 1,
@@ -59,6 +58,11 @@ class Servers(Backend):
         )
         require_saved_state(args)
         check_vllm_arguments(args, inputs)
+        if inputs.has_adapter:
+            raise ValueError(
+                "An adapter (`peft_config`) with `vllm_mode='server'` is not supported. Set vllm_mode='colocate', or "
+                "leave `peft_config` out to train all weights."
+            )
         if inputs.source is None:
             raise TypeError(
                 f"`model` is a {type(inputs.model).__name__}, but the weights are on the servers with "
@@ -71,7 +75,10 @@ class Servers(Backend):
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
-        self.engine = VLLMServers(model, tokenizer, self.args)
+        self.engine = self._make_engine(tokenizer)
+
+    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMServers:
+        return VLLMServers(self.model, tokenizer, self.args)
 
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         self.optimizer = self.engine.begin(trained(self.model), decayed)
@@ -129,7 +136,7 @@ class Servers(Backend):
 
     def _results(self, done: Done[Answer], numbers: Sequence[int], prompts: Prompts) -> list[Result]:
         asked = [prompts.of(number) for number in numbers]
-        return results(numbers, done.job.prompts, asked, done.result, done.seconds, done.server)
+        return results(numbers, done.job.prompts, asked, done.result, done.seconds / len(numbers), done.server)
 
 
 def _whole(parts: list[Result]) -> Result:

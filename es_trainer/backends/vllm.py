@@ -1,32 +1,24 @@
 """vLLM in the trainer's processes: its weights are the working weights, whole or a part in each of a group."""
 
-import re
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerBase
 
 from ..config import ESConfig, launched_processes
-from ..engines import LoRAAdapters, VLLMEngine
+from ..engines import VLLMEngine
 from ..engines.vllm_version import check_version
 from ..fields import require
 from ..run.processes import Processes
 from .answers import Answers
-from .base import Backend, require_saved_state, trained
+from .base import Backend, require_saved_state
 from .local import Local
-from .results import Prompts
 from .trainer_inputs import TrainerInputs
 from .vllm_arguments import check_vllm_arguments
 
 
 if TYPE_CHECKING:
     from ..weights.layouts import EngineWeights
-
-
-logger = logging.get_logger(__name__)
-
-MOST_RANK = 512  # of vLLM's adapters
 
 
 class VLLM(Local):
@@ -91,47 +83,3 @@ class VLLM(Local):
 
     def check(self, model: nn.Module) -> None:
         Backend.check(self, model)  # the model's modules compute nothing
-
-
-class VLLMLoRA(VLLM):
-    """Members are LoRA adapters. vLLM generates with many of them at the same time."""
-
-    @classmethod
-    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
-        require(
-            args, args.perturbation == "low_rank", "vllm_lora", "adapters are low-rank; set perturbation='low_rank'."
-        )
-        require(
-            args,
-            args.perturbation_rank <= MOST_RANK,
-            "perturbation_rank",
-            f"vLLM's adapters have a rank of at most {MOST_RANK}.",
-        )
-        super().check_arguments(args, inputs)
-
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().start(model, tokenizer)
-        self._freeze_parameters_without_lora()
-
-    def _freeze_parameters_without_lora(self) -> None:
-        parameters = dict(trained(self.model))
-        carried = self.engine.lora_target_parameters()
-        others = {name: parameter for name, parameter in parameters.items() if name not in carried}
-        if len(others) == len(parameters):
-            raise ValueError(
-                f"`vllm_lora=True`: adapters can carry none of the trained parameters ({', '.join(list(others)[:4])}, "
-                "...). Set vllm_lora=False."
-            )
-        for parameter in others.values():
-            parameter.requires_grad = False
-        if others:
-            logger.warning(
-                f"`vllm_lora=True`: {len(others)} parameters that adapters cannot carry stay as they are: "
-                f"{', '.join(dict.fromkeys(re.sub('[.][0-9]+[.]', '.*.', name) for name in others))}."
-            )
-
-    def _make_population_batch(self) -> LoRAAdapters:
-        return LoRAAdapters(self.optimizer.weights)
-
-    def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
-        return self.engine.max_loras, self.args.generation_batch_size

@@ -20,7 +20,7 @@ def check_vllm_arguments(args: ESConfig, inputs: TrainerInputs) -> None:
     require(args, args.cache_implementation is None, "cache_implementation", "vLLM has its own cache; leave it out.")
     require(
         args,
-        args.population_batch_size in (None, 1) or args.vllm_lora,
+        args.population_batch_size in (None, 1) or args.vllm_lora or inputs.has_adapter,
         "population_batch_size",
         "vLLM evaluates one member at a time; leave it out, or see vllm_lora.",
     )
@@ -32,9 +32,7 @@ def check_vllm_arguments(args: ESConfig, inputs: TrainerInputs) -> None:
     )
     check_generation_kwargs(args)
     if inputs.quantization_config or (args.model_init_kwargs or {}).get("quantization_config"):
-        raise ValueError("`quantization_config` with `use_vllm=True`: quantized weights cannot be perturbed in vLLM.")
-    if inputs.has_adapter:
         raise ValueError(
-            "`use_vllm=True` with an adapter is not supported. Leave `peft_config` out to train all weights, freeze "
-            "some with requires_grad=False, or set use_vllm=False."
+            "`quantization_config` with `use_vllm=True` is not supported: vLLM quantizes no model as it loads it. "
+            "Give the name of a checkpoint that is quantized already, and a `peft_config`."
         )

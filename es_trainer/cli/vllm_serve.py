@@ -59,6 +59,8 @@ def server_command(
     from ..engines.vllm_members import Members
 
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # which serves calls of workers' methods
+    if "--enable-lora" in others:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # which names the adapters that members are
     if token:
         environment["VLLM_API_KEY"] = token
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

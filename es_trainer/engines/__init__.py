@@ -2,24 +2,34 @@
 
 from ..rollout import Completion
 from .base import Engine
+from .peft_members import AdapterMembers, lora_layers
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
+from .vllm_adapter_engine import VLLMAdapterEngine
 from .vllm_dispatch import Job
-from .vllm_engine import LoRAAdapters, VLLMEngine
+from .vllm_engine import VLLMEngine
+from .vllm_lora_engine import VLLMLoRAEngine
+from .vllm_lora_servers import VLLMLoRAServers
 from .vllm_server_engine import VLLMServerEngine
 from .vllm_servers import Done, VLLMServers
+from .vllm_slots import LowRankMembers
 
 
 __all__ = [
+    "AdapterMembers",
     "Completion",
     "Done",
     "Engine",
     "Job",
-    "LoRAAdapters",
+    "LowRankMembers",
     "PopulationBatch",
     "Rows",
     "TransformersEngine",
+    "VLLMAdapterEngine",
     "VLLMEngine",
+    "VLLMLoRAEngine",
+    "VLLMLoRAServers",
     "VLLMServerEngine",
     "VLLMServers",
+    "lora_layers",
 ]

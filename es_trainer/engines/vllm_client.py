@@ -12,10 +12,9 @@ import httpx
 import torch
 
 from ..event_loop import event_loop
-from ..evolution import Member
 from ..weights.part import Part
 from .live_weights import PROBE_SAMPLING
-from .vllm_members import COMPLETIONS, WORKERS_METHODS
+from .vllm_members import COMPLETIONS, WORKERS_METHODS, WeightsOf
 
 
 EXPORTED_WEIGHTS = 1 << 22  # in one response
@@ -91,26 +90,26 @@ class VLLMClient:
 
     def complete(
         self,
-        member: Member | None,
-        sigma: float,
+        weights: WeightsOf,
         prompts: list[list[int]],
         options: dict[str, Any],
         seeds: list[int | None],
+        slots: list[int | None],
     ) -> list[dict[str, Any]]:
         """
-        Have a member complete prompts, in one request.
+        Have members complete prompts, in one request.
 
         Args:
-            member ([`Member`], *optional*):
-                The member. `None` for the unperturbed weights.
-            sigma (`float`):
-                Standard deviation of the noise.
+            weights (`WeightsOf`):
+                The method of the workers that writes the members, and its arguments.
             prompts (`list[list[int]]`):
                 Tokens of the prompts.
             options (`dict[str, Any]`):
                 What `sampling_options` returned.
             seeds (`list[int | None]`):
                 Seed of each completion; `None` if decoding is greedy.
+            slots (`list[int | None]`):
+                The adapter slot of each prompt's member; `None` for the engine's weights.
 
         Returns:
             `list[dict[str, Any]]`: The `"token_ids"` and `"finish_reason"` of each completion.
@@ -118,8 +117,7 @@ class VLLMClient:
         Raises:
             [`Cancelled`]: If `cancel` was called.
         """
-        perturbation = None if member is None or member.is_center else (member.seed, member.sign, sigma)
-        content = {"member": perturbation, "prompts": prompts, "options": options, "seeds": seeds}
+        content = {"weights": weights, "prompts": prompts, "options": options, "seeds": seeds, "slots": slots}
         answer = self._send("POST", COMPLETIONS, content, key="completed", request=self._cancellable)
         self._check(answer["written"], "write the weights of a member")
         self.noise_seconds += answer["noise_seconds"]
@@ -130,13 +128,20 @@ class VLLMClient:
         for request in list(self._under_way):
             request.cancel()
 
-    def logprobs(self, prompt: list[int], tokens: int, salt: str) -> list[float]:
+    def load_adapter(self, name: str, path: str) -> None:
+        """Have the server know an adapter by a name, which `"model"` of requests may be then."""
+        self._reply(self._http.request, "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    def models(self) -> list[str]:
+        """Names of the model that it serves, and of its adapters."""
+        return [model["id"] for model in self._send("GET", "/v1/models", key="data")]
+
+    def logprobs(self, prompt: list[int], tokens: int, salt: str, adapter: str | None = None) -> list[float]:
         """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
         # Tokens by their ids, as several tokens may have the same text
         options = {**PROBE_SAMPLING, "max_tokens": tokens, "cache_salt": salt, "return_tokens_as_token_ids": True}
-        (choice,) = self._checked(
-            self._send("POST", "/v1/completions", {"prompt": [prompt], **options}, key="choices"), 1
-        )
+        content = {"prompt": [prompt], **options} | ({} if adapter is None else {"model": adapter})
+        (choice,) = self._checked(self._send("POST", "/v1/completions", content, key="choices"), 1)
         return [logprob for token in choice["logprobs"]["top_logprobs"] for logprob in token.values()]
 
     @contextlib.contextmanager
@@ -201,9 +206,22 @@ class VLLMClient:
         key: str,
         request: Callable[..., httpx.Response] | None = None,
     ) -> Any:
-        """Return the value under `key` of the server's response. Requests are not retried: most change the server."""
+        """Return the value under `key` of the server's response."""
+        reply = self._reply(request or self._http.request, verb, path, content)
         try:
-            reply = (request or self._http.request)(verb, path, json=content)
+            return reply.json()[key]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ServerError(
+                f"The vLLM server {self.url} answered {path} without {key!r}: {reply.text[:500]!r}. Something else "
+                "than `es-trainer vllm-serve` listens there, or a proxy has answered."
+            ) from error
+
+    def _reply(
+        self, request: Callable[..., httpx.Response], verb: str, path: str, content: dict[str, Any] | None
+    ) -> httpx.Response:
+        """Send a request. Requests are not retried: most change the server."""
+        try:
+            reply = request(verb, path, json=content)
         except httpx.RequestError as error:
             slow = isinstance(error, httpx.ReadTimeout)
             why = (
@@ -225,10 +243,4 @@ class VLLMClient:
             )
         if reply.is_error:
             raise ServerError(f"The vLLM server {self.url} refused {path}: {reply.status_code} {reply.text[:500]}")
-        try:
-            return reply.json()[key]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ServerError(
-                f"The vLLM server {self.url} answered {path} without {key!r}: {reply.text[:500]!r}. Something else "
-                "than `es-trainer vllm-serve` listens there, or a proxy has answered."
-            ) from error
+        return reply

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import json
 import os
 import socket
 import tempfile
@@ -11,22 +10,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import ESConfig
-from ..evolution import Member
 from ..rollout import Completion
 from ..run.history import run_config, working_dtype
-from ..run.member_adapters import WEIGHTS_NAME, of_linear
 from ..run.processes import Processes
 from ..weights.layouts import EngineWeights
-from ..weights.store import Weights
 from .base import Engine
 from .decoding import Row
 from .live_weights import PROBE_SAMPLING, find_unused_weights, overwritten
@@ -103,28 +97,16 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
-        from vllm.config.lora import MaxLoRARanks
 
         from . import vllm_worker  # noqa: F401 (some of what it prepares is needed before the engine starts)
 
-        options: dict[str, Any] = {}
-        if args.generation_batch_size is not None:
-            options["max_num_seqs"] = args.generation_batch_size
-        if processes.count > 1:
-            options["distributed_executor_backend"] = "external_launcher"
-        if args.vllm_lora:
-            groups = processes.count // args.vllm_tensor_parallel_size
-            self.max_loras = args.population_batch_size or -(-args.largest_population // groups)
-            options["enable_lora"] = True
-            options["max_loras"] = options["max_cpu_loras"] = self.max_loras
-            options["max_lora_rank"] = next(r for r in get_args(MaxLoRARanks) if r >= args.perturbation_rank)
         model_options = args.model_init_kwargs or {}
         return LLM(
             model=source,
             tokenizer=tokenizer,
             revision=model_options.get("revision") if source != tokenizer else None,
             trust_remote_code=args.trust_remote_code or model_options.get("trust_remote_code", False),
-            dtype=str(working_dtype(run_config(args)) or self.model.dtype).removeprefix("torch."),
+            dtype=str(self._dtype(args)).removeprefix("torch."),
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_len=args.vllm_max_model_length,
@@ -133,8 +115,21 @@ class VLLMEngine(Engine):
             worker_extension_cls=WORKER_EXTENSION,
             # Compilation takes minutes on CPU, and saves nothing there
             enforce_eager=args.device.type == "cpu",
-            **options,
+            **self._options(args, processes),
         )
+
+    def _dtype(self, args: ESConfig) -> Any:
+        """What vLLM computes in."""
+        return working_dtype(run_config(args)) or self.model.dtype
+
+    def _options(self, args: ESConfig, processes: Processes) -> dict[str, Any]:
+        """Further options of vLLM."""
+        options: dict[str, Any] = {}
+        if args.generation_batch_size is not None:
+            options["max_num_seqs"] = args.generation_batch_size
+        if processes.count > 1:
+            options["distributed_executor_backend"] = "external_launcher"
+        return options
 
     def engine_weights(self) -> dict[nn.Parameter, EngineWeights]:
         """Where the engine keeps the parameters of the model, and computes with those that are trained."""
@@ -160,12 +155,6 @@ class VLLMEngine(Engine):
             )
         if problems:
             raise load_error(problems)
-
-    def lora_target_parameters(self) -> set[str]:
-        """Names of the parameters that LoRA adapters can perturb."""
-        names = [name for name, _ in self.model.named_parameters()]
-        (targets,) = self.llm.collective_rpc("lora_target_parameters", args=(names,))
-        return targets
 
     def reset_prefix_cache(self) -> None:
         """
@@ -245,59 +234,16 @@ class VLLMEngine(Engine):
         return VLLMRequests(self.llm, self.tokenizer, self.sampling, members, salt=str(next(self._cache_salts)))
 
 
-def logprobs(llm: "LLM", prompt: list[int], tokens: int, salt: str) -> list[float]:
+def logprobs(
+    llm: "LLM", prompt: list[int], tokens: int, salt: str, adapter: "LoRARequest | None" = None
+) -> list[float]:
     """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
     from vllm import SamplingParams
 
     params = SamplingParams(**PROBE_SAMPLING, max_tokens=tokens, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": prompt, "cache_salt": salt}], params, use_tqdm=False)
+    prompts = [{"prompt_token_ids": prompt, "cache_salt": salt}]
+    (output,) = llm.generate(prompts, params, lora_request=adapter, use_tqdm=False)
     return [best.logprob for token in output.outputs[0].logprobs for best in token.values()]
-
-
-class LoRAAdapters:
-    """
-    Members as LoRA adapters. vLLM generates with many adapters at the same time.
-
-    Args:
-        weights ([`Weights`]):
-            The trained weights, with low-rank perturbations.
-    """
-
-    def __init__(self, weights: Weights):
-        self.weights = weights
-        self._made = 0  # an adapter's number is never used again
-
-    @contextlib.contextmanager
-    def install(self, members: Sequence[Member], sigma: float) -> "Iterator[list[LoRARequest | None]]":
-        """Inside, there is an adapter for each member; the unperturbed weights need none."""
-        from vllm.lora.request import LoRARequest
-
-        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        with tempfile.TemporaryDirectory(prefix="es_trainer-", dir=memory) as folder:
-            requests: list[LoRARequest | None] = [None] * len(members)
-            perturbed = [i for i, member in enumerate(members) if not member.is_center]
-            adapters = self._tensors([members[i] for i in perturbed], sigma)
-            for number, tensors in zip(perturbed, adapters, strict=True):
-                self._made += 1
-                path = Path(folder) / str(number)
-                path.mkdir()
-                save_file(tensors, path / WEIGHTS_NAME)
-                (path / "adapter_config.json").write_text(json.dumps(self._config()))
-                requests[number] = LoRARequest(str(self._made), self._made, str(path))
-            yield requests
-
-    def _tensors(self, members: Sequence[Member], sigma: float) -> list[dict[str, torch.Tensor]]:
-        tensors: list[dict[str, torch.Tensor]] = [{} for _ in members]
-        for shard in self.weights.shards:
-            factors = self.weights.of_members(shard, members, sigma)
-            for number, adapter in enumerate(tensors):
-                adapter.update(of_linear(shard.name.removesuffix(".weight"), factors, number))
-        return tensors
-
-    def _config(self) -> dict[str, Any]:
-        rank = self.weights.perturbation.rank
-        modules = sorted({shard.name.split(".")[-2] for shard in self.weights.shards})
-        return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
 
 
 def _shut_down(reference: "weakref.ref[LLM]") -> None:

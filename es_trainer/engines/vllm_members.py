@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from .vllm_sampling import sampling_params
+from .vllm_slots import slot_request
 
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 Message = MutableMapping[str, Any]
-Perturbation = tuple[int, int, float]  # seed and sign of a member, and sigma
+WeightsOf = tuple[str, tuple[Any, ...]]  # a method of the workers that writes members, and its arguments
 
 COMPLETIONS = "/member_completions"
 WORKERS_METHODS = "/collective_rpc"  # vLLM's own, by which a run begins and weights are updated
@@ -26,34 +27,33 @@ class WeightsInUse:
 
     Args:
         write (`Callable`):
-            Makes the weights those of a member, or the unperturbed ones if it is given `None`. Returns the response of
-            each worker.
+            Makes the weights those that a method of the workers writes. Returns the response of each worker.
     """
 
-    def __init__(self, write: Callable[[Perturbation | None], Awaitable[list[dict[str, Any]]]]):
+    def __init__(self, write: Callable[[WeightsOf], Awaitable[list[dict[str, Any]]]]):
         self._write = write
         self._changed = asyncio.Condition()
         self._requests = 0  # that use the weights
-        self._known = False  # whether the weights are those of `_member`
-        self._member: Perturbation | None = None
+        self._known: WeightsOf | None = None  # what they are, if that is known
         self._step = ""
 
     @contextlib.asynccontextmanager
-    async def of(self, member: Perturbation | None) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+    async def of(self, weights: WeightsOf) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
         """
-        Inside, the weights are those of a member. Yields their salt in the prefix cache, and the responses of workers
-        that had to write them: with an error, the weights are not there.
+        Inside, the weights are those that are asked for. Yields their salt in the prefix cache, and the responses of
+        workers that had to write them: with an error, the weights are not there.
         """
         responses: list[dict[str, Any]] = []
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._requests or self._is(member))
-            if not self._is(member):
-                self._known = False
-                responses = await self._write(member)
-                self._known, self._member = not any("error" in response for response in responses), member
+            await self._changed.wait_for(lambda: not self._requests or self._known == weights)
+            if self._known != weights:
+                self._known = None
+                responses = await self._write(weights)
+                if not any("error" in response for response in responses):
+                    self._known = weights
             self._requests += 1
         try:
-            yield f"{self._step}/{member}", responses
+            yield f"{self._step}/{weights}", responses
         finally:
             await self._leave()
 
@@ -63,11 +63,8 @@ class WeightsInUse:
         of what they were."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._requests)
-            self._known, self._step = False, uuid.uuid4().hex
+            self._known, self._step = None, uuid.uuid4().hex
             yield
-
-    def _is(self, member: Perturbation | None) -> bool:
-        return self._known and self._member == member
 
     async def _leave(self) -> None:
         async with self._changed:
@@ -125,23 +122,26 @@ class Members:
 
     async def _answer(
         self,
-        member: list[Any] | None,
+        weights: list[Any],
         prompts: list[list[int]],
         options: dict[str, Any],
         seeds: list[int | None],
+        slots: list[int | None],
     ) -> dict[str, Any]:
         """
         Complete prompts.
 
         Args:
-            member (`list`, *optional*):
-                Seed, sign and sigma of a member. `None` for the unperturbed weights.
+            weights (`list`):
+                The method of the workers that writes the members, and its arguments.
             prompts (`list[list[int]]`):
                 Tokens of the prompts.
             options (`dict[str, Any]`):
                 Sampling parameters, by vLLM's names.
             seeds (`list[int | None]`):
                 Seed of each completion; `None` if decoding is greedy.
+            slots (`list[int | None]`):
+                The adapter slot of each prompt's member; `None` for the engine's weights.
 
         Returns:
             `dict`: Under `"completed"`, the `"written"` responses of the workers that wrote the weights, the
@@ -149,30 +149,33 @@ class Members:
             completion.
         """
         start = time.perf_counter()
-        async with self._weights.of(None if member is None else tuple(member)) as (salt, written):
+        async with self._weights.of((weights[0], tuple(weights[1]))) as (salt, written):
             noise_seconds = time.perf_counter() - start if written else 0.0
             choices = []
             if not any("error" in response for response in written):
                 choices = await _together(
                     [
-                        self._complete({"prompt_token_ids": prompt, "cache_salt": salt}, options, seed)
-                        for prompt, seed in zip(prompts, seeds, strict=True)
+                        self._complete({"prompt_token_ids": prompt, "cache_salt": salt}, options, seed, slot)
+                        for prompt, seed, slot in zip(prompts, seeds, slots, strict=True)
                     ]
                 )
         return {"completed": {"written": written, "noise_seconds": noise_seconds, "choices": choices}}
 
-    async def _write(self, member: Perturbation | None) -> list[dict[str, Any]]:
-        if member is None:
-            return await self._engine.collective_rpc("restore")
-        return await self._engine.collective_rpc("perturb", args=member)
+    async def _write(self, weights: WeightsOf) -> list[dict[str, Any]]:
+        method, arguments = weights
+        return await self._engine.collective_rpc(method, args=arguments)
 
-    async def _complete(self, prompt: dict[str, Any], options: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    async def _complete(
+        self, prompt: dict[str, Any], options: dict[str, Any], seed: int | None, slot: int | None
+    ) -> dict[str, Any]:
         from vllm.sampling_params import RequestOutputKind
 
         params = sampling_params(options, seed)
         params.output_kind = RequestOutputKind.FINAL_ONLY
         self._completed += 1
-        async for output in self._engine.generate(prompt, params, f"member-completion-{self._completed}"):
+        name = f"member-completion-{self._completed}"
+        adapter = None if slot is None else slot_request(slot)
+        async for output in self._engine.generate(prompt, params, name, lora_request=adapter):
             made = output.outputs[0]
         return {"token_ids": list(made.token_ids), "finish_reason": made.finish_reason}
 

@@ -1,6 +1,7 @@
-"""One vLLM server as an engine, while it has the weights of a member or the unperturbed ones."""
+"""One vLLM server as an engine, by whichever members it has."""
 
 import queue
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,7 @@ from .base import Engine
 from .decoding import Row
 from .requests import Request
 from .vllm_client import VLLMClient
+from .vllm_members import WeightsOf
 from .vllm_sampling import common_seed, request_options, sampling_options
 
 
@@ -22,7 +24,7 @@ MOST_CONNECTIONS = 256
 
 class VLLMServerEngine(Engine):
     """
-    Generates on one server, by the member and of the prompts that it was given last.
+    Generates on one server, by the members and of the prompts that it was given last.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -37,7 +39,7 @@ class VLLMServerEngine(Engine):
             Most tokens that it reads.
     """
 
-    member: Member | None = None  # `None` has the unperturbed weights
+    members: Sequence[Member] = ()  # none: the unperturbed weights
     sigma = 0.0
     prompts = range(0)
 
@@ -55,29 +57,40 @@ class VLLMServerEngine(Engine):
         self.sampling = sampling_options(args, self.eos_token_ids)
         self.max_new_tokens = self.sampling["max_tokens"]
 
-    def give(self, member: Member | None, sigma: float, prompts: range) -> None:
+    def give(self, members: Sequence[Member], sigma: float, prompts: range) -> None:
         """
         Say who answers next, and what.
 
         Args:
-            member ([`Member`], *optional*):
-                The member. `None` for the unperturbed weights.
+            members (`Sequence[Member]`):
+                The members. Without any, the unperturbed weights answer.
             sigma (`float`):
                 Standard deviation of the noise.
             prompts (`range`):
                 Numbers of the prompts.
         """
-        self.member, self.sigma, self.prompts = member, sigma, prompts
+        self.members, self.sigma, self.prompts = members, sigma, prompts
 
     def prompt_shard(self, num_prompts: int) -> range:
         """Numbers of the prompts that this server completes."""
         return self.prompts
 
     def answers(
-        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None]
+        self, prompts: list[list[int]], options: dict[str, Any], seeds: list[int | None], members: list[int]
     ) -> list[dict[str, Any]]:
-        """What the server completes prompts with; see [`VLLMClient.complete`]."""
-        return self.server.complete(self.member, self.sigma, prompts, options, seeds)
+        """What the server completes prompts with, each by one of the members; see [`VLLMClient.complete`]."""
+        return self.server.complete(self._weights(), prompts, options, seeds, self._slots(members))
+
+    def _weights(self) -> WeightsOf:
+        """What the server has to write."""
+        for member in self.members:  # there is one at most
+            if not member.is_center:
+                return "perturb", (member.seed, member.sign, self.sigma)
+        return "restore", ()
+
+    def _slots(self, members: list[int]) -> list[int | None]:
+        """The adapter slots of members, by their numbers among those that answer."""
+        return [None] * len(members)
 
     def complete(
         self,
@@ -94,7 +107,7 @@ class VLLMServerEngine(Engine):
         """
         samples = self.sampling["temperature"] > 0
         seeds = [common_seed(seed, row.prompt, row.number) if samples else None for row in rows]
-        choices = self.answers(ids, self.sampling, seeds)
+        choices = self.answers(ids, self.sampling, seeds, [row.member for row in rows])
         return [self._completion(choice["token_ids"], choice["finish_reason"] == "length") for choice in choices]
 
     def requests(self, members: None = None, most_rows: int | None = None) -> "ServerRequests":
@@ -139,7 +152,7 @@ class ServerRequests:
                 answer: Any = None
             else:
                 options, seed = request_options(self.engine.sampling, request)
-                (answer,) = self.engine.answers([request.ids], options, [seed])
+                (answer,) = self.engine.answers([request.ids], options, [seed], [request.member])
         except Exception as error:
             answer = error
         self._answered.put((request, answer))

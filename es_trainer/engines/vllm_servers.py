@@ -70,11 +70,14 @@ class VLLMServers(Engine):
         `ConnectionError`: If a server is not up within `args.vllm_server_timeout`.
     """
 
+    replicas_kind = Replicas
+    engine_kind = VLLMServerEngine
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
         super().__init__(model, tokenizer, args)
         self.args = args
         self.max_new_tokens = sampling_options(args, self.eos_token_ids)["max_tokens"]
-        self.replicas = Replicas(args)
+        self.replicas = self.replicas_kind(args)
         self._engines: dict[str, VLLMServerEngine] = {}
         self.context = min(server.model_info()["max_model_len"] for server in self.replicas.servers)
 
@@ -134,7 +137,7 @@ class VLLMServers(Engine):
             num_prompts (`int`):
                 Number of prompts.
             do (`Callable`):
-                Gets a member, some of the prompts, and a server that answers as the member, in a thread of the server.
+                Gets members, some of the prompts, and a server that answers as the members, in a thread of the server.
                 It is called again, with another server, if that one is lost meanwhile.
             splits (`bool`, *optional*, defaults to `True`):
                 Whether the prompts of a member can be shared out among servers.
@@ -146,10 +149,9 @@ class VLLMServers(Engine):
         """
 
         def evaluate_on(job: Job, server: Replica) -> Done[T]:
-            (number,) = job.members
-            return self._do(job, server, members[number], sigma, do)
+            return self._do(job, server, [members[number] for number in job.members], sigma, do)
 
-        jobs = [Job((number,), range(num_prompts)) for number in range(len(members))]
+        jobs = [Job(group, range(num_prompts)) for group in self._groups(members)]
         yield from dispatch(self.replicas, jobs, evaluate_on, splits, repeats)
 
     def share_out(
@@ -171,17 +173,26 @@ class VLLMServers(Engine):
         """
 
         def do_on(job: Job, server: Replica) -> Done[T]:
-            return self._do(job, server, None, 0.0, do)
+            return self._do(job, server, [], 0.0, do)
 
         jobs = Job((0,), range(num_prompts)).shares(-(-num_prompts // len(self.replicas.servers)))
         done = dispatch(self.replicas, jobs, do_on, splits=False, repeats=repeats)
         return sorted(done, key=lambda part: part.job.prompts.start)
 
+    def _groups(self, members: Sequence[Member]) -> list[tuple[int, ...]]:
+        """Numbers of the members that a server evaluates together."""
+        return [(number,) for number in range(len(members))]
+
     def _do(
-        self, job: Job, server: Replica, member: Member | None, sigma: float, do: Callable[[Job, VLLMServerEngine], T]
+        self,
+        job: Job,
+        server: Replica,
+        members: Sequence[Member],
+        sigma: float,
+        do: Callable[[Job, VLLMServerEngine], T],
     ) -> Done[T]:
         engine = self._engine(server)
-        engine.give(member, sigma, job.prompts)
+        engine.give(members, sigma, job.prompts)
         start, noise_before = time.perf_counter(), server.noise_seconds
         result = do(job, engine)
         noise_seconds = server.noise_seconds - noise_before
@@ -190,7 +201,7 @@ class VLLMServers(Engine):
     def _engine(self, server: Replica) -> VLLMServerEngine:
         if server.url not in self._engines:
             tokenizer = copy.deepcopy(self.tokenizer)
-            self._engines[server.url] = VLLMServerEngine(self.model, tokenizer, self.args, server, self.context)
+            self._engines[server.url] = self.engine_kind(self.model, tokenizer, self.args, server, self.context)
         return self._engines[server.url]
 
     def generate(

@@ -4,7 +4,7 @@ vLLM fuses projections, pads vocabularies and shards over tensor-parallel ranks.
 and its noise are those of Transformers, so that an engine and a plain model get the same perturbations.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -73,20 +73,6 @@ def find_engine_weights(
     return all_found
 
 
-def carried_by_lora(engine: nn.Module, names: Iterable[str]) -> set[str]:
-    """Which parameters of a Transformers model an adapter can change, in an engine with LoRA enabled."""
-    from vllm.model_executor.layers.linear import LinearBase
-
-    modules, held = _modules_and_parameters(engine)
-    wrapped = {
-        f"{name.removesuffix(WRAPPED)}.weight"
-        for name, module in engine.named_modules()
-        if name.endswith(WRAPPED) and isinstance(module, LinearBase)
-    }
-    holders = {name: _find(name, engine, modules, held) for name in names}
-    return {name for name, found in holders.items() if found is not None and found[0] in wrapped}
-
-
 def check_values(engine_weights: Mapping[str, EngineWeights], parameters: Mapping[str, torch.Tensor]) -> None:
     """
     Compare the engine's weights with those of the model, bit for bit: fused weights may lie in another order.
@@ -153,23 +139,34 @@ def _find_named(
         for holder in (f"{module}.{EXPERTS[kind]}", f"{module}.routed_experts.{EXPERTS[kind]}"):
             if holder in held:
                 return holder, held[holder].data
-    parent, _, projection = module.rpartition(".")
-    fused = {part: whole for whole, parts in engine.packed_modules_mapping.items() for part in parts}
-    holders = [f"{parent}.{fused[projection]}.{kind}"] if projection in fused else []
-    if hasattr(engine, "hf_to_vllm_mapper"):
-        holders.append(engine.hf_to_vllm_mapper.map_name(name))
-    holder = next((holder for holder in holders if holder in held), None)
+    holder = next((holder for holder in _other_names(name, engine) if holder in held), None)
     if holder is None:
         return None
     module = holder.rpartition(".")[0]
     parts = engine.packed_modules_mapping.get(module.rpartition(".")[2], [])
     tensor = held[holder].data
+    projection = name.rpartition(".")[0].rpartition(".")[2]
     if projection not in parts:
         return holder, tensor
     sizes = modules[module].output_partition_sizes
     if sum(sizes) != len(tensor):  # packed away
         return holder, tensor
     return holder, tensor.split(sizes)[parts.index(projection)]
+
+
+def engine_names(name: str, engine: nn.Module) -> list[str]:
+    """Names that vLLM may have for a parameter of Transformers, or for the one that it is fused into."""
+    return [each for known in (name, name.replace(*RENAMED)) for each in (known, *_other_names(known, engine))]
+
+
+def _other_names(name: str, engine: nn.Module) -> list[str]:
+    module, _, kind = name.rpartition(".")
+    parent, _, projection = module.rpartition(".")
+    fused = {part: whole for whole, parts in engine.packed_modules_mapping.items() for part in parts}
+    names = [f"{parent}.{fused[projection]}.{kind}"] if projection in fused else []
+    if hasattr(engine, "hf_to_vllm_mapper"):
+        names.append(engine.hf_to_vllm_mapper.map_name(name))
+    return names
 
 
 def _weights_of(

@@ -24,14 +24,17 @@ from ..weights.layouts import EngineWeights
 from ..weights.part import Part
 from .live_weights import overwrite
 from .vllm_base_model import all_workers, broadcast_parameters, load_on_first_rank
-from .vllm_weights import carried_by_lora, find_engine_weights, has_values, refuse_other_values
+from .vllm_slots import LowRankMembers, Slots, find_slots, occupy_slots
+from .vllm_weights import find_engine_weights, has_values, refuse_other_values
 
 
 def _prepare_cpu() -> None:
-    """Keep vLLM's CPU backend from packing weights into forms that cannot be perturbed, and from two traps."""
+    """Keep vLLM's CPU backend from packing weights into forms that cannot be perturbed, and from three traps."""
     from llvmlite.binding import ffi
     from vllm._custom_ops import cpu_prepack_moe_weight
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
@@ -45,12 +48,20 @@ def _prepare_cpu() -> None:
         w1, w2 = (cpu_prepack_moe_weight(weights, self.isa) for weights in (w1, w2))
         apply(self, w1=w1, w2=w2, **others)
 
-    apply = CPUUnquantizedExperts.apply
+    def shrink_with_adapters(
+        inputs: torch.Tensor, factors: torch.Tensor, output: torch.Tensor, slots: torch.Tensor, scaling: float = 1.0
+    ) -> None:
+        shrink(inputs, factors, output, slots, scaling)
+        output[slots < 0] = 0.0
+
+    apply, shrink = CPUUnquantizedExperts.apply, lora_ops.bgmv_shrink
     utils.dispatch_cpu_unquantized_gemm = plain_linear
     CPUUnquantizedExperts.process_weights_after_loading = unpacked_experts
     CPUUnquantizedExperts.apply = pack_and_apply
     # vLLM looks into every object of every module, and trips over this one of Numba's, which has any attribute
     ffi.lib._fntab["__dict__"] = {}
+    # Rows without an adapter have the slot -1, which on CPU would be the last one
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = shrink_with_adapters
     # Two runs on a machine, or one after another that was killed, would have shared memory of the same name
     name = _CPUSHMDistributed.make_group_name
     _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{name(communicator)}-{os.getppid()}")
@@ -90,6 +101,7 @@ class WorkerExtension:
     # Parameters and buffers of the base model that the run does not train, in the worker that loaded it
     _untrained: Mapping[str, torch.Tensor] = MappingProxyType({})
     _engine_weights: Mapping[str, EngineWeights] = MappingProxyType({})
+    _slots: Mapping[str, Slots] = MappingProxyType({})
     _overwritten: tuple[torch.Tensor, torch.Tensor] | None = None  # weights, and their values before
     _checked = False  # whether the engine's weights were those of the base model
     _strategy: EvolutionStrategy | None = None
@@ -101,9 +113,10 @@ class WorkerExtension:
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         return find_engine_weights(self.get_model(), shapes, rank, size)
 
-    def lora_target_parameters(self, names: Sequence[str]) -> set[str]:
-        """The parameters that LoRA adapters can perturb."""
-        return carried_by_lora(self.get_model(), names)
+    def slots(self, weights: dict[str, Sequence[int]]) -> dict[str, Slots]:
+        """The adapter slots of weights of a Transformers model, given by name with their shapes, where there are."""
+        occupy_slots(self.get_model().lora_manager)
+        return find_slots(self.get_model(), weights)
 
     @_reported
     def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
@@ -123,6 +136,39 @@ class WorkerExtension:
     def undo_overwrite(self) -> dict[str, Any]:
         """Give the parameter that was overwritten its own weights again."""
         self._undo_overwrite()
+        return {}
+
+    @_reported
+    def open_slots(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
+        """
+        Make the adapter slots ready for members.
+
+        Args:
+            parameters (`dict[str, Sequence[int]]`):
+                Names and shapes of the parameters of a Transformers model.
+
+        Returns:
+            `dict`: How many `"slots"` there are, for which `"rank"`, and the `"names"` of the parameters with slots.
+        """
+        lora = self.vllm_config.lora_config
+        if lora is None:
+            raise ValueError(
+                "The server has no adapters. Start it with --enable-lora --max-loras N --max-lora-rank R: N members "
+                "in a batch, whose `perturbation_rank` is at most R."
+            )
+        self._slots = self.slots(parameters)
+        return {"slots": lora.max_loras, "rank": lora.max_lora_rank, "names": list(self._slots)}
+
+    @_reported
+    def fill_slot(self, name: str) -> dict[str, Any]:
+        """Write noise into the first slot of a parameter."""
+        self._slots[name].fill()
+        return {}
+
+    @_reported
+    def clear_slot(self, name: str) -> dict[str, Any]:
+        """Write zeros into the first slot of a parameter."""
+        self._slots[name].clear()
         return {}
 
     @_reported
@@ -154,6 +200,14 @@ class WorkerExtension:
     def perturb(self, seed: int, sign: int, sigma: float) -> dict[str, Any]:
         """Make the weights those of a member."""
         self._running().weights.perturb(Member(seed, sign), sigma)
+        return {}
+
+    @_reported
+    def install(self, members: Sequence[tuple[int, int]], sigma: float) -> dict[str, Any]:
+        """Write members, given as seeds and signs, into the adapter slots, from the first on."""
+        strategy = self._running()
+        strategy.restore()
+        LowRankMembers(strategy.weights, self._slots).write([Member(*member) for member in members], sigma)
         return {}
 
     @_reported

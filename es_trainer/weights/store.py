@@ -251,17 +251,34 @@ class Weights:
         for shard, own in zip(shards, factors, strict=True):
             if own is not None:
                 found.append(own.to(dtype or shard.working.dtype))
-                continue
-            values = shard.working.new_empty(len(members), shard.part.numel, dtype=dtype or _dtype_of_values(shard))
-            found.append(values.view(len(members), *shard.shape))
-            for row, member in zip(values, members, strict=True):
-                if member.is_center:
-                    row.copy_(shard.working)
-                else:
-                    key = self._rounding(shard, member.seed)
-                    writes.append((shard, row, self._perturbation(shard, member.seed, sigma * member.sign), key))
+            else:
+                values, own_writes = self._values(shard, members, sigma, dtype)
+                found.append(values)
+                writes += own_writes
         write_rounded(writes)
         return found
+
+    def values_of_members(
+        self, shard: Shard, members: Sequence[Member], sigma: float, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """As `of_members`, but values whatever the perturbation: a tensor of shape `(members, *parameter shape)`."""
+        values, writes = self._values(shard, members, sigma, dtype)
+        write_rounded(writes)
+        return values
+
+    def _values(
+        self, shard: Shard, members: Sequence[Member], sigma: float, dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, list[tuple[Shard, torch.Tensor, Sum, int | None]]]:
+        """The place of the values that members have of a parameter, and what is to be written there."""
+        values = shard.working.new_empty(len(members), shard.part.numel, dtype=dtype or _dtype_of_values(shard))
+        writes: list[tuple[Shard, torch.Tensor, Sum, int | None]] = []
+        for row, member in zip(values, members, strict=True):
+            if member.is_center:
+                row.copy_(shard.working)
+            else:
+                key = self._rounding(shard, member.seed)
+                writes.append((shard, row, self._perturbation(shard, member.seed, sigma * member.sign), key))
+        return values.view(len(members), *shard.shape), writes
 
     def member_bytes(self) -> int:
         """Memory that `of_members` needs for each member."""

@@ -1,6 +1,7 @@
 """Training with vLLM servers: real ones, which are killed, stopped and started anew."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import httpx
 import pytest
 import tiny
 import torch
-from conftest import assert_same, letters, logs, weights
+from conftest import assert_same, letters, logs, make_model, weights
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_distributed import free_port
@@ -404,3 +405,67 @@ def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
         assert checksums == mine.optimizer.state_dict()["checksum"]
     finally:
         server.kill()
+
+
+LORA = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "8")
+
+
+@pytest.fixture(scope="module")
+def servers_with_adapters():
+    started = [Process(*LORA), Process(*LORA)]
+    try:
+        for server in started:
+            server.wait()
+        yield started
+    finally:
+        for server in started:
+            server.kill()
+
+
+def test_a_server_answers_for_a_group_of_members(servers_with_adapters, start, trainer, tmp_path, caplog):
+    first, second = servers_with_adapters
+    options = {"population_size": 8, "max_steps": 5, "evaluate_center": True, "num_generations": 2}
+    seen = {}
+
+    def reward(completions, trainer_state, **kwargs):
+        step = trainer_state.global_step + 1
+        seen[step] = seen.get(step, 0) + 1
+        if step == 2 and seen[step] == 1:
+            second.kill()
+            second.start()
+            second.wait()
+            mine.delay = 0.5  # or the other would have done everything before this one has loaded the model
+        return letters(completions)
+
+    reward.__name__ = "letters"
+    mine = start(first, second, perturbation="low_rank", vllm_lora=True, reward_funcs=reward, **options)
+    assert "6 parameters that adapters cannot carry stay as they are" in caplog.text
+    sizes = []
+
+    def counted(method, *args, call):
+        if method == "install":
+            sizes.append(len(args[0]))
+        return call(method, *args)
+
+    for server in mine.engine.replicas.servers:
+        server.call = functools.partial(counted, call=server.call)
+    mine.train()
+    model = make_model(**tiny.HEADS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "proj" in name
+    theirs = trainer(model, perturbation="low_rank", **options)
+    theirs.train()
+    assert set(sizes) == {2, 3}
+    assert {1, 5} <= set(mine.answered[second.url])
+    assert_alike(mine, theirs, tmp_path / "saved")
+    assert len({log["reward_std"] for log in logs(mine)}) == 5
+
+
+def test_servers_with_too_few_slots(servers, servers_with_adapters, start):
+    options = {"perturbation": "low_rank", "vllm_lora": True}
+    with pytest.raises(ServerError, match="has no adapters. Start it with --enable-lora --max-loras N"):
+        start(servers[0], **options)
+    with pytest.raises(ServerError, match="has adapters for 3 members: start it with a larger --max-loras"):
+        start(servers_with_adapters[0], population_batch_size=4, **options)
+    with pytest.raises(ServerError, match="at most 8, but `perturbation_rank=9`: .* a larger --max-lora-rank"):
+        start(servers_with_adapters[0], perturbation_rank=9, **options)

@@ -44,6 +44,12 @@ def folder(tmp_path_factory):
             "processes": 1,
             "config": {"use_vllm": True, "perturbation": "low_rank", "vllm_lora": True},
         },
+        "adapter": {"processes": 2, "config": SHARDED | {"learning_rate": 0.2}, "adapter": True},
+        "plain adapter": {
+            "processes": 1,
+            "config": {"use_vllm": False, "learning_rate": 0.2},
+            "adapter": True,
+        },
     }
     for name, run in runs.items():
         processes = run.pop("processes")
@@ -52,8 +58,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def saved(folder):
-    return load_file(folder / "final" / "model.safetensors")
+def saved(folder, name="model"):
+    return load_file(folder / "final" / f"{name}.safetensors")
 
 
 def rewards(folder, rank=0):
@@ -92,3 +98,11 @@ def test_an_error_of_the_process_that_scores_ends_all_of_its_group(folder):
 
 def test_sharded_adapters(folder):
     assert_same(saved(folder / "adapters"), saved(folder / "adapters alone"))
+    assert rewards(folder / "adapters") == rewards(folder / "adapters alone")
+
+
+def test_an_adapter_of_a_sharded_model(folder):
+    mine, theirs = (folder / name for name in ("adapter", "plain adapter"))
+    assert_same(saved(mine, "adapter_model"), saved(theirs, "adapter_model"))
+    assert rewards(mine) == rewards(theirs)
+    records(mine)

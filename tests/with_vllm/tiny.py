@@ -26,6 +26,7 @@ def tiny_folder() -> str:
     return folder
 
 
-def start_llm(folder: str, dtype: str = "float32") -> LLM:
+def start_llm(folder: str, dtype: str = "float32", **options) -> LLM:
     extension = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
-    return LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=256, worker_extension_cls=extension)
+    options = {"enforce_eager": True, "max_model_len": 256, "worker_extension_cls": extension, **options}
+    return LLM(model=folder, dtype=dtype, **options)

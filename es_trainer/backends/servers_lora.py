@@ -1,0 +1,27 @@
+"""vLLM servers with members as LoRA adapters: each server answers for a group of members in one batch."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import ESConfig
+from ..engines import VLLMLoRAServers
+from .low_rank_adapters import check_low_rank, freeze_parameters_without_slots
+from .servers import Servers
+from .trainer_inputs import TrainerInputs
+
+
+class ServersLoRA(Servers):
+    """Groups of members go to servers as those become free."""
+
+    engine: VLLMLoRAServers
+
+    @classmethod
+    def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
+        check_low_rank(args)
+        super().check_arguments(args, inputs)
+
+    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMLoRAServers:
+        return VLLMLoRAServers(self.model, tokenizer, self.args)
+
+    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().start(model, tokenizer)
+        freeze_parameters_without_slots(model, self.engine.open_slots())

@@ -1,0 +1,80 @@
+"""vLLM in this process with a base model that is not trained, and an adapter of PEFT's that is."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import ESConfig
+from ..evolution import Member
+from ..rollout import Completion
+from ..run.history import run_config, working_dtype
+from .decoding import Row
+from .peft_members import AdapterMembers, lora_layers
+from .vllm_lora_engine import VLLMLoRAEngine
+from .vllm_requests import VLLMRequests
+from .vllm_slots import Slots, slot_request
+from .vllm_weights import LoadError
+
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+
+class VLLMAdapterEngine(VLLMLoRAEngine):
+    """
+    Generates with the adapters in vLLM's slots, of which the last one has the unperturbed adapter; see [`VLLMEngine`].
+    """
+
+    members: AdapterMembers
+
+    def _dtype(self, args: ESConfig) -> Any:
+        # The model here has no weights, and its dtype says nothing
+        return working_dtype(run_config(args)) or (args.model_init_kwargs or {}).get("dtype", torch.float32)
+
+    def _slots_for(self, members: int) -> int:
+        return members + 1
+
+    def _rank(self, args: ESConfig) -> int:
+        return max(len(layer.a) for layer in lora_layers(self.model).values())
+
+    def slots(self) -> dict[str, Slots]:
+        """
+        The slots of the adapter's layers, by the names of the weights that they add to.
+
+        Raises:
+            [`LoadError`]: If vLLM has no slots for a layer; names it.
+        """
+        weights = {name: layer.shape for name, layer in lora_layers(self.model).items()}
+        found = self._find_slots(weights)
+        missing = [name.removesuffix(".weight") for name in weights if name not in found]
+        if missing:
+            raise LoadError(
+                f"vLLM has no adapters for {len(missing)} of the {len(weights)} modules of `peft_config`: "
+                f"{', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. Leave them out of `target_modules`, or set "
+                "use_vllm=False."
+            )
+        return found
+
+    def unperturbed(self) -> "LoRARequest":
+        """Write the adapter as it is into its slot."""
+        self.members.write([Member(0, 0)], 0.0, self.most_members)
+        return slot_request(self.most_members)
+
+    def complete(
+        self,
+        ids: list[list[int]],
+        rows: list[Row],
+        seed: int,
+        members: "Sequence[LoRARequest] | None" = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        caches: dict[str, str] | None = None,
+    ) -> list[Completion]:
+        """See [`VLLMEngine.complete`]."""
+        members = [self.unperturbed()] if members is None else members
+        return super().complete(ids, rows, seed, members, batch_size, progress, caches)
+
+    def requests(self, members: "Sequence[LoRARequest] | None", most_rows: int | None = None) -> VLLMRequests:
+        """See [`VLLMEngine.requests`]."""
+        return super().requests([self.unperturbed()] if members is None else members, most_rows)
