@@ -392,8 +392,9 @@ def test_a_member_is_one_request(served, temperature):
     requests = fake.requests[before:]
     assert [path for path, _ in requests] == [COMPLETIONS] * 4
     asked = [content for _, content in requests]
-    wanted = [[member.seed, member.sign, 0.1] for member in population]
-    assert [content["member"] for content in asked] == [*wanted, None, None]
+    wanted = [["perturb", [member.seed, member.sign, 0.1]] for member in population]
+    assert [content["weights"] for content in asked] == [*wanted, ["restore", []], ["restore", []]]
+    assert all(content["slots"] == [None] * len(content["prompts"]) for content in asked)
     assert asked[0]["prompts"] == [[1, 2], [1, 2], [1, 3], [1, 3]] and asked[3]["prompts"] == [[1, 4]]
     seeds = [common_seed(7, prompt, number) for prompt in range(2) for number in range(2)]
     assert asked[0]["seeds"] == asked[2]["seeds"] == (seeds if temperature else [None] * 4)

@@ -31,7 +31,7 @@ class Engine:
             return salt
 
 
-ONE, OTHER = (1, 1, 0.5), (1, -1, 0.5)
+ONE, OTHER, NONE = ("perturb", (1, 1, 0.5)), ("perturb", (1, -1, 0.5)), ("restore", ())
 
 
 def run(test):
@@ -41,9 +41,9 @@ def run(test):
 def test_weights_are_written_if_they_are_not_there():
     async def test():
         engine = Engine()
-        for member in (ONE, ONE, OTHER, None, None, ONE):
+        for member in (ONE, ONE, OTHER, NONE, NONE, ONE):
             await engine.use(member)
-        assert engine.written == [ONE, OTHER, None, ONE]
+        assert engine.written == [ONE, OTHER, NONE, ONE]
 
     run(test)
 
@@ -98,16 +98,16 @@ def test_a_step_waits_for_requests_that_are_cancelled():
 def test_salts_are_of_the_step_and_the_member():
     async def test():
         engine = Engine()
-        salts = [await engine.use(member) for member in (ONE, OTHER, None, ONE)]
+        salts = [await engine.use(member) for member in (ONE, OTHER, NONE, ONE)]
         async with engine.weights.changed():
             pass
-        salts += [await engine.use(member) for member in (ONE, OTHER, None)]
+        salts += [await engine.use(member) for member in (ONE, OTHER, NONE)]
         assert salts[3] == salts[0] and len(set(salts)) == 6
 
     run(test)
 
 
-@pytest.mark.parametrize("member", [ONE, None])
+@pytest.mark.parametrize("member", [ONE, NONE])
 def test_weights_that_could_not_be_written_are_written_again(member):
     async def test():
         engine = Engine()

@@ -304,7 +304,9 @@ def test_completions_that_are_cancelled_are_aborted(servers, start):
     prompts = [[5, i] for i in range(6, 22)]
 
     def complete():
-        return [choice["token_ids"] for choice in server.complete(member, 0.1, prompts, options, [None] * 16)]
+        weights = ("restore", ()) if member is None else ("perturb", (member.seed, member.sign, 0.1))
+        nothing = [None] * 16
+        return [choice["token_ids"] for choice in server.complete(weights, prompts, options, nothing, nothing)]
 
     def generated():
         metrics = httpx.get(f"{server.url}/metrics").text
@@ -442,13 +444,14 @@ def test_a_server_answers_for_a_group_of_members(servers_with_adapters, start, t
     assert "6 parameters that adapters cannot carry stay as they are" in caplog.text
     sizes = []
 
-    def counted(method, *args, call):
+    def counted(weights, *args, complete):
+        method, arguments = weights
         if method == "install":
-            sizes.append(len(args[0]))
-        return call(method, *args)
+            sizes.append(len(arguments[0]))
+        return complete(weights, *args)
 
     for server in mine.engine.replicas.servers:
-        server.call = functools.partial(counted, call=server.call)
+        server.complete = functools.partial(counted, complete=server.complete)
     mine.train()
     model = make_model(**tiny.HEADS)
     for name, parameter in model.named_parameters():
