@@ -109,24 +109,8 @@ def add(
     rounding: int | None = None,
 ) -> None:
     """
-    Write `target = source + sum_k coefficients[k] * noise(seeds[k], name)` in one pass over the weights.
-
-    Args:
-        source (`torch.Tensor` or `None`):
-            Flat tensor of the target's shape and device, or `None` for zeros. May be the target itself.
-        target (`torch.Tensor`):
-            Flat float32, bfloat16 or float16 tensor. The sum is computed in float32 and rounded once.
-        name (`str`):
-            Name of the parameter.
-        seeds (`Sequence[int]`):
-            At least one seed, each in `[0, 2**63)`.
-        coefficients (`Sequence[float]`):
-            One number for each seed; rounded to float32.
-        start (`int`, *optional*, defaults to `0`):
-            Flat index of the target's first element in the whole parameter.
-        rounding (`int`, *optional*):
-            Key of a stochastic rounding to bfloat16 or float16: up with the probability that makes the mean the sum
-            itself. `None` rounds to nearest.
+    Write `target = source + sum_k coefficients[k] * noise(seeds[k], name)` in one pass over the weights; see
+    [`Addition`]. `name` is that of the parameter.
 
     Raises:
         `ValueError`: If the weights are on a device for which there is no kernel.
