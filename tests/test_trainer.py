@@ -24,6 +24,7 @@ from transformers import (
 from es_trainer import ESTrainer, replay
 from es_trainer.backends.servers import Servers
 from es_trainer.engines import population_batch
+from es_trainer.engines.vllm_dispatch import Job
 from es_trainer.engines.vllm_servers import Done
 
 
@@ -312,9 +313,10 @@ def test_seconds_of_servers_that_work_side_by_side(trainer, monkeypatch):
     run = trainer(population_size=8)
 
     class Engine(type(run.engine)):
-        def evaluate(self, members, sigma, do):
-            for job in range(len(members)):
-                yield Done(job, f"http://server-{job % 4}", do(job, self), seconds=10.0, noise_seconds=1.0)
+        def evaluate(self, members, sigma, num_prompts, do, splits, repeats):
+            for number in range(len(members)):
+                job = Job((number,), range(num_prompts))
+                yield Done(job, f"http://server-{number % 4}", do(job, self), seconds=10.0, noise_seconds=1.0)
 
     run.engine.__class__ = Engine
     run.backend.__class__ = Servers

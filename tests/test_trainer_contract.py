@@ -14,6 +14,7 @@ PRIVATE = {
     "_finish_current_push",
     "_get_dataloader",
     "_init_training_state",
+    "_issue_warnings_after_load",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",

@@ -9,7 +9,7 @@ from .vllm_adapter_engine import VLLMAdapterEngine
 from .vllm_dispatch import Job
 from .vllm_engine import VLLMEngine
 from .vllm_lora_engine import VLLMLoRAEngine
-from .vllm_lora_servers import VLLMLoRAServers
+from .vllm_lora_servers import VLLMLoRAServerEngine, VLLMLoRAServers
 from .vllm_server_engine import VLLMServerEngine
 from .vllm_servers import Done, VLLMServers
 from .vllm_slots import LowRankMembers
@@ -28,6 +28,7 @@ __all__ = [
     "VLLMAdapterEngine",
     "VLLMEngine",
     "VLLMLoRAEngine",
+    "VLLMLoRAServerEngine",
     "VLLMLoRAServers",
     "VLLMServerEngine",
     "VLLMServers",
