@@ -33,9 +33,12 @@ test-lowest: $(LOWEST)/installed
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python $(PYTEST) tests/test_trainer_contract.py tests/test_config.py tests/interface tests/engines
 
+# Those with tests that are not slow
+VLLM_TESTS := $(filter-out %/test_several_processes.py,$(wildcard tests/with_vllm/test_*.py))
+
 # A process for each file: engines of vLLM on CPU leave their KV cache behind, a gigabyte each
 test-vllm: $(VLLM_ENV)/installed
-	for file in tests/with_vllm/test_*.py; do $(VLLM_ENV)/bin/python -m pytest -m "not slow" $$file || exit 1; done
+	for file in $(VLLM_TESTS); do $(VLLM_ENV)/bin/python -m pytest -m "not slow" $$file || exit 1; done
 
 slow: $(VENV)/dev $(VENV)/openenv $(VLLM_ENV)/installed
 	$(BIN)/python -m pytest -m slow --ignore tests/with_vllm --ignore tests/gpu
