@@ -165,7 +165,7 @@ def _other_names(name: str, engine: nn.Module) -> list[str]:
     fused = {part: whole for whole, parts in engine.packed_modules_mapping.items() for part in parts}
     names = [f"{parent}.{fused[projection]}.{kind}"] if projection in fused else []
     if hasattr(engine, "hf_to_vllm_mapper"):
-        names.append(engine.hf_to_vllm_mapper.map_name(name))
+        names += engine.hf_to_vllm_mapper.apply_list([name])
     return names
 
 
