@@ -161,6 +161,18 @@ def _table(
     return table.to(device, non_blocking=True)
 
 
+def write_each(jobs: Sequence[Addition | Product]) -> None:
+    """
+    Write several tensors, all of a kind and of the same dtypes in one launch.
+
+    Args:
+        jobs (`Sequence[Addition | Product]`):
+            What to write; targets are not empty.
+    """
+    _launch([job for job in jobs if isinstance(job, Addition)], _kind_of_addition, _launch_additions)
+    _launch([job for job in jobs if isinstance(job, Product)], _kind_of_product, _launch_products)
+
+
 # ---- noise ----
 
 ADDITION = tl.constexpr(8)  # columns
@@ -206,15 +218,8 @@ def add_kernel(
     store(target, i3, m3, t3, start, key, stochastic)
 
 
-def add_each(jobs: Sequence[Addition]) -> None:
-    """
-    Do additions of noise, each with one read and one write of the weights, and all of the same dtypes in one launch.
-
-    Args:
-        jobs (`Sequence[Addition]`):
-            What to write; targets are not empty.
-    """
-    _launch(jobs, lambda job: (_is_aligned(job),), _launch_additions)
+def _kind_of_addition(job: Addition) -> tuple[Any, ...]:
+    return (_is_aligned(job),)
 
 
 def _launch_additions(jobs: list[Addition], device: torch.device, constants: list[Any]) -> None:
@@ -252,6 +257,8 @@ def product_kernel(
     width: tl.constexpr,
     height: tl.constexpr,
 ):
+    # A value is one chain of fused multiply-adds over the terms, in their order, as on CPU: those of cuBLAS hang on
+    # the shape, and on whether TF32 is allowed
     job, program = find(table, jobs, PRODUCT)
     source, target = read_tensor(job, source_type, aligned), read_tensor(job + 1, target_type, aligned)
     size, start, key = read(job + 2, aligned), read(job + 3, aligned), tl.load(job + 4).to(tl.uint64, bitcast=True)
@@ -273,7 +280,6 @@ def product_kernel(
     b = right + matrix * terms * columns + column
     total = load(source, index, mask)
     for k in range(terms):
-        # One chain of fused multiply-adds for each value
         total = tl.fma(
             tl.broadcast_to(tl.load(a + k, mask=in_rows, other=0.0)[:, None], (height, width)),
             tl.broadcast_to(tl.load(b, mask=in_columns, other=0.0)[None, :], (height, width)),
@@ -283,23 +289,9 @@ def product_kernel(
     store(target, index, mask, total, start, key, stochastic)
 
 
-def add_products(jobs: Sequence[Product]) -> None:
-    """
-    Do additions of products, all of the same dtypes in one launch.
-
-    A value is one chain of fused multiply-adds over the terms, in their order, as on CPU: those of cuBLAS hang on the
-    shape, and on whether TF32 is allowed.
-
-    Args:
-        jobs (`Sequence[Product]`):
-            What to write; targets are not empty.
-    """
-
-    def kind(job: Product) -> tuple[Any, ...]:
-        columns = job.right.shape[2]
-        return _is_aligned(job, columns, _address(job.right)), min(128, triton.next_power_of_2(columns))
-
-    _launch(jobs, kind, _launch_products)
+def _kind_of_product(job: Product) -> tuple[Any, ...]:
+    columns = job.right.shape[2]
+    return _is_aligned(job, columns, _address(job.right)), min(128, triton.next_power_of_2(columns))
 
 
 def _launch_products(jobs: list[Product], device: torch.device, constants: list[Any]) -> None:

@@ -23,7 +23,6 @@ from .jobs import Addition, Product
 
 
 T = TypeVar("T")
-Job = TypeVar("Job", Addition, Product)
 
 VERSION = 1  # of the contract: another number for whatever changes a bit of a perturbation or of an update
 
@@ -115,50 +114,31 @@ def add(
     Raises:
         `ValueError`: If the weights are on a device for which there is no kernel.
     """
-    add_each([Addition(source, target, stream(name), seeds, coefficients, start, rounding)])
+    write_each([Addition(source, target, stream(name), seeds, coefficients, start, rounding)])
 
 
-def add_each(jobs: Sequence[Addition]) -> None:
+def write_each(jobs: Sequence[Addition | Product]) -> None:
     """
-    Add noise to several tensors; see [`Addition`]. On a GPU, those of the same dtypes are written in one launch.
+    Write several tensors; see [`Addition`] and [`Product`]. On a GPU, jobs of a kind and of the same dtypes take one
+    launch. On every device, a value of a product is one chain of additions, whatever slice is asked for.
 
     Raises:
         `ValueError`: If weights are on a device for which there is no kernel.
     """
-    on_cpu, on_gpu = _by_device(jobs)
-    for job in on_cpu:
-        _add_cpu(*job)
-    if on_gpu:
-        from . import cuda
-
-        cuda.add_each(on_gpu)
-
-
-def add_products(jobs: Sequence[Product]) -> None:
-    """
-    Add products to several tensors; see [`Product`]. On a GPU, those of the same dtypes are written in one launch. On
-    every device, a value is one chain of additions, whatever slice is asked for.
-
-    Raises:
-        `ValueError`: If weights are on a device for which there is no kernel.
-    """
-    on_cpu, on_gpu = _by_device(jobs)
-    for job in on_cpu:
-        _add_product_cpu(*job)
-    if on_gpu:
-        from . import cuda
-
-        cuda.add_products(on_gpu)
-
-
-def _by_device(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-    """The jobs on CPU and on GPUs that have anything to do: a process's part of a small parameter may be empty."""
-    on_cpu: list[Job] = []
-    on_gpu: list[Job] = []
+    on_gpu = []
     for job in jobs:
-        if job.target.numel():
-            (on_gpu if _is_on_gpu(job.target) else on_cpu).append(job)
-    return on_cpu, on_gpu
+        if job.target.numel() == 0:  # a process's part of a small parameter
+            continue
+        if _is_on_gpu(job.target):
+            on_gpu.append(job)
+        elif isinstance(job, Addition):
+            _add_cpu(*job)
+        else:
+            _add_product_cpu(*job)
+    if on_gpu:
+        from . import cuda
+
+        cuda.write_each(on_gpu)
 
 
 def _is_on_gpu(target: torch.Tensor) -> bool:
@@ -187,7 +167,7 @@ def fill_each(targets: Sequence[torch.Tensor], names: Sequence[str], seeds: Sequ
             from . import cpu
 
             cpu.fill_each(target.numpy(), np.uint64(stream(name)), np.array(seeds, dtype=np.uint64))
-    add_each(on_gpu)
+    write_each(on_gpu)
 
 
 def _add_cpu(source, target, stream, seeds, coefficients, start, rounding):

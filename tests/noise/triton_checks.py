@@ -33,7 +33,7 @@ def add(source, target, seeds, coefficients, start=0, stream=STREAM):
     """Run the kernel on copies on the device and return the result on CPU."""
     target = target.to(DEVICE)
     source = None if source is None else source.to(DEVICE)
-    cuda.add_each([Addition(source, target, stream, seeds, coefficients, start)])
+    cuda.write_each([Addition(source, target, stream, seeds, coefficients, start)])
     return target.cpu()
 
 
@@ -105,7 +105,7 @@ def test_source_of_another_dtype(dtype):
 def test_in_place(dtype):
     source = weights(10000).to(dtype)
     target = source.to(DEVICE, copy=True)
-    cuda.add_each([Addition(target, target, 99, [1, 2], [0.1, 0.2], 1234)])
+    cuda.write_each([Addition(target, target, 99, [1, 2], [0.1, 0.2], 1234)])
     assert torch.equal(target.cpu(), add(source, torch.empty_like(source), [1, 2], [0.1, 0.2], 1234, stream=99))
 
 
@@ -118,7 +118,7 @@ def test_shards_make_the_whole():
 
 def test_nothing_is_written_outside_the_shard():
     whole = torch.zeros(9000, device=DEVICE)
-    cuda.add_each([Addition(None, whole[3000:6000], 1, [1], [1.0], 3000)])
+    cuda.write_each([Addition(None, whole[3000:6000], 1, [1], [1.0], 3000)])
     assert not whole[:3000].any() and whole[3000:6000].all() and not whole[6000:].any()
 
 
@@ -141,7 +141,7 @@ def test_stochastic_rounding_is_that_of_the_cpu(dtype):
     for start in (0, 77, 2**32 - 1000):
         expected, found = torch.empty_like(source, dtype=dtype), torch.empty_like(source, dtype=dtype, device=DEVICE)
         noise.add(source, expected, NAME, [1], [0.0], start, 2**63 + 12345)
-        cuda.add_each([Addition(source.to(DEVICE), found, STREAM, [1], [0.0], start, 2**63 + 12345)])
+        cuda.write_each([Addition(source.to(DEVICE), found, STREAM, [1], [0.0], start, 2**63 + 12345)])
         assert torch.equal(found.cpu(), expected)
 
 
@@ -157,7 +157,7 @@ def make_product(matrices, rows, columns, terms):
 def add_product(source, target, start, left, right, rounding=None):
     target = target.to(DEVICE)
     source = None if source is None else source.to(DEVICE)
-    cuda.add_products([Product(source, target, left.to(DEVICE), right.to(DEVICE), start, rounding)])
+    cuda.write_each([Product(source, target, left.to(DEVICE), right.to(DEVICE), start, rounding)])
     return target.cpu()
 
 
@@ -194,7 +194,7 @@ def test_product_in_place_and_nothing_outside():
     before = whole.clone()
     expected = add_product(before[1000:9000], torch.empty(8000), 1000, left, right)
     part = whole[1000:9000]
-    cuda.add_products([Product(part, part, left.to(DEVICE), right.to(DEVICE), 1000)])
+    cuda.write_each([Product(part, part, left.to(DEVICE), right.to(DEVICE), 1000)])
     assert torch.equal(part.cpu(), expected)
     assert torch.equal(whole[:1000], before[:1000]) and torch.equal(whole[9000:], before[9000:])
 

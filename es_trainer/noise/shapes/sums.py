@@ -29,9 +29,11 @@ class Write(NamedTuple):
 
 
 def add_each(writes: Sequence[Write]) -> None:
-    """Write several tensors. On a GPU, sums of a kind are written together."""
-    for kind in {type(write.sum): None for write in writes}:
-        kind.add_each([write for write in writes if type(write.sum) is kind])
+    """Write several tensors; see [`noise.write_each`]. Strided slices are written one at a time."""
+    noise.write_each([own.job(*where) for own, *where in writes if not isinstance(own, StridedSum)])
+    for own, *where in writes:
+        if isinstance(own, StridedSum):
+            own.add(*where)
 
 
 class GaussianSum:
@@ -48,15 +50,11 @@ class GaussianSum:
         """Write `target = source + sum`; see [`noise.add`]."""
         noise.add(source, target, self.name, self.seeds, self.coefficients, start, rounding)
 
-    @staticmethod
-    def add_each(writes: Sequence[Write]) -> None:
-        """Write several tensors; see [`noise.add_each`]."""
-        noise.add_each(
-            [
-                Addition(source, target, noise.stream(own.name), own.seeds, own.coefficients, start, rounding)
-                for own, source, target, start, rounding in writes
-            ]
-        )
+    def job(
+        self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0, rounding: int | None = None
+    ) -> Addition:
+        """What `add` does, as one of several jobs."""
+        return Addition(source, target, noise.stream(self.name), self.seeds, self.coefficients, start, rounding)
 
 
 class LowRankSum:
@@ -79,17 +77,13 @@ class LowRankSum:
     ) -> None:
         """Write `target = source + sum`, where the flat `target` begins at index `start` of the parameter; see
         [`noise.add`]. On every device, a value is one chain of additions, whatever slice is asked for."""
-        self.add_each([Write(self, source, target, start, rounding)])
+        noise.write_each([self.job(source, target, start, rounding)])
 
-    @staticmethod
-    def add_each(writes: Sequence[Write]) -> None:
-        """Write several tensors; see [`noise.add_products`]."""
-        noise.add_products(
-            [
-                Product(source, target, own.left, own.right, start, rounding)
-                for own, source, target, start, rounding in writes
-            ]
-        )
+    def job(
+        self, source: torch.Tensor | None, target: torch.Tensor, start: int = 0, rounding: int | None = None
+    ) -> Product:
+        """What `add` does, as one of several jobs."""
+        return Product(source, target, self.left, self.right, start, rounding)
 
 
 class StridedSum:
@@ -136,12 +130,6 @@ class StridedSum:
                 self._add_periods(values, target[low:high], start + low, rounding, longest // self.period)
 
         noise.for_pieces(piece, target.numel(), target.device)
-
-    @staticmethod
-    def add_each(writes: Sequence[Write]) -> None:
-        """Write several tensors, one after another."""
-        for own, *where in writes:
-            own.add(*where)
 
     def _add_slices(self, source: torch.Tensor | None, target: torch.Tensor, start: int, rounding: int | None) -> None:
         done = 0
