@@ -133,23 +133,23 @@ def _comparable(rewards: np.ndarray, members_per_prompt: int | None) -> tuple[np
         return rewards, magnitudes
     if members_per_prompt == 1:
         return mean(_of_judged(rewards), axis=1)[:, None], mean(magnitudes, axis=1)[:, None]
-    return _less_ease(rewards, members_per_prompt), np.repeat(_of_pairs(magnitudes, 1), 2, axis=0)
+    return _less_ease(rewards, members_per_prompt), np.repeat(of_pairs(magnitudes, 1), 2, axis=0)
 
 
 def _common_part(rewards: np.ndarray, members_per_prompt: int | None) -> float:
     """What `_comparable` has taken away from all members: how easy all prompts are."""
-    return mean(_of_pairs(rewards, 1)) if members_per_prompt == 2 else 0.0
+    return mean(of_pairs(rewards, 1)) if members_per_prompt == 2 else 0.0
 
 
 def _less_ease(rewards: np.ndarray, members_per_prompt: int | None) -> np.ndarray:
     """The rewards, less the mean of those who have the prompt. Those of a pair differ in the sign, and in no bit."""
     if members_per_prompt == 2:
-        half = _of_pairs(rewards, -1)
+        half = of_pairs(rewards, -1)
         return np.stack([half, -half], axis=1).reshape(rewards.shape)
     return rewards - mean(rewards, axis=0 if members_per_prompt is None else None)
 
 
-def _of_pairs(rewards: np.ndarray, sign: int) -> np.ndarray:
+def of_pairs(rewards: np.ndarray, sign: int) -> np.ndarray:
     """Half of the sum (1) or difference (-1) of both members' rewards, of shape (pairs, prompts)."""
     return rewards[::2] / 2 + sign * (rewards[1::2] / 2)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtri
 
-from .fitness import ROUNDING, mean
+from .fitness import ROUNDING, mean, of_pairs
 
 
 CONFIDENCE = 0.95  # of the interval
@@ -67,7 +67,7 @@ def signal(rewards: np.ndarray, members_per_prompt: int | None = None) -> Signal
         return _two_way(rewards)
     if members_per_prompt == 1:
         return _one_way(rewards)
-    return _one_way(rewards[::2] / 2 - rewards[1::2] / 2, about=0.0)
+    return _one_way(of_pairs(rewards, -1), about=0.0)
 
 
 def _one_way(values: np.ndarray, about: float | None = None) -> Signal:
