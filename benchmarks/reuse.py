@@ -8,37 +8,24 @@ the seconds of a step in which noise is made. The model is tiny.
 
 import argparse
 import logging
-import statistics
-import tempfile
 
-from subjects import subject
+from subjects import print_medians, subject, trained
 
 
 KEYS = ("signal", "update_cosine", "noise_seconds")
 
 
 def run(options: argparse.Namespace, seed: int, reuse: int, learning_rate: float) -> dict[str, float]:
-    """The held-out reward at the end of a run, and medians of the metrics of its steps."""
-    chosen = subject(options.task)
-    with tempfile.TemporaryDirectory() as folder:
-        args = chosen.config(
-            seed,
-            output_dir=folder,
-            max_steps=options.steps,
-            num_steps_per_population=reuse,
-            population_size=options.population,
-            num_prompts_per_step=options.prompts,
-            sigma=chosen.sigma,
-            learning_rate=f"{learning_rate}*sigma",
-        )
-        trainer = chosen.trainer(args)
-        trainer.train()
-        found = {"held_out": trainer.evaluate()["eval_reward"]}
-    for key in KEYS:
-        values = [log[key] for log in trainer.state.log_history if log.get(key) is not None]
-        if values:
-            found[key] = statistics.median(values)
-    return found
+    return trained(
+        subject(options.task),
+        KEYS,
+        seed,
+        max_steps=options.steps,
+        num_steps_per_population=reuse,
+        population_size=options.population,
+        num_prompts_per_step=options.prompts,
+        learning_rate=f"{learning_rate}*sigma",
+    )
 
 
 if __name__ == "__main__":
@@ -55,10 +42,4 @@ if __name__ == "__main__":
     for reuse in options.reuse:
         for learning_rate in options.learning_rates:
             runs = [run(options, seed, reuse, learning_rate) for seed in options.seeds]
-            medians = {key: statistics.median(found[key] for found in runs) for key in runs[0]}
-            print(
-                f"num_steps_per_population={reuse} learning_rate={learning_rate}*sigma: "
-                + ", ".join(f"{key} {value:.3g}" for key, value in medians.items())
-                + f"; held_out of the seeds: {sorted(round(found['held_out'], 3) for found in runs)}",
-                flush=True,
-            )
+            print_medians(f"num_steps_per_population={reuse} learning_rate={learning_rate}*sigma", runs)

@@ -1,8 +1,10 @@
 """Models and tasks on which settings are tried: two with a tiny model that learns in seconds, and SmolLM2."""
 
 import copy
+import statistics
 import string
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -134,3 +136,27 @@ def subject(name: str) -> Subject:
         return Subject(lambda seed: smollm2(), reward, task.train_dataset, task.eval_dataset, 0.01, {})
     reward = {"letters": letters, "digits": digits_last}[name]
     return Subject(tiny_model, reward, numbers(10, 56), numbers(66, 32), 0.04, {"bf16": False})
+
+
+def trained(chosen: Subject, keys: Sequence[str], seed: int, **settings: Any) -> dict[str, float]:
+    """The held-out reward at the end of a run, and medians of some metrics of its steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = chosen.trainer(chosen.config(seed, output_dir=folder, sigma=chosen.sigma, **settings))
+        trainer.train()
+        found = {"held_out": trainer.evaluate()["eval_reward"]}
+    for key in keys:
+        values = [log[key] for log in trainer.state.log_history if log.get(key) is not None]
+        if values:
+            found[key] = statistics.median(values)
+    return found
+
+
+def print_medians(label: str, runs: list[dict[str, float]]) -> None:
+    """A line with the medians of what runs found, and the held-out reward of each."""
+    medians = {key: statistics.median(found[key] for found in runs) for key in runs[0]}
+    print(
+        f"{label}: "
+        + ", ".join(f"{key} {value:.3g}" for key, value in medians.items())
+        + f"; held_out of the seeds: {sorted(round(found['held_out'], 3) for found in runs)}",
+        flush=True,
+    )

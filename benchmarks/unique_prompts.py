@@ -9,11 +9,9 @@ prompts at the end, `signal` over the steps, and the seconds of a step. The mode
 
 import argparse
 import logging
-import statistics
-import tempfile
 from typing import Any
 
-from subjects import subject
+from subjects import print_medians, subject, trained
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -26,27 +24,16 @@ KEYS = ("signal", "step_time")
 
 
 def run(options: argparse.Namespace, seed: int, way: str, prompts: int, learning_rate: float) -> dict[str, float]:
-    """The held-out reward at the end of a run, and medians of the metrics of its steps."""
-    chosen = subject(options.task)
-    with tempfile.TemporaryDirectory() as folder:
-        args = chosen.config(
-            seed,
-            output_dir=folder,
-            max_steps=options.steps,
-            population_size=options.population,
-            num_prompts_per_step=prompts,
-            sigma=chosen.sigma,
-            learning_rate=f"{learning_rate}*sigma",
-            **WAYS[way],
-        )
-        trainer = chosen.trainer(args)
-        trainer.train()
-        found = {"held_out": trainer.evaluate()["eval_reward"]}
-    for key in KEYS:
-        values = [log[key] for log in trainer.state.log_history if log.get(key) is not None]
-        if values:
-            found[key] = statistics.median(values)
-    return found
+    return trained(
+        subject(options.task),
+        KEYS,
+        seed,
+        max_steps=options.steps,
+        population_size=options.population,
+        num_prompts_per_step=prompts,
+        learning_rate=f"{learning_rate}*sigma",
+        **WAYS[way],
+    )
 
 
 if __name__ == "__main__":
@@ -63,10 +50,4 @@ if __name__ == "__main__":
         for way in WAYS:
             for learning_rate in options.learning_rates:
                 runs = [run(options, seed, way, prompts, learning_rate) for seed in options.seeds]
-                medians = {key: statistics.median(found[key] for found in runs) for key in runs[0]}
-                print(
-                    f"{prompts} prompts, {way}, learning_rate={learning_rate}*sigma: "
-                    + ", ".join(f"{key} {value:.3g}" for key, value in medians.items())
-                    + f"; held_out of the seeds: {sorted(round(found['held_out'], 3) for found in runs)}",
-                    flush=True,
-                )
+                print_medians(f"{prompts} prompts, {way}, learning_rate={learning_rate}*sigma", runs)
