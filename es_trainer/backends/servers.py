@@ -25,6 +25,7 @@ class Servers(Backend):
     loads_weights = False
     moves_model = False
     no_images = "vLLM servers are not given images. Leave `use_vllm` out"
+    engine_kind = VLLMServers
     engine: VLLMServers
 
     @classmethod
@@ -75,10 +76,7 @@ class Servers(Backend):
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
-        self.engine = self._make_engine(tokenizer)
-
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMServers:
-        return VLLMServers(self.model, tokenizer, self.args)
+        self.engine = self.engine_kind(model, tokenizer, self.args)
 
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         self.optimizer = self.engine.begin(trained(self.model), decayed)

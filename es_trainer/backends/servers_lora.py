@@ -12,15 +12,13 @@ from .trainer_inputs import TrainerInputs
 class ServersLoRA(Servers):
     """Groups of members go to servers as those become free."""
 
+    engine_kind = VLLMLoRAServers
     engine: VLLMLoRAServers
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         check_low_rank(args)
         super().check_arguments(args, inputs)
-
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMLoRAServers:
-        return VLLMLoRAServers(self.model, tokenizer, self.args)
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().start(model, tokenizer)

@@ -26,6 +26,7 @@ class VLLM(Local):
 
     moves_model = False  # vLLM has the weights on the device
     no_images = "vLLM is not given images. Leave `use_vllm` out"
+    engine_kind = VLLMEngine
     engine: VLLMEngine
 
     @classmethod
@@ -73,7 +74,7 @@ class VLLM(Local):
         self.group_size = args.vllm_tensor_parallel_size
 
     def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMEngine:
-        return VLLMEngine(self.model, tokenizer, self.args, self.source, self.processes)
+        return self.engine_kind(self.model, tokenizer, self.args, self.source, self.processes)
 
     def _engine_weights(self) -> "dict[nn.Parameter, EngineWeights]":
         return self.engine.engine_weights()

@@ -47,6 +47,7 @@ class VLLMAdapter(VLLM):
     """
 
     loads_weights = False
+    engine_kind = VLLMAdapterEngine
     engine: VLLMAdapterEngine
 
     @classmethod
@@ -78,7 +79,7 @@ class VLLMAdapter(VLLM):
         for _, parameter in trained(model):
             parameter.data = parameter.data.to(self.args.device)
         self.processes.broadcast([parameter.data for _, parameter in trained(model)], self.args.device)
-        self.engine = VLLMAdapterEngine(model, tokenizer, self.args, self.source, self.processes)
+        self.engine = self._make_engine(tokenizer)
         self.slots = self.engine.slots()
 
     def _engine_weights(self) -> None:

@@ -13,15 +13,13 @@ from .vllm import VLLM
 class VLLMLoRA(VLLM):
     """Members are LoRA adapters. vLLM generates with many of them at the same time."""
 
+    engine_kind = VLLMLoRAEngine
     engine: VLLMLoRAEngine
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         check_low_rank(args)
         super().check_arguments(args, inputs)
-
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMLoRAEngine:
-        return VLLMLoRAEngine(self.model, tokenizer, self.args, self.source, self.processes)
 
     def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().start(model, tokenizer)
