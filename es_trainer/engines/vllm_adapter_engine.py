@@ -1,18 +1,14 @@
 """vLLM in this process with a base model that is not trained, and an adapter of PEFT's that is."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config import ESConfig
 from ..evolution import Member
-from ..rollout import Completion
 from ..run.history import run_config, working_dtype
-from .decoding import Row
 from .peft_members import AdapterMembers, lora_layers
 from .vllm_lora_engine import VLLMLoRAEngine
-from .vllm_requests import VLLMRequests
 from .vllm_slots import Slots, slot_request
 from .vllm_weights import LoadError
 
@@ -60,21 +56,3 @@ class VLLMAdapterEngine(VLLMLoRAEngine):
         """Write the adapter as it is into its slot."""
         self.members.write([Member(0, 0)], 0.0, self.most_members)
         return slot_request(self.most_members)
-
-    def complete(
-        self,
-        ids: list[list[int]],
-        rows: list[Row],
-        seed: int,
-        members: "Sequence[LoRARequest] | None" = None,
-        batch_size: int | None = None,
-        progress: bool = False,
-        caches: dict[str, str] | None = None,
-    ) -> list[Completion]:
-        """See [`VLLMEngine.complete`]."""
-        members = [self.unperturbed()] if members is None else members
-        return super().complete(ids, rows, seed, members, batch_size, progress, caches)
-
-    def requests(self, members: "Sequence[LoRARequest] | None", most_rows: int | None = None) -> VLLMRequests:
-        """See [`VLLMEngine.requests`]."""
-        return super().requests([self.unperturbed()] if members is None else members, most_rows)

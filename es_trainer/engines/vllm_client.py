@@ -86,7 +86,7 @@ class VLLMClient:
 
     def model_info(self) -> dict[str, Any]:
         """vLLM's description of the model that it serves."""
-        return self._send("GET", "/v1/models", key="data")[0]
+        return self._models()[0]
 
     def complete(
         self,
@@ -134,7 +134,10 @@ class VLLMClient:
 
     def models(self) -> list[str]:
         """Names of the model that it serves, and of its adapters."""
-        return [model["id"] for model in self._send("GET", "/v1/models", key="data")]
+        return [model["id"] for model in self._models()]
+
+    def _models(self) -> list[dict[str, Any]]:
+        return self._send("GET", "/v1/models", key="data")
 
     def logprobs(self, prompt: list[int], tokens: int, salt: str, adapter: str | None = None) -> list[float]:
         """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""

@@ -23,10 +23,10 @@ from ..run.processes import Processes
 from ..weights.layouts import EngineWeights
 from .base import Engine
 from .decoding import Row
-from .live_weights import PROBE_SAMPLING, find_unused_weights, overwritten
+from .live_weights import PROBE_SAMPLING, overwritten
 from .vllm_requests import VLLMRequests
 from .vllm_sampling import common_seed, sampling_options, sampling_params
-from .vllm_weights import check_values, load_error
+from .vllm_weights import check_values, require_used_weights
 
 
 if TYPE_CHECKING:
@@ -146,15 +146,13 @@ class VLLMEngine(Engine):
 
     def _check_weights_are_used(self, engine_weights: dict[str, EngineWeights]) -> None:
         with self.woken_up():
-            problems = find_unused_weights(
+            require_used_weights(
                 list(engine_weights),
                 lambda name: overwritten(engine_weights[name].weights),
                 functools.partial(logprobs, self.llm),
                 self.tokenizer,
                 self.context,
             )
-        if problems:
-            raise load_error(problems)
 
     def reset_prefix_cache(self) -> None:
         """
@@ -211,11 +209,12 @@ class VLLMEngine(Engine):
         salt = str(next(self._cache_salts))
         if caches is not None:
             salt = caches.setdefault("salt", salt)
+        adapters = self._adapters(members)
         with self.woken_up():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in ids],
                 [sampling_params(self.sampling, seed) for seed in seeds],
-                lora_request=None if members is None else [members[row.member] for row in rows],
+                lora_request=[adapters[row.member] for row in rows],
                 use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
             )
         completions = [output.outputs[0] for output in outputs]
@@ -231,7 +230,16 @@ class VLLMEngine(Engine):
             most_rows (`int`, *optional*):
                 Without effect: vLLM chooses batches by itself, up to `max_num_seqs`.
         """
-        return VLLMRequests(self.llm, self.tokenizer, self.sampling, members, salt=str(next(self._cache_salts)))
+        adapters, salt = self._adapters(members), str(next(self._cache_salts))
+        return VLLMRequests(self.llm, self.tokenizer, self.sampling, adapters, salt)
+
+    def _adapters(self, members: "Sequence[LoRARequest | None] | None") -> "Sequence[LoRARequest | None]":
+        """The adapters of members, or of the weights as they are."""
+        return [self.unperturbed()] if members is None else members
+
+    def unperturbed(self) -> "LoRARequest | None":
+        """The adapter of the unperturbed weights; `None` if they are those of the engine."""
+        return None
 
 
 def logprobs(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..config import ESConfig
 from ..evolution import Member
 from ..run.processes import Processes
-from .live_weights import find_unused_weights
 from .peft_members import AdapterMembers
 from .vllm_engine import VLLMEngine, logprobs
 from .vllm_slots import LowRankMembers, Slots, slot_request
-from .vllm_weights import load_error
+from .vllm_weights import require_used_weights
 
 
 if TYPE_CHECKING:
@@ -59,15 +58,14 @@ class VLLMLoRAEngine(VLLMEngine):
         """
         (found,) = self.llm.collective_rpc("slots", args=(weights,))
         with self.woken_up():
-            problems = find_unused_weights(
+            require_used_weights(
                 list(found),
                 lambda name: found[name].filled(),
                 functools.partial(logprobs, self.llm, adapter=slot_request(0)),
                 self.tokenizer,
                 self.context,
+                where="of adapters, ",
             )
-        if problems:
-            raise load_error([f"of adapters, {problem}" for problem in problems])
         return found
 
     @contextlib.contextmanager
@@ -77,7 +75,3 @@ class VLLMLoRAEngine(VLLMEngine):
         self.members.write(perturbed, sigma)
         slots = iter(range(len(perturbed)))
         yield [self.unperturbed() if member.is_center else slot_request(next(slots)) for member in members]
-
-    def unperturbed(self) -> "LoRARequest | None":
-        """The adapter of the unperturbed weights, which are those of the engine."""
-        return None

@@ -6,14 +6,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from ..evolution import Member
-from .live_weights import find_unused_weights
 from .vllm_client import ServerError
 from .vllm_members import WeightsOf
 from .vllm_replicas import Replica, Replicas
 from .vllm_server_engine import VLLMServerEngine
 from .vllm_servers import VLLMServers
 from .vllm_slots import PATH, slot_name
-from .vllm_weights import load_error
+from .vllm_weights import require_used_weights
 
 
 class LoRAReplicas(Replicas):
@@ -104,9 +103,8 @@ class VLLMLoRAServers(VLLMServers):
                 server.call("clear_slot", name)
 
         logprobs = functools.partial(server.logprobs, adapter=slot_name(0))
-        problems = find_unused_weights(sorted(names), filled, logprobs, self.tokenizer, self.context)
-        if problems:
-            raise load_error([f"{server.url}, of adapters: {problem}" for problem in problems])
+        where = f"{server.url}, of adapters: "
+        require_used_weights(sorted(names), filled, logprobs, self.tokenizer, self.context, where)
 
     def _groups(self, members: Sequence[Member]) -> list[tuple[int, ...]]:
         # The unperturbed weights, which need no slot, go with the last members

@@ -25,8 +25,8 @@ class VLLMRequests:
             Its tokenizer.
         options (`dict[str, Any]`):
             Sampling parameters of the run, by vLLM's names.
-        members (`Sequence[LoRARequest]`, *optional*):
-            Adapters of the members. `None` generates with the weights as they are.
+        adapters (`Sequence[LoRARequest | None]`):
+            Those of the members. `None` is for the engine's weights.
         salt (`str`):
             Salt of vLLM's prefix cache, which no other weights have.
     """
@@ -36,13 +36,13 @@ class VLLMRequests:
         llm: "LLM",
         tokenizer: PreTrainedTokenizerBase,
         options: dict[str, Any],
-        members: "Sequence[LoRARequest] | None",
+        adapters: "Sequence[LoRARequest | None]",
         salt: str,
     ):
         self.llm = llm
         self.tokenizer = tokenizer
         self.options = options
-        self.members = members
+        self.adapters = adapters
         self.salt = salt
         self._requests: dict[str, Request] = {}
         self._added = 0
@@ -59,7 +59,7 @@ class VLLMRequests:
             name,
             {"prompt_token_ids": request.ids, "cache_salt": self.salt},
             sampling_params(*request_options(self.options, request)),
-            lora_request=None if self.members is None else self.members[request.member],
+            lora_request=self.adapters[request.member],
         )
 
     def step(self) -> None:

@@ -16,13 +16,12 @@ from ..evolution import Member
 from ..rollout import Completion
 from ..run.history import describe, make_optimizer, run_config
 from .base import Engine
-from .live_weights import find_unused_weights
 from .remote_strategy import RemoteStrategy
 from .vllm_dispatch import Job, dispatch
 from .vllm_replicas import Replica, Replicas
 from .vllm_sampling import sampling_options
 from .vllm_server_engine import VLLMServerEngine
-from .vllm_weights import load_error
+from .vllm_weights import require_used_weights
 
 
 T = TypeVar("T")
@@ -111,9 +110,9 @@ class VLLMServers(Engine):
         return optimizer
 
     def _check_weights_are_used(self, server: Replica, names: list[str]) -> None:
-        problems = find_unused_weights(names, server.overwritten, server.logprobs, self.tokenizer, self.context)
-        if problems:
-            raise load_error([f"{server.url}: {problem}" for problem in problems])
+        require_used_weights(
+            names, server.overwritten, server.logprobs, self.tokenizer, self.context, where=f"{server.url}: "
+        )
 
     # ---- completions ----
 

@@ -195,6 +195,5 @@ class LowRankMembers:
         """Write the members into the slots, from the first on."""
         if not members:
             return
-        for shard in self.weights.shards:
-            factors = self.weights.of_members(shard, members, sigma)
+        for shard, factors in self.weights.all_of_members(members, sigma):
             self.slots[shard.name].write(0, factors.right[:, 0], factors.left[:, 0].mT)

@@ -4,13 +4,16 @@ vLLM fuses projections, pads vocabularies and shards over tensor-parallel ranks.
 and its noise are those of Transformers, so that an engine and a plain model get the same perturbations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..weights.layouts import EngineWeights
 from ..weights.part import Part
+from .live_weights import Logprobs, find_unused_weights
 
 
 # Stacked experts of Transformers, as the parameters that hold them in vLLM
@@ -103,6 +106,27 @@ def refuse_other_values(names: Sequence[str]) -> None:
     """
     if names:
         raise load_error([f"{name} has other values than the model's" for name in names])
+
+
+def require_used_weights(
+    names: Sequence[str],
+    overwritten: Callable[[str], AbstractContextManager[None]],
+    logprobs: Logprobs,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    where: str = "",
+) -> None:
+    """
+    Args:
+        where (`str`, *optional*, defaults to `""`):
+            What each problem begins with. The rest is as with [`find_unused_weights`].
+
+    Raises:
+        [`LoadError`]: If the engine does not compute with a weight.
+    """
+    problems = find_unused_weights(names, overwritten, logprobs, tokenizer, context)
+    if problems:
+        raise load_error([where + problem for problem in problems])
 
 
 def load_error(problems: Sequence[str]) -> LoadError:
