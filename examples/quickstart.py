@@ -1,5 +1,5 @@
 """
-Teach SmolLM2-135M-Instruct to answer briefly, by evolution strategies alone, on two CPU cores in under three minutes.
+Teach SmolLM2-135M-Instruct to answer briefly, by evolution strategies alone, on two CPU cores in some minutes.
 
 Run with `make quickstart`. Writes the history, a plot of the rewards and the trained model to `quickstart/`.
 """
