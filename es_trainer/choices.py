@@ -7,6 +7,7 @@ from typing import Literal
 PerturbationName = Literal["gaussian", "low_rank"]
 FitnessShaping = Literal["z_score", "centered_rank", "prompt_z_score", "prompt_centered", "none"]
 MasterWeights = Literal["device", "host", "none"]
+WeightQuantization = Literal["int8", "fp8"]
 Rule = Literal["sgd", "momentum", "adam"]
 AnchorWeights = Literal["device", "host", "model"]
 AnchorPenalty = Literal["l2", "l1"]

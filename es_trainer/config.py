@@ -23,6 +23,7 @@ from .choices import (
     PerturbationName,
     Rule,
     SigmaSchedule,
+    WeightQuantization,
     completions_needed,
     is_generation_reward,
     shaping_problem,
@@ -170,6 +171,12 @@ class ESConfig(GRPOFields, TrainingArguments):
             - `"none"`: nowhere; noise is added to the working weights and subtracted again, as in the paper's code.
               Least memory, but every member leaves a rounding error in the weights, and updates smaller than half a
               unit in the last place are lost (see the README for what that amounts to).
+        weight_quantization (`str`, *optional*):
+            How the weights are stored that the members of `perturbation="low_rank"` share: `"int8"` or `"fp8"` (e4m3),
+            with a scale for each row, of the matrices of linear layers and embeddings. They take 1 byte a weight on
+            the device. Members add their terms in the working dtype (`bf16`), updates go to the float32 masters, and
+            the matrices are quantized anew after each. Use it with `master_weights="host"`. `save_model` saves the
+            masters' weights. If `None`, weights are in the working dtype.
         es_optimizer (`str`, *optional*, defaults to `"sgd"`):
             - `"sgd"`: weights += learning_rate / N * sum(utility * noise) (the paper).
             - `"momentum"`: heavy-ball momentum with decay `adam_beta1`. Keeps 4 more bytes a weight.
@@ -589,6 +596,14 @@ class ESConfig(GRPOFields, TrainingArguments):
             "Where the float32 master weights are: 'device', 'host' or 'none' (in-place noise; drifts).",
             "run",
             valid=one_of(get_args(MasterWeights)),
+        ),
+    )
+    weight_quantization: str | None = field(
+        default=None,
+        metadata=about(
+            "Store the weights that members share in 8 bits: 'int8' or 'fp8'.",
+            "run",
+            valid=one_of((None, *get_args(WeightQuantization))),
         ),
     )
     es_optimizer: str = field(

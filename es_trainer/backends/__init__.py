@@ -75,6 +75,13 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
     require(args, args.use_vllm or not args.vllm_lora, "vllm_lora", "it needs use_vllm=True.")
     known = not args.use_vllm or args.vllm_mode in ("colocate", "server")
     require(args, known, "vllm_mode", "choose one of 'colocate', 'server'.")
+    require(
+        args,
+        args.weight_quantization is None or not (args.use_vllm or args.deepspeed_plugin),
+        "weight_quantization",
+        "it is for Transformers' engine with all weights in each process: leave out use_vllm and DeepSpeed, or set it "
+        "to None. (vLLM can have a quantized base model under an adapter: give `peft_config`.)",
+    )
     _kind(args, inputs).check_arguments(args, inputs)
     check_anchor_weights(args, inputs)
     if inputs.rollout_func is not None:
@@ -109,6 +116,10 @@ def _kind(args: ESConfig, inputs: TrainerInputs) -> type[Backend]:
         from .zero3 import Gathered, Lockstep
 
         return Gathered if args.ds3_gather_for_generation else Lockstep
+    if args.weight_quantization is not None:
+        from .quantized import QuantizedLocal
+
+        return QuantizedLocal
     from .local import Local
 
     return Local

@@ -18,6 +18,7 @@ from ..evolution import EvolutionStrategy, Member
 from ..precision import frozen_tensors, kept_in_float32
 from ..run.history import make_optimizer, run_config, working_dtype
 from ..text_only import freeze, other_modalities
+from ..weights.layouts import Quantized
 from .base import Backend, model_name, trained
 from .initial_weights import InitialWeights
 from .results import Prompts, Result, results
@@ -63,6 +64,7 @@ class Local(Backend):
             frozen=frozen,
             engine_weights=self._engine_weights(),
             float32=float32,
+            quantized=self._quantized_weights(),
             anchor_weights=self._anchor_weights(),
         )
         self.population_batch = self._make_population_batch()
@@ -100,6 +102,10 @@ class Local(Backend):
     def _engine_weights(self) -> None:
         """The weights that an engine has, if they are not the model's parameters."""
         return None
+
+    def _quantized_weights(self) -> dict[nn.Parameter, Quantized]:
+        """The layouts of parameters that the model computes with from 8 bits."""
+        return {}
 
     def _check_drift(self) -> None:
         if self.optimizer.weights.drifts and self.processes.count > self.parts and self.population_batch is None:

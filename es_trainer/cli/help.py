@@ -15,7 +15,7 @@ GROUPS = {
     "model": (
         *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "trust_remote_code"),
         *("model_init_kwargs", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r", "lora_alpha"),
-        *("lora_target_modules", "bf16", "fp16", "use_cpu", "master_weights"),
+        *("lora_target_modules", "bf16", "fp16", "use_cpu", "master_weights", "weight_quantization"),
     ),
     "evolution": (
         *("population_size", "population_size_schedule", "sigma", "sigma_schedule", "sigma_min_ratio"),

@@ -23,6 +23,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..evolution.population import Member
 from ..noise.shapes import Factors
+from ..weights.metadata import METADATA
 from ..weights.store import Weights
 from . import trial
 
@@ -115,28 +116,29 @@ class MemberParameter(torch.Tensor):
     def make(cls, name: str, shared: torch.Tensor, values: Factors | torch.Tensor, rows: Rows) -> "MemberParameter":
         if isinstance(values, torch.Tensor) and values.dim() == 1:
             values = values[:, None]  # of a scalar, as a vector of width 1
-        self = shared.as_subclass(cls)
+        with torch._C.DisableTorchFunctionSubclass():
+            self = shared.as_subclass(cls)
         self.parameter_name, self.shared, self.values, self.rows, self.used = name, shared, values, rows, False
         return self
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in METADATA:
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-            parameters = [value for value in (*args, *kwargs.values()) if isinstance(value, cls)]
-            for parameter in parameters:
-                parameter.used = True
-            try:
-                if func in PRODUCTS:
-                    return PRODUCTS[func](parameters[0].rows, *args, **kwargs)
-                if func in ELEMENTWISE and all(parameter.dim() <= 1 for parameter in parameters):
-                    return _elementwise(func, args, kwargs)
-                raise CannotBatch(f"`{func.__name__}` of a tensor of {parameters[0].dim()} dimensions is not known")
-            except CannotBatch as error:
-                error.parameter = parameters[0].parameter_name
-                raise
+        parameters = [value for value in (*args, *kwargs.values()) if isinstance(value, cls)]
+        for parameter in parameters:
+            parameter.used = True
+        try:
+            if func in PRODUCTS:
+                return PRODUCTS[func](parameters[0].rows, *args, **kwargs)
+            if func in ELEMENTWISE and all(parameter.dim() <= 1 for parameter in parameters):
+                return _elementwise(func, args, kwargs)
+            raise CannotBatch(f"`{func.__name__}` of a tensor of {parameters[0].dim()} dimensions is not known")
+        except CannotBatch as error:
+            error.parameter = parameters[0].parameter_name
+            raise
 
 
 # ---- what parameters are used for ----
@@ -274,12 +276,6 @@ ELEMENTWISE = {
     *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
     *(Tensor.float, Tensor.to, Tensor.type_as),
 }
-METADATA = {
-    *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__),
-    *(Tensor.is_cuda.__get__, Tensor.is_cpu.__get__, Tensor.requires_grad.__get__, Tensor.grad_fn.__get__),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__),
-    *(Tensor.__repr__, Tensor.__hash__),
-}
 
 
 # ---- experts ----
@@ -388,12 +384,13 @@ class PopulationBatch:
     def install(self, members: Sequence[Member], sigma: float) -> Iterator[Rows]:
         """Inside, the model evaluates `members`. What is yielded has to be told each batch's rows."""
         rows = Rows(len(members), self.model.device)
-        installed: list[tuple[nn.Module, str]] = []
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
 
         def install(module: nn.Module, attribute: str, value: Any) -> None:
             # An attribute of the instance goes before a parameter or method of the same name and leaves it as it is
-            vars(module)[attribute] = value
-            installed.append((module, attribute))
+            attributes = vars(module)
+            replaced.append((attributes, attribute, attributes.get(attribute)))
+            attributes[attribute] = value
 
         def count_tokens(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             rows.tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
@@ -401,7 +398,7 @@ class PopulationBatch:
         hook = self._base().register_forward_pre_hook(count_tokens, with_kwargs=True)
         try:
             for shard, values in self.weights.all_of_members(members, sigma):
-                parameter = MemberParameter.make(shard.name, shard.parameter.data, values, rows)
+                parameter = MemberParameter.make(shard.name, shard.layout.computed, values, rows)
                 rows.parameters.append(parameter)
                 for _, module, attribute in self.owners[id(shard.parameter)]:
                     install(module, attribute, parameter)
@@ -410,8 +407,11 @@ class PopulationBatch:
             yield rows
         finally:
             hook.remove()
-            for module, attribute in installed:
-                del vars(module)[attribute]
+            for attributes, attribute, before in reversed(replaced):
+                if before is None:
+                    del attributes[attribute]
+                else:
+                    attributes[attribute] = before
 
     def check(self, inputs: dict[str, torch.Tensor] | None = None) -> str | None:
         """

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ..choices import AnchorPenalty, FitnessShaping, MasterWeights, Rule
 from ..noise import noise
 from ..noise.shapes import Gaussian, Sum
 from ..weights.distributed_checkpoint import Slice, StateDicts, load
-from ..weights.layouts import EngineWeights
+from ..weights.layouts import EngineWeights, Quantized
 from ..weights.part import Part
 from ..weights.pinned import PinnedMemory
 from ..weights.scalars import to_host
@@ -152,6 +152,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             The weights that an inference engine has of the parameters; see [`Weights`].
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32 whatever `dtype` is.
+        quantized (`Mapping[nn.Parameter, Quantized]`, *optional*):
+            The layouts of parameters that are computed with from 8 bits; see [`Weights`].
 
     Raises:
         `ValueError`: If `anchor_weights` is a function that returns other weights than the parameters hold.
@@ -182,6 +184,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         frozen: Iterable[torch.Tensor] = (),
         engine_weights: dict[nn.Parameter, EngineWeights] | None = None,
         float32: Collection[str] = (),
+        quantized: Mapping[nn.Parameter, Quantized] | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.sigma = sigma
@@ -204,7 +207,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        self.weights = self.weights_kind(named, dtype, master_weights, perturbation, frozen, engine_weights, float32)
+        self.weights = self.weights_kind(
+            named, dtype, master_weights, perturbation, frozen, engine_weights, float32, quantized
+        )
         self._stride = _stride([shard.shape for shard in self.weights.shards])
         self.begin()
 
@@ -370,20 +375,29 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 shard = shards[parameter]
-                for start, stop, g in self.weights.weighted_sums(shard, seeds, coefficients):
-                    update = functools.partial(self._update_piece, shard, g, group, keep, start)
-                    pieces = noise.for_pieces(update, stop - start, shard.working.device)
-                    if not shard.part.replica:
-                        norms += pieces
+                with shard.rewritten() as working:
+                    for start, stop, g in self.weights.weighted_sums(shard, seeds, coefficients):
+                        update = functools.partial(self._update_piece, shard, working, g, group, keep, start)
+                        pieces = noise.for_pieces(update, stop - start, working.device)
+                        if not shard.part.replica:
+                            norms += pieces
         return norms
 
     def _update_piece(
-        self, shard: Shard, g: Sum, group: dict[str, Any], keep: bool, offset: int, low: int, high: int
+        self,
+        shard: Shard,
+        working: torch.Tensor,
+        g: Sum,
+        group: dict[str, Any],
+        keep: bool,
+        offset: int,
+        low: int,
+        high: int,
     ) -> torch.Tensor:
         lr = group["lr"] * self.step_scale
         low, high = offset + low, offset + high
         piece = slice(low, high)
-        device = shard.working.device
+        device = working.device
         state = self.state[shard.parameter]
         weights = shard.trained[piece].to(device, torch.float32, copy=not keep)
         averages = [state[key][piece].to(device, copy=not keep) for key in self._rule.averages]
@@ -401,7 +415,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         delta.mul_(lr)
 
         weights.add_(delta)
-        shard.working[piece].copy_(weights)
+        working[piece].copy_(weights)
         if keep:
             # Both are no-ops where `to` returned the tensor itself
             _write_back(shard.trained[piece], weights)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,7 +21,7 @@ from ..fields import default, same_in
 from ..noise import noise
 from ..noise.shapes import SHAPES
 from ..precision import kept_in_float32
-from ..weights.layouts import EngineWeights
+from ..weights.layouts import EngineWeights, Quantized
 from .history_file import HISTORY_NAME, History
 
 
@@ -165,6 +165,7 @@ def make_optimizer(
     frozen: Iterable[torch.Tensor] = (),
     engine_weights: dict[torch.nn.Parameter, EngineWeights] | None = None,
     float32: Collection[str] = (),
+    quantized: Mapping[torch.nn.Parameter, Quantized] | None = None,
     anchor_weights: Literal["device", "host"] | ReadInitialWeights = "device",
     kind: type[T] = EvolutionStrategy,
 ) -> T:
@@ -184,6 +185,8 @@ def make_optimizer(
             The weights that an inference engine has of the parameters.
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32; what `kept_in_float32` returned.
+        quantized (`Mapping[nn.Parameter, Quantized]`, *optional*):
+            The layouts of parameters that are computed with from 8 bits.
         anchor_weights (`str` or `Callable`, *optional*, defaults to `"device"`):
             Where the initial weights are; see [`EvolutionStrategy`].
         kind (`type`, *optional*, defaults to `EvolutionStrategy`):
@@ -214,6 +217,7 @@ def make_optimizer(
         frozen=frozen,
         engine_weights=engine_weights,
         float32=float32,
+        quantized=quantized,
     )
 
 

@@ -1,5 +1,6 @@
 """What a process has of one parameter that is trained."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Shard:
         checkpoint_dtype (`torch.dtype`):
             The dtype that the parameter had when it was given, and that it is saved in.
         working (`torch.Tensor`):
-            Flat view of the weights that the model computes with.
+            Flat view of the weights that the model computes with, or those themselves where they are quantized.
         master (`torch.Tensor` or `None`):
             Flat float32 weights that perturbed ones are written from, or `None` where the working weights are all
             there is.
@@ -55,3 +56,10 @@ class Shard:
     def trained(self) -> torch.Tensor:
         """The unperturbed weights in the best precision there is."""
         return self.working if self.master is None else self.master
+
+    def rewritten(self) -> contextlib.AbstractContextManager[torch.Tensor]:
+        """
+        Inside, flat weights to write all new working weights into; afterwards, the model computes with these. They
+        have no values yet where the working weights are stored in another way.
+        """
+        return self.layout.rewritten(self.working)

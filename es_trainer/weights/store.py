@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,12 +13,13 @@ from ..noise.shapes import Factors, Gaussian, PrecomputedSum, StridedSum, Sum
 from .checksum import checksum_of_part
 from .frozen import WORKING_DTYPES, FrozenTensors
 from .in_place import InPlace
-from .layouts import EngineWeights, Whole, layout_of
+from .layouts import EngineWeights, Layout, Quantized, Whole, layout_of
 from .layouts.layout import same_memory
 from .masters import make_master
 from .member import Member
 from .part import Part
 from .pinned import PinnedMemory
+from .quantized import QuantizedMatrix
 from .rounding import write_rounded
 from .scalars import to_host
 from .shard import Shard
@@ -53,6 +54,8 @@ class Weights:
             written and read where they are; a parameter that the engine has whole becomes a view of them.
         float32 (`Collection[str]`, *optional*):
             Names of parameters that are computed with in float32 whatever `dtype` is, as the model's class wants.
+        quantized (`Mapping[nn.Parameter, Quantized]`, *optional*):
+            The layouts of parameters that are computed with from 8 bits. They need masters.
 
     Of parameters that DeepSpeed ZeRO-3 or FSDP2 has partitioned, or of which an engine has a part in each process,
     each process keeps, perturbs and updates its own part.
@@ -70,8 +73,9 @@ class Weights:
         frozen: Iterable[torch.Tensor] = (),
         engine_weights: dict[nn.Parameter, EngineWeights] | None = None,
         float32: Collection[str] = (),
+        quantized: Mapping[nn.Parameter, Quantized] | None = None,
     ):
-        parameters, engine_weights = list(parameters), engine_weights or {}
+        parameters, engine_weights, quantized = list(parameters), engine_weights or {}, quantized or {}
         for name, parameter in parameters:
             if parameter.dtype not in WORKING_DTYPES:
                 raise ValueError(
@@ -85,22 +89,19 @@ class Weights:
         self._master_weights = master_weights
         self._pinned = PinnedMemory()
         self.shards = [
-            self._make_shard(name, parameter, torch.float32 if name in float32 else dtype, engine_weights)
+            self._make_shard(
+                name,
+                quantized.get(parameter) or layout_of(parameter, engine_weights.get(parameter)),
+                torch.float32 if name in float32 else dtype,
+            )
             for name, parameter in parameters
         ]
-        self.partitioned = not all(shard.layout.in_parameter for shard in self.shards)
+        self.partitioned = not all(shard.layout.in_parameter or shard.layout.quantized for shard in self.shards)
         self._frozen = FrozenTensors(frozen, dtype)
         self._inside: tuple[Member, float] | None = None  # what the working weights hold
         self._in_place = InPlace()
 
-    def _make_shard(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        dtype: torch.dtype | None,
-        engine_weights: dict[nn.Parameter, EngineWeights],
-    ) -> Shard:
-        layout = layout_of(parameter, engine_weights.get(parameter))
+    def _make_shard(self, name: str, layout: Layout, dtype: torch.dtype | None) -> Shard:
         part, original = layout.part(name), layout.original()
         layout.cast(dtype or original.dtype)
         working = layout.working()
@@ -122,10 +123,13 @@ class Weights:
         else:
             for shards in self._batches():
                 sums = self._weighted_sum_of_each(shards, [member.seed], [sigma * member.sign])
-                write_rounded(
-                    (shard, shard.working, own, self._rounding(shard, member.seed))
-                    for shard, own in zip(shards, sums, strict=True)
-                )
+                writes = []
+                for shard, own in zip(shards, sums, strict=True):
+                    if isinstance(shard.working, QuantizedMatrix):
+                        shard.working.added = own
+                    else:
+                        writes.append((shard, shard.working, own, self._rounding(shard, member.seed)))
+                write_rounded(writes)
 
     def restore(self) -> None:
         """Make the working weights the unperturbed ones: bit-identical with a master, up to rounding without."""

@@ -6,11 +6,12 @@ from torch.distributed.tensor import DTensor
 from .engine import Engine, EngineWeights
 from .fsdp2 import FSDP2
 from .layout import Layout
+from .quantized import Quantized
 from .whole import Whole
 from .zero3 import Zero3, is_partitioned
 
 
-__all__ = ["FSDP2", "Engine", "EngineWeights", "Layout", "Whole", "Zero3", "layout_of"]
+__all__ = ["FSDP2", "Engine", "EngineWeights", "Layout", "Quantized", "Whole", "Zero3", "layout_of"]
 
 
 def layout_of(tensor: torch.Tensor, engine_weights: EngineWeights | None = None) -> Layout:

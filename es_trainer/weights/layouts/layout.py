@@ -1,6 +1,8 @@
 """What there is to know of the place of a parameter's weights."""
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 
@@ -17,6 +19,7 @@ class Layout(ABC):
     """
 
     in_place = False  # whether the working weights must stay in the memory where they are
+    quantized = False  # whether the working weights are stored in fewer bits than they are computed with
 
     def __init__(self, parameter: torch.Tensor):
         self.parameter = parameter
@@ -30,6 +33,11 @@ class Layout(ABC):
     @abstractmethod
     def shape(self) -> torch.Size:
         """Shape of the whole parameter."""
+
+    @property
+    def computed(self) -> torch.Tensor:
+        """What modules compute with, of the parameter's shape."""
+        return self.parameter.data
 
     @abstractmethod
     def part(self, name: str) -> Part:
@@ -46,6 +54,13 @@ class Layout(ABC):
     @abstractmethod
     def cast(self, dtype: torch.dtype) -> None:
         """Make the model compute with weights of a dtype."""
+
+    @contextlib.contextmanager
+    def rewritten(self, working: torch.Tensor) -> Iterator[torch.Tensor]:
+        """
+        Inside, flat weights to write all of the part's new values into; afterwards, the model computes with these.
+        """
+        yield working
 
     @abstractmethod
     def computes_with(self, working: torch.Tensor) -> bool:
