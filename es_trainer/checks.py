@@ -122,7 +122,7 @@ def check_arguments(args: ESConfig, model: Any, optimizers: Any, quantization_co
     if (quantization_config or options.get("quantization_config")) and peft_config is None:
         raise ValueError(
             "`quantization_config` without `peft_config`: quantized weights cannot be perturbed. Give a `peft_config` "
-            "to train an adapter."
+            "to train an adapter, or set weight_quantization='int8' in its place to train all weights."
         )
     if peft_config is not None:
         check_adapter("peft_config", peft_config)
@@ -131,7 +131,8 @@ def check_arguments(args: ESConfig, model: Any, optimizers: Any, quantization_co
         if quantized is not None:
             raise ValueError(
                 f"The model is quantized (`{quantized}`), and quantized weights cannot be perturbed. Give a "
-                "`peft_config` to train an adapter, or load the model without quantization."
+                "`peft_config` to train an adapter, or load the model without quantization (and set "
+                "weight_quantization='int8', if it does not fit into memory otherwise)."
             )
 
 
