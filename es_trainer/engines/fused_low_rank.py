@@ -19,17 +19,11 @@ ALIGNMENT = tl.constexpr(16)  # multiples of so many bytes can be read and writt
 
 
 @triton.jit
-def at(pointer, offset, aligned: tl.constexpr):
-    return tl.multiple_of(pointer + offset, ALIGNMENT) if aligned else pointer + offset
-
-
-@triton.jit
 def tile_of(factor, ranks, columns, rank_stride, stride, rank, width):
     """Columns of a factor in float32, with zeros beyond its rank and width."""
     mask = (ranks < rank)[:, None] & (columns < width)[None, :]
-    return tl.load(factor + ranks[:, None] * rank_stride + columns[None, :] * stride, mask=mask, other=0.0).to(
-        tl.float32
-    )
+    tile = tl.load(factor + ranks[:, None] * rank_stride + columns[None, :] * stride, mask=mask, other=0.0)
+    return tile.to(tl.float32)
 
 
 # Numbers that differ between batches are no reason for a kernel of their own, which could add in another order
@@ -66,9 +60,12 @@ def low_rank_kernel(
     row = program // tokens
     token = program - row * tokens
     member = tl.load(members + row).to(tl.int64)
-    x = at(x, row * x_row + token * x_token, aligned)
-    out = at(out, row * out_row + token * out_token, aligned)
-    left, right = at(left, member * left_member, aligned), at(right, member * right_member, aligned)
+    x += row * x_row + token * x_token
+    out += row * out_row + token * out_token
+    if aligned:  # which Triton does not find out by itself of numbers that it does not specialize on
+        x, out = tl.multiple_of(x, ALIGNMENT), tl.multiple_of(out, ALIGNMENT)
+    left += member * left_member
+    right += member * right_member
     every_rank = tl.arange(0, ranks).to(tl.int64)
 
     columns = tl.arange(0, x_block).to(tl.int64)
@@ -129,7 +126,7 @@ def add_low_rank(
             ranks,
             x_block,
             out_block,
-            _are_aligned(x, out, left, right),
+            _is_aligned(x) and _is_aligned(out),
             enable_fp_fusion=True,  # whether that is the default depends on Triton's version
         )
 
@@ -142,10 +139,7 @@ def _blocks(rank: int, width: int, out_width: int) -> tuple[int, int, int]:
     return ranks, min(triton.next_power_of_2(width), most), min(triton.next_power_of_2(out_width), most)
 
 
-def _are_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all rows of the tensors can be read as vectors."""
-    bits = 0
-    for tensor in tensors:
-        outer, inner, _ = tensor.stride()
-        bits |= tensor.data_ptr() | outer * tensor.element_size() | inner * tensor.element_size()
-    return bits % ALIGNMENT.value == 0
+def _is_aligned(activations: torch.Tensor) -> bool:
+    """Whether those of all tokens can be read as vectors."""
+    row, token, _ = activations.stride()
+    return (activations.data_ptr() | (row | token) * activations.element_size()) % ALIGNMENT.value == 0

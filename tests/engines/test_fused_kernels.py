@@ -83,6 +83,12 @@ for card.capability in (80, 90):
             assert (widest(made[0], "ld") == 128) == (width % 16 == 0), (dtype, rank, width)
             assert rank > 1 or (widest(made[0], "st") == 128) == (width % 16 == 0), (dtype, rank, width)
             assert_keeps_registers(made[0])
+        for offset, row in ((0, 902), (1, 896)):
+            x = torch.empty(offset + 3 * row, dtype=dtype)[offset:].view(3, 1, row)[..., :896]
+            made.clear()
+            factors = torch.empty(2, 30, 1, 897, dtype=dtype)[..., :896]
+            fused_low_rank.add_low_rank(x, torch.empty_like(x), *factors, torch.zeros(3, dtype=torch.long))
+            assert widest(made[0], "ld") == 64, "rows that begin anywhere cannot be read as vectors"
         for width in (896, 3584, 127):
             made.clear()
             for shape in BATCHES:
