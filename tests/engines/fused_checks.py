@@ -10,9 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from es_trainer.engines import PopulationBatch, fused_low_rank, fused_rms_norm, population_batch
@@ -166,12 +167,26 @@ def test_a_norms_bits_depend_on_no_other_row(dtype):
             assert_bits(norm_of(x[rows, 1:2], weights, mine), whole[rows, 1:2])
 
 
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_norms_of_torch_are_those_without_the_kernel(eps, monkeypatch):
+    rows = population_batch.Rows(MEMBERS, torch.device(DEVICE))
+    rows.assign(UNEVEN)
+    weight = population_batch.MemberParameter.make("norm.weight", draw(8), draw(MEMBERS, 8, seed=1), rows)
+    x = draw(len(UNEVEN), 2, 8) * 1e-3
+
+    def norm(with_kernels: bool) -> torch.Tensor:
+        monkeypatch.setattr(population_batch, "_has_kernels", lambda device: with_kernels)
+        return F.rms_norm(x, (8,), weight, eps)
+
+    torch.testing.assert_close(norm(True), norm(False))
+
+
 # ---- models ----
 
 
 SHAPE = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "head_dim": 8}
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt2": GPT2Config}
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gpt2": GPT2Config, "gemma": GemmaConfig}
 
 
 def make(architecture: str, layers: int = 1, dtype: torch.dtype = torch.float32):
@@ -240,7 +255,9 @@ def logits_of(model, batch: PopulationBatch, members: list[int]) -> torch.Tensor
         return model(input_ids=ids, position_ids=torch.arange(3, device=DEVICE).expand_as(ids)).logits
 
 
-@pytest.mark.parametrize(("architecture", "rank"), [("llama", 5), ("qwen2", 1), ("qwen3", 1), ("gpt2", 1)])
+@pytest.mark.parametrize(
+    ("architecture", "rank"), [("llama", 5), ("qwen2", 1), ("qwen3", 1), ("gpt2", 1), ("gemma", 1)]
+)
 def test_logits_are_those_without_the_kernels(architecture, rank, monkeypatch):
     model = make(architecture).to(DEVICE)
     batch = batch_of(model, rank)
@@ -251,7 +268,7 @@ def test_logits_are_those_without_the_kernels(architecture, rank, monkeypatch):
             found = logits_of(model, batch, members)
         assert not {"low_rank_kernel", "rms_norm_kernel"} & set(plain.names)
         assert "low_rank_kernel" in fused.names
-        assert ("rms_norm_kernel" in fused.names) == (architecture != "gpt2")
+        assert ("rms_norm_kernel" in fused.names) == (architecture not in ("gpt2", "gemma"))  # which have others
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
