@@ -24,7 +24,6 @@ import tempfile
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from es_trainer.engines import fused_low_rank, fused_rms_norm
@@ -48,22 +47,25 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options).asm["ptx"])
+        return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
-def widest(ptx, what):
-    found = re.findall(what + r"\\.global[\\w.:]*?(?:\\.v(\\d))?\\.b(\\d+)", ptx)
+def widest(kernel, what):
+    found = re.findall(what + r"\\.global[\\w.:]*?(?:\\.v(\\d))?\\.b(\\d+)", kernel.asm["ptx"])
     return max(int(count or 1) * int(bits) for count, bits in found)
 
 
-def assert_keeps_registers(ptx):
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def assert_same(kernels):
+    assert len({kernel.asm["ptx"] for kernel in kernels}) == 1, "the order of additions could depend on the batch"
+
+
+def assert_keeps_registers(kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
         file.flush()
-        architecture = re.search(r"\\.target (\\w+)", ptx)[1]
-        command = [get_ptxas(card.capability).path, "-v", "--gpu-name", architecture]
-        report = subprocess.run([*command, file.name, "-o", "/dev/null"], capture_output=True, text=True)
-    assert "0 bytes spill stores, 0 bytes spill loads" in report.stderr, report.stderr
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"REG:\\d+ STACK:0 .*LOCAL:0 ", usage), usage
 
 
 card, made = Card(), []
@@ -79,7 +81,7 @@ for card.capability in (80, 90):
                 x, out = (torch.empty(*shape, size, dtype=dtype) for size in (width, out_width))
                 left, right = (torch.empty(30, rank, size, dtype=dtype) for size in (out_width, width))
                 fused_low_rank.add_low_rank(x, out, left, right, torch.zeros(len(x), dtype=torch.long))
-            assert len(set(made)) == 1, "additions could be in an order that depends on the batch"
+            assert_same(made)
             assert (widest(made[0], "ld") == 128) == (width % 16 == 0), (dtype, rank, width)
             assert rank > 1 or (widest(made[0], "st") == 128) == (width % 16 == 0), (dtype, rank, width)
             assert_keeps_registers(made[0])
@@ -94,7 +96,7 @@ for card.capability in (80, 90):
             for shape in BATCHES:
                 x, weights = torch.empty(*shape, width, dtype=dtype), torch.empty(30, width)
                 fused_rms_norm.rms_norm(x, weights, torch.zeros(len(x), dtype=torch.long), 1e-6)
-            assert len(set(made)) == 1, "additions could be in an order that depends on the batch"
+            assert_same(made)
             assert (widest(made[0], "ld") == widest(made[0], "st") == 128) == (width % 16 == 0), (dtype, width)
             assert_keeps_registers(made[0])
 """
