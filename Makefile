@@ -46,7 +46,7 @@ slow: $(VENV)/dev $(VENV)/openenv $(VLLM_ENV)/installed
 
 # On a machine with GPUs, with what is installed there
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest tests/noise/test_cuda_kernel.py tests/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest tests/noise/test_cuda_kernel.py tests/engines/test_fused_kernels.py tests/gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 bench: $(VENV)/dev

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from trl import GRPOConfig, GRPOTrainer
 
 from es_trainer import ESConfig, ESTrainer
-from es_trainer.engines import PopulationBatch, TransformersEngine
+from es_trainer.engines import PopulationBatch, TransformersEngine, population_batch
 from es_trainer.evolution import EvolutionStrategy, Member
 from es_trainer.noise import noise
 from es_trainer.noise import shapes as perturbation
@@ -169,6 +170,10 @@ def population(options: argparse.Namespace, size: str, members: int) -> Figures:
         with batch.install(strategy.ask().members, SIGMA) as rows:
             engine.generate(prompts, seed=0, members=rows)
 
+    def without_kernels() -> None:
+        with mock.patch.object(population_batch, "_has_kernels", lambda device: False):
+            together()
+
     def alone() -> None:
         strategy.perturb(strategy.ask().members[0])
         engine.generate(prompts, seed=0)
@@ -176,10 +181,12 @@ def population(options: argparse.Namespace, size: str, members: int) -> Figures:
 
     made = members * len(prompts) * tokens
     took = median_seconds(together, options.rounds)
+    operations = median_seconds(without_kernels, options.rounds)
     plain = median_seconds(lambda: engine.generate(prompts * members, seed=0), options.rounds)
     one = median_seconds(alone, options.rounds) * members
     return {
         "low-rank members in one batch": f"{made / took:.0f} tokens/s, {took / tokens * 1e3:.0f} ms a token",
+        "the same without kernels": f"{made / operations:.0f} tokens/s, in {operations / took:.1f} times the time",
         "a plain batch of as many rows": f"{made / plain:.0f} tokens/s; the members have {plain / took:.0%} of it",
         "one member at a time": f"{made / one:.0f} tokens/s; the batch has {one / took:.1f} times that",
         **peak_memory(),

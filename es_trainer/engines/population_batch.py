@@ -8,10 +8,12 @@ weights: the shared product plus the member's low-rank term, or a batched produc
 
 import contextlib
 import functools
+import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -144,6 +146,11 @@ class MemberParameter(torch.Tensor):
 # ---- what parameters are used for ----
 
 
+def _has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels that do the work of many operations; they are imported where they are used."""
+    return device.type == "cuda"
+
+
 # Their arguments have the names that torch gives them: models may pass them by keyword
 
 
@@ -175,6 +182,11 @@ def _addmm(rows: Rows, input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tens
 def _add_low_rank(rows: Rows, x: torch.Tensor, out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add each row's `x @ right.T @ left` to `out`; the factors have shape (members, rank, width)."""
     x, out = rows.split(x), rows.split(out)
+    if _has_kernels(x.device):
+        from .fused_low_rank import add_low_rank
+
+        add_low_rank(x, out, left, right, rows.members)
+        return
     if rows.even:
         left, right = left[rows.span], right[rows.span]
         x, out = x.reshape(len(left), -1, x.shape[-1]), out.view(len(left), -1, out.shape[-1])
@@ -238,6 +250,11 @@ def _rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
+    if _has_kernels(input.device):
+        from .fused_rms_norm import rms_norm
+
+        eps = torch.finfo(torch.float32).eps if eps is None else eps  # as torch has it
+        return rms_norm(rows.split(input), weight.values, rows.members, eps).view(input.shape)
     return _scale(rows, F.rms_norm(input, normalized_shape, eps=eps), weight, None)
 
 
@@ -276,6 +293,28 @@ ELEMENTWISE = {
     *(torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
     *(Tensor.float, Tensor.to, Tensor.type_as),
 }
+
+
+# ---- norms ----
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether the module computes by the same code as Llama's RMS norm, of which most models have a copy."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    forward = module.forward.__func__ if inspect.ismethod(module.forward) else None
+    return inspect.isfunction(forward) and _code(forward) == _code(LlamaRMSNorm.forward)
+
+
+def _code(function: FunctionType) -> tuple[Any, ...]:
+    code = function.__code__
+    return code.co_code, code.co_consts, code.co_names, code.co_varnames
+
+
+def _rms_norm_forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What the module's own forward does in ten operations."""
+    weight = module.weight
+    return F.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
 
 
 # ---- experts ----
@@ -402,8 +441,8 @@ class PopulationBatch:
                 rows.parameters.append(parameter)
                 for _, module, attribute in self.owners[id(shard.parameter)]:
                     install(module, attribute, parameter)
-                    if _is_experts(module) and "forward" not in vars(module):
-                        install(module, "forward", functools.partial(_experts_forward, module, rows))
+                    if "forward" not in vars(module) and (forward := _forward_for(rows, module)):
+                        install(module, "forward", forward)
             yield rows
         finally:
             hook.remove()
@@ -512,6 +551,15 @@ class PopulationBatch:
         shard = next(shard for shard in self.weights.shards if shard.name == name)
         path, module, attribute = self.owners[id(shard.parameter)][0]
         return f"`{path}` ({type(module).__name__}) with its parameter `{attribute}`: {reason}"
+
+
+def _forward_for(rows: Rows, module: nn.Module) -> Callable | None:
+    """What a module computes with that has parameters of members, if not with its own forward."""
+    if _is_experts(module):
+        return functools.partial(_experts_forward, module, rows)
+    if _has_kernels(rows.device) and _is_rms_norm(module):
+        return functools.partial(_rms_norm_forward, module)
+    return None
 
 
 def _forwards(model: nn.Module) -> dict[str, Any]:
