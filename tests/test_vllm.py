@@ -94,7 +94,7 @@ def test_one_url_is_a_list_of_one(config):
 
 
 def test_several_processes_cannot_drive_servers(trainer, monkeypatch):
-    monkeypatch.setattr("es_trainer.backends.servers.launched_processes", lambda: 2)
+    monkeypatch.setattr("es_trainer.backends.dispatched.launched_processes", lambda: 2)
     with pytest.raises(ValueError, match="the trainer of servers is one process, but 2 were launched"):
         trainer(**SERVER)
 
