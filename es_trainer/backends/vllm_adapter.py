@@ -53,6 +53,13 @@ class VLLMAdapter(VLLM):
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
         check_adapter(args, inputs)
+        others = sorted((args.model_init_kwargs or {}).keys() - LOADABLE)
+        require(
+            args,
+            not others,
+            "model_init_kwargs",
+            f"vLLM loads the base model, with {', '.join(sorted(LOADABLE))} only; leave out {', '.join(others)}.",
+        )
         super().check_arguments(args, inputs)
 
     @property
@@ -92,13 +99,6 @@ def check_adapter(args: ESConfig, inputs: TrainerInputs) -> None:
             f"`model` is a {type(inputs.model).__name__}, but with `use_vllm=True` and an adapter, vLLM loads the "
             "base model by its name: give `model` by name or folder, and a `peft_config`."
         )
-    others = sorted((args.model_init_kwargs or {}).keys() - LOADABLE)
-    require(
-        args,
-        not others,
-        "model_init_kwargs",
-        f"vLLM loads the base model, with {', '.join(sorted(LOADABLE))} only; leave out {', '.join(others)}.",
-    )
     check_lora_config(inputs.peft_config)
 
 

@@ -15,7 +15,7 @@ from .vllm_slots import Slots
 from .vllm_worker_methods import NotBegun, reported, require_dtype
 
 
-UNPERTURBED_SLOT = 0  # members are in those that follow
+UNPERTURBED, UNPERTURBED_SLOT = Member(0, 0), 0  # members are in the slots that follow
 
 
 class AdapterWorker:
@@ -34,7 +34,7 @@ class AdapterWorker:
     @reported
     def take_adapter(self, digest: str, description: dict[str, Any], weights: str) -> dict[str, Any]:
         """
-        Take an adapter, and write it as it is into its slot.
+        Take an adapter, of which members are written from now on.
 
         Args:
             digest (`str`):
@@ -61,18 +61,17 @@ class AdapterWorker:
         # Only its weights are of use: the trainer does the updates
         optimizer = make_optimizer(parameters, set(), config, float32=description["float32"])
         self._adapter = AdapterMembers(optimizer.weights, layers, self._slots)
-        self._adapter.write([Member(0, 0)], 0.0, UNPERTURBED_SLOT)
         self._adapter_digest = digest
         return {}
 
     @reported
     def install_adapters(self, members: Sequence[tuple[int, int]], sigma: float, digest: str) -> dict[str, Any]:
-        """Write members of an adapter, given as seeds and signs, into the slots after that of the adapter itself."""
+        """Write an adapter, and members of it, given as seeds and signs, into the slots."""
         if self._adapter_digest is None:
             raise NotBegun("No adapter is here: the server was started anew.")
         if self._adapter_digest != digest:
             raise RuntimeError(
                 "It has another adapter than this run: another trainer uses it. Give each trainer servers of its own."
             )
-        self._adapter.write([Member(*member) for member in members], sigma, UNPERTURBED_SLOT + 1)
+        self._adapter.write([UNPERTURBED, *(Member(*member) for member in members)], sigma)
         return {}

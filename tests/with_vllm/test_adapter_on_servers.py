@@ -7,7 +7,7 @@ import tiny
 from conftest import assert_same, letters, logs
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_adapter import adapter, saved
+from test_adapter import adapter, quantize, saved
 from test_servers import Process, count
 from watched import Watched, as_text
 
@@ -86,30 +86,35 @@ def test_three_steps_are_those_of_the_trainers_process(servers, start, tmp_path,
 
 
 @pytest.fixture(scope="module")
-def watched():
-    """A server in bfloat16 whose slots can be looked into."""
-    server = Process(*LORA, *WATCHED, "--dtype", "bfloat16")
+def watched(tmp_path_factory):
+    """A server with a quantized model in float16, whose slots can be looked into."""
+    quantized, _ = quantize(tmp_path_factory.mktemp("models"))
+    server = Process(*LORA, *WATCHED, "--dtype", "float16", model=quantized)
     with contextlib.ExitStack() as stack:
         stack.callback(server.kill)
         server.wait()
         yield server
 
 
-@pytest.mark.parametrize("options", [{}, {"perturbation": "low_rank", "antithetic": True, "master_weights": "host"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"perturbation": "low_rank", "antithetic": True, "master_weights": "host"}, {"master_weights": "none"}],
+)
 def test_slots_are_those_of_the_trainers_process(watched, start, tmp_path, options):
-    runs = []
-    for mode in ((watched,), ()):
-
+    def run(*mode):
         def reward(completions, **kwargs):
-            # In bfloat16, the batches of two engines may differ in a token
+            # In float16, the batches of two engines may differ in a token
             rewarded.append(len(rewarded) % 3)
             return [float(rewarded[-1])] * len(completions)
 
         rewarded = []
-        runs.append(start(*mode, reward_funcs=reward, bf16=True, use_vllm=True, population_batch_size=4, **options))
-        runs[-1].train()
-        runs[-1].evaluate()
-    mine, theirs = runs
+        given = {"model": watched.model, "fp16": True, "use_vllm": True, "population_batch_size": 4}
+        made = start(*mode, reward_funcs=reward, **given, **options)
+        made.train()
+        made.evaluate()
+        return made
+
+    mine, theirs = run(watched), run()
     (server,) = mine.engine.replicas.servers
     (on_server,) = server.call("slots_as_text")
     here = as_text(theirs.backend.slots)
@@ -117,6 +122,18 @@ def test_slots_are_those_of_the_trainers_process(watched, start, tmp_path, optio
     assert on_server == {name: [slots[-1], *slots[:-1]] for name, slots in here.items()}
     assert all(len(set(slots)) == SLOTS for slots in here.values())
     assert_same(saved(mine, tmp_path / "saved"), saved(theirs, tmp_path / "theirs"))
+
+
+def test_a_rollout_func_generates_as_the_member(servers, start):
+    def rollout_func(prompts, trainer):
+        made = trainer.generate(prompts)
+        return {key: [each[key] for each in made] for key in ("prompt_ids", "completion_ids")}
+
+    mine, theirs = start(*servers, rollout_func=rollout_func), start()
+    mine.train()
+    theirs.train()
+    for key in ("reward", "reward_std"):
+        assert [log[key] for log in logs(mine)] == [log[key] for log in logs(theirs)], key
 
 
 def test_a_run_goes_on_anywhere(servers, start, tmp_path):
@@ -164,15 +181,12 @@ def test_a_server_that_is_killed_and_started_anew(servers, start, tmp_path):
 
 
 def test_two_trainers_do_not_share_a_server(servers, start, tmp_path):
-    def reward(completions, **kwargs):
-        if not others:
-            others.append(start(servers[0], seed=7, output_dir=str(tmp_path / "other")))
-        return letters(completions)
-
-    others = []
-    mine = start(servers[0], reward_funcs=reward, population_batch_size=2)
+    mine = start(servers[0])
+    mine.evaluate()
+    other = start(servers[0], seed=7, output_dir=str(tmp_path / "other"))
+    other.evaluate()
     with pytest.raises(ServerError, match="It has another adapter than this run: another trainer uses it"):
-        mine.train()
+        mine.evaluate()
 
 
 def test_servers_that_do_not_fit_the_run(servers, watched, start):
