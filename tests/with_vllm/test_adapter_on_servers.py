@@ -1,18 +1,16 @@
 """An adapter of PEFT's is trained in the trainer's process, and vLLM servers have the base model."""
 
-import contextlib
-
 import pytest
 import tiny
 from conftest import assert_same, letters, logs
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_adapter import adapter, quantize, saved
-from test_servers import Process, count
+from test_servers import Process, count, running
 from watched import Watched, as_text
 
 from es_trainer import replay
-from es_trainer.engines.vllm_client import ServerError
+from es_trainer.engines.vllm_client import ServerError, ServerLost
 from es_trainer.engines.vllm_weights import LoadError
 
 
@@ -26,12 +24,7 @@ PROMPTS = Dataset.from_list([{"prompt": f"Say {word} " * 20} for word in ("one",
 
 @pytest.fixture(scope="module")
 def servers():
-    started = [Process(*LORA), Process(*LORA)]
-    with contextlib.ExitStack() as stack:
-        for server in started:
-            stack.callback(server.kill)
-        for server in started:
-            server.wait()
+    with running(Process(*LORA), Process(*LORA)) as started:
         yield started
 
 
@@ -90,9 +83,7 @@ def watched(tmp_path_factory):
     """A server with a quantized model in float16, whose slots can be looked into."""
     quantized, _ = quantize(tmp_path_factory.mktemp("models"))
     server = Process(*LORA, *WATCHED, "--dtype", "float16", model=quantized)
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.kill)
-        server.wait()
+    with running(server):
         yield server
 
 
@@ -182,11 +173,14 @@ def test_a_server_that_is_killed_and_started_anew(servers, start, tmp_path):
 
 def test_two_trainers_do_not_share_a_server(servers, start, tmp_path):
     mine = start(servers[0])
-    mine.evaluate()
+    before = mine.evaluate()["eval_reward"]
     other = start(servers[0], seed=7, output_dir=str(tmp_path / "other"))
     other.evaluate()
     with pytest.raises(ServerError, match="It has another adapter than this run: another trainer uses it"):
         mine.evaluate()
+    # What a server has that was lost is not known
+    mine.engine.replicas.servers[0].lose(ServerLost("It does not answer"))
+    assert mine.evaluate()["eval_reward"] == before
 
 
 def test_servers_that_do_not_fit_the_run(servers, watched, start):
