@@ -13,6 +13,7 @@ from conftest import TINY_RUN, make_model, make_tokenizer
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from es_trainer import ESConfig
+from es_trainer.backends import TrainerInputs, check_mode
 from es_trainer.cli import main
 from es_trainer.engines import vllm_version
 from es_trainer.engines.vllm_client import ServerError
@@ -169,6 +170,21 @@ def test_the_trainer_of_servers_is_one_process_also_with_an_adapter(trainer, mon
     monkeypatch.setattr("es_trainer.backends.dispatched.launched_processes", lambda: 2)
     with pytest.raises(ValueError, match="the trainer of servers is one process, but 2 were launched"):
         trainer(peft_config=lora(), **SERVER)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"master_weights": "none"},
+        {"anchor_decay": 0.1, "anchor_weights": "host"},
+        {"load_best_model_at_end": True, "save_only_model": True, "eval_strategy": "steps", "save_strategy": "steps"},
+    ],
+)
+def test_an_adapter_is_not_on_the_servers(config, options):
+    args = config(**SERVER, **options)
+    check_mode(args, TrainerInputs("a model", peft_config=lora()))
+    with pytest.raises(ValueError, match=f"`({'|'.join(options)})=.*` is not valid"):
+        check_mode(args, TrainerInputs("a model"))
 
 
 def test_models_that_vllm_would_have_to_quantize_are_refused(trainer):
