@@ -26,7 +26,7 @@ class Server:
     def __init__(self, number: int, slowness: float = 1.0):
         self.url = f"server {number}"
         self.slowness = slowness
-        self.updates = 0
+        self.connected = True
         self.late = False
         self.lock = threading.Lock()
         self._cancelled = threading.Event()

@@ -321,7 +321,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
             - `"colocate"`: in the processes of the trainer. The engine's weights are the weights that are trained.
             - `"server"`: on servers, which are started with `es-trainer vllm-serve`. They hold, perturb and update the
-              weights; the trainer, which is one process without a GPU, hands members to those that are free.
+              weights; the trainer, which is one process without a GPU, hands members to those that are free. With a
+              `peft_config`, the trainer has the adapter and updates it, and the servers have the base model.
         vllm_model_impl (`str`, *optional*, defaults to `"vllm"`):
             Implementation of the model: vLLM's own (`"vllm"`) or that of Transformers (`"transformers"`).
         vllm_structured_outputs_regex (`str`, *optional*):

@@ -13,6 +13,7 @@ from conftest import TINY_RUN, make_model, make_tokenizer
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from es_trainer import ESConfig
+from es_trainer.backends import TrainerInputs, check_mode
 from es_trainer.cli import main
 from es_trainer.engines import vllm_version
 from es_trainer.engines.vllm_client import ServerError
@@ -25,6 +26,7 @@ from es_trainer.run.history import extend_digest, first_digest
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
+MODES = [{"use_vllm": True}, SERVER]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_one_url_is_a_list_of_one(config):
 
 
 def test_several_processes_cannot_drive_servers(trainer, monkeypatch):
-    monkeypatch.setattr("es_trainer.backends.servers.launched_processes", lambda: 2)
+    monkeypatch.setattr("es_trainer.backends.dispatched.launched_processes", lambda: 2)
     with pytest.raises(ValueError, match="the trainer of servers is one process, but 2 were launched"):
         trainer(**SERVER)
 
@@ -142,23 +144,47 @@ def lora(**options) -> LoraConfig:
         ({"trainable_token_indices": [1]}, "`trainable_token_indices=.1.`, which .* cannot hold embeddings of tokens"),
     ],
 )
-def test_adapters_that_vllm_cannot_hold(trainer, options, message):
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_that_vllm_cannot_hold(trainer, mode, options, message):
     with pytest.raises(ValueError, match=message.replace("[", "[[]")):
-        trainer(use_vllm=True, peft_config=lora(**options))
+        trainer(peft_config=lora(**options), **mode)
 
 
-def test_adapters_are_of_lora_and_of_a_model_by_name(trainer):
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_are_of_lora_and_of_a_model_by_name(trainer, mode):
     with pytest.raises(ValueError, match="`peft_config` is a IA3Config, but vLLM has adapters of `LoraConfig` only"):
-        trainer(use_vllm=True, peft_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+        trainer(peft_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]), **mode)
     for model, config in ((get_peft_model(make_model(), lora()), None), (make_model(), lora())):
         with pytest.raises(ValueError, match="`model` is a .*, but with `use_vllm=True` and an adapter, vLLM loads"):
-            trainer(model=model, use_vllm=True, peft_config=config)
+            trainer(model=model, peft_config=config, **mode)
     with pytest.raises(ValueError, match="`vllm_lora=True` is not valid: with `peft_config`, members are adapters"):
-        trainer(use_vllm=True, peft_config=lora(), vllm_lora=True)
+        trainer(peft_config=lora(), vllm_lora=True, **mode)
+
+
+def test_what_vllm_does_not_load_a_base_model_with(trainer):
     with pytest.raises(ValueError, match="vLLM loads the base model, with .* only; leave out token"):
         trainer(use_vllm=True, peft_config=lora(), model_init_kwargs={"token": "a", "dtype": "float32"})
-    with pytest.raises(ValueError, match="An adapter .* with `vllm_mode='server'` is not supported"):
+
+
+def test_the_trainer_of_servers_is_one_process_also_with_an_adapter(trainer, monkeypatch):
+    monkeypatch.setattr("es_trainer.backends.dispatched.launched_processes", lambda: 2)
+    with pytest.raises(ValueError, match="the trainer of servers is one process, but 2 were launched"):
         trainer(peft_config=lora(), **SERVER)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"master_weights": "none"},
+        {"anchor_decay": 0.1, "anchor_weights": "host"},
+        {"load_best_model_at_end": True, "save_only_model": True, "eval_strategy": "steps", "save_strategy": "steps"},
+    ],
+)
+def test_an_adapter_is_not_on_the_servers(config, options):
+    args = config(**SERVER, **options)
+    check_mode(args, TrainerInputs("a model", peft_config=lora()))
+    with pytest.raises(ValueError, match=f"`({'|'.join(options)})=.*` is not valid"):
+        check_mode(args, TrainerInputs("a model"))
 
 
 def test_models_that_vllm_would_have_to_quantize_are_refused(trainer):

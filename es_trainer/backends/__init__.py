@@ -93,6 +93,10 @@ def check_mode(args: ESConfig, inputs: TrainerInputs) -> None:
 def _kind(args: ESConfig, inputs: TrainerInputs) -> type[Backend]:
     # Each is imported where it is used: a run needs one
     if args.use_vllm:
+        if args.vllm_mode == "server" and inputs.has_adapter:
+            from .servers_adapter import ServersAdapter
+
+            return ServersAdapter
         if args.vllm_mode == "server" and args.vllm_lora:
             from .servers_lora import ServersLoRA
 

@@ -25,7 +25,7 @@ def check_anchor_weights(args: ESConfig, inputs: TrainerInputs) -> None:
         return
     require(
         args,
-        args.anchor_weights == "device" or not args.on_servers,
+        args.anchor_weights == "device" or not args.on_servers or inputs.has_adapter,
         "anchor_weights",
         "vLLM servers keep the initial weights beside their masters; leave it out.",
     )

@@ -52,14 +52,7 @@ class VLLMAdapter(VLLM):
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
-        require(
-            args, not args.vllm_lora, "vllm_lora", "with `peft_config`, members are adapters already; leave it out."
-        )
-        if inputs.peft_config is None or inputs.source is None:
-            raise ValueError(
-                f"`model` is a {type(inputs.model).__name__}, but with `use_vllm=True` and an adapter, vLLM loads the "
-                "base model by its name: give `model` by name or folder, and a `peft_config`."
-            )
+        check_adapter(args, inputs)
         others = sorted((args.model_init_kwargs or {}).keys() - LOADABLE)
         require(
             args,
@@ -67,7 +60,6 @@ class VLLMAdapter(VLLM):
             "model_init_kwargs",
             f"vLLM loads the base model, with {', '.join(sorted(LOADABLE))} only; leave out {', '.join(others)}.",
         )
-        check_lora_config(inputs.peft_config)
         super().check_arguments(args, inputs)
 
     @property
@@ -94,6 +86,20 @@ class VLLMAdapter(VLLM):
 
     def _batch_sizes(self, prompts: Prompts) -> tuple[int, int | None]:
         return self.engine.most_members, self.args.generation_batch_size
+
+
+def check_adapter(args: ESConfig, inputs: TrainerInputs) -> None:
+    """
+    Raises:
+        `ValueError`: If vLLM cannot have the base model, or its slots cannot hold the adapter.
+    """
+    require(args, not args.vllm_lora, "vllm_lora", "with `peft_config`, members are adapters already; leave it out.")
+    if inputs.peft_config is None or inputs.source is None:
+        raise ValueError(
+            f"`model` is a {type(inputs.model).__name__}, but with `use_vllm=True` and an adapter, vLLM loads the "
+            "base model by its name: give `model` by name or folder, and a `peft_config`."
+        )
+    check_lora_config(inputs.peft_config)
 
 
 def check_lora_config(peft_config: "PeftConfig") -> None:

@@ -6,6 +6,7 @@ from .peft_members import AdapterMembers, lora_layers
 from .population_batch import PopulationBatch, Rows
 from .transformers_engine import TransformersEngine
 from .vllm_adapter_engine import VLLMAdapterEngine
+from .vllm_adapter_servers import VLLMAdapterServerEngine, VLLMAdapterServers
 from .vllm_dispatch import Job
 from .vllm_engine import VLLMEngine
 from .vllm_lora_engine import VLLMLoRAEngine
@@ -26,6 +27,8 @@ __all__ = [
     "Rows",
     "TransformersEngine",
     "VLLMAdapterEngine",
+    "VLLMAdapterServerEngine",
+    "VLLMAdapterServers",
     "VLLMEngine",
     "VLLMLoRAEngine",
     "VLLMLoRAServerEngine",

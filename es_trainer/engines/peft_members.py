@@ -1,6 +1,6 @@
 """Members of a run that trains an adapter of PEFT's: its own matrices with noise, in vLLM's slots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from ..evolution import Member
 from ..weights.shard import Shard
 from ..weights.store import Weights
 from .vllm_slots import Slots
+from .vllm_weights import LoadError
 
 
 if TYPE_CHECKING:
@@ -66,6 +67,31 @@ def lora_layers(model: "PeftModel") -> dict[str, LoRALayer]:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         found[f"{name}.weight"] = LoRALayer(a, b, module.scaling[adapter])
     return found
+
+
+def require_slots(weights: Collection[str], found: Container[str]) -> None:
+    """
+    Args:
+        weights (`Collection[str]`):
+            Names of the weights that the layers of an adapter add to.
+        found (`Container[str]`):
+            Those that have slots.
+
+    Raises:
+        [`LoadError`]: If vLLM has no slots for a layer; names it.
+    """
+    missing = [name.removesuffix(".weight") for name in weights if name not in found]
+    if missing:
+        raise LoadError(
+            f"vLLM has no adapters for {len(missing)} of the {len(weights)} modules of `peft_config`: "
+            f"{', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. Leave them out of `target_modules`, or set "
+            "use_vllm=False."
+        )
+
+
+def largest_rank(layers: Mapping[str, LoRALayer]) -> int:
+    """The rank that slots need for all layers."""
+    return max(len(layer.a) for layer in layers.values())
 
 
 class AdapterMembers:

@@ -7,10 +7,9 @@ import torch
 from ..config import ESConfig
 from ..evolution import Member
 from ..run.history import run_config, working_dtype
-from .peft_members import AdapterMembers, lora_layers
+from .peft_members import AdapterMembers, largest_rank, lora_layers, require_slots
 from .vllm_lora_engine import VLLMLoRAEngine
 from .vllm_slots import Slots, slot_request
-from .vllm_weights import LoadError
 
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class VLLMAdapterEngine(VLLMLoRAEngine):
         return members + 1
 
     def _rank(self, args: ESConfig) -> int:
-        return max(len(layer.a) for layer in lora_layers(self.model).values())
+        return largest_rank(lora_layers(self.model))
 
     def slots(self) -> dict[str, Slots]:
         """
@@ -43,13 +42,7 @@ class VLLMAdapterEngine(VLLMLoRAEngine):
         """
         weights = {name: layer.shape for name, layer in lora_layers(self.model).items()}
         found = self._find_slots(weights)
-        missing = [name.removesuffix(".weight") for name in weights if name not in found]
-        if missing:
-            raise LoadError(
-                f"vLLM has no adapters for {len(missing)} of the {len(weights)} modules of `peft_config`: "
-                f"{', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. Leave them out of `target_modules`, or set "
-                "use_vllm=False."
-            )
+        require_slots(weights, found)
         return found
 
     def unperturbed(self) -> "LoRARequest":

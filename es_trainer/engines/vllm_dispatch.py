@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from .vllm_client import Cancelled, ServerError, ServerLost
-from .vllm_replicas import Replica, Replicas
+from .vllm_server_pool import Server, ServerPool
 
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Attempt:
     Args:
         job ([`Job`]):
             The job.
-        server ([`Replica`]):
+        server ([`Server`]):
             The server.
         start (`float`):
             When it began.
@@ -65,7 +65,7 @@ class Attempt:
     """
 
     job: Job
-    server: Replica
+    server: Server
     start: float
     helps: "Attempt | None" = None
     shares: deque[Job] | None = None  # of the job, for helpers, that none of them does
@@ -106,7 +106,7 @@ class JobQueue:
         """Whether there are jobs that are not done."""
         return self._unfinished > 0
 
-    def get(self, server: Replica) -> Attempt | None:
+    def get(self, server: Server) -> Attempt | None:
         """The next job for a server, as soon as there is one; `None` when all are done."""
         with self._changed:
             while self._unfinished:
@@ -161,7 +161,7 @@ class JobQueue:
             self._under_way.clear()
             self._changed.notify_all()
 
-    def _next(self, server: Replica) -> Attempt | None:
+    def _next(self, server: Server) -> Attempt | None:
         free, now = self._present - len(self._under_way), time.monotonic()
         if self._waiting:
             job = self._waiting.popleft()
@@ -201,13 +201,13 @@ class JobQueue:
 
 
 def dispatch(
-    replicas: Replicas, jobs: Sequence[Job], do: Callable[[Job, Replica], T], splits: bool, repeats: bool
+    replicas: ServerPool, jobs: Sequence[Job], do: Callable[[Job, Server], T], splits: bool, repeats: bool
 ) -> Iterator[T]:
     """
     Do jobs, each on a server that is free.
 
     Args:
-        replicas ([`Replicas`]):
+        replicas ([`ServerPool`]):
             The servers.
         jobs (`Sequence[Job]`):
             The jobs.
@@ -227,7 +227,7 @@ def dispatch(
     waiting = JobQueue(jobs, len(replicas.servers), splits, repeats)
     events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
 
-    def serve(server: Replica) -> None:
+    def serve(server: Server) -> None:
         with server.lock:
             try:
                 if _catches_up(replicas, server, waiting):
@@ -259,9 +259,9 @@ def dispatch(
         waiting.shutdown()
 
 
-def _catches_up(replicas: Replicas, server: Replica, jobs: JobQueue) -> bool:
-    """Have a server do the updates that it has missed. Returns `False` if the jobs were done before it had."""
-    if server.updates is None:
+def _catches_up(replicas: ServerPool, server: Server, jobs: JobQueue) -> bool:
+    """Have a server do what it has missed. Returns `False` if the jobs were done before it had."""
+    if not server.connected:
         if not (jobs.unfinished and server.is_up()):
             return False
         replicas.connect(server)
@@ -273,7 +273,7 @@ def _catches_up(replicas: Replicas, server: Replica, jobs: JobQueue) -> bool:
 
 
 def _run_jobs(
-    server: Replica, jobs: JobQueue, do: Callable[[Job, Replica], T], events: "SimpleQueue[tuple[str, Any]]"
+    server: Server, jobs: JobQueue, do: Callable[[Job, Server], T], events: "SimpleQueue[tuple[str, Any]]"
 ) -> None:
     while (attempt := jobs.get(server)) is not None:
         try:

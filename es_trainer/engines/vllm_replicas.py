@@ -1,7 +1,6 @@
 """vLLM servers as replicas of the trained weights: each replays the same update records, checked by checksums."""
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,61 +10,41 @@ from tqdm.auto import tqdm
 
 from ..config import ESConfig
 from ..run.history import extend_digest, first_digest
-from .vllm_client import ServerError, ServerLost, VLLMClient
+from .vllm_client import ServerError, ServerLost
+from .vllm_server_pool import Server, ServerPool
 
 
-class Replica(VLLMClient):
+class Replica(Server):
     """A vLLM server that has all of the weights, and how far it is in the run."""
 
     def __init__(self, url: str, timeout: float):
         super().__init__(url, timeout)
         self.updates: int | None = None  # that it has done in this run; `None` if that is not known
         self.last_update: list[dict[str, Any]] = []  # what its workers returned for the last update
-        self.late = False  # whether others did its last job: no step waits for it, so it does updates afterwards
-        self.lock = threading.Lock()  # held by the thread that talks to the server
 
     def lose(self, error: ServerLost) -> None:
-        """Note that the server is lost: it has to connect again before it gets work."""
-        self.updates, self.last_error = None, str(error)
+        super().lose(error)
+        self.updates = None
 
 
-class Replicas:
+class Replicas(ServerPool):
     """
-    The servers of a run. All of them do every update.
+    The servers of a run. All of them do every update. No step waits for those that are late.
 
     A server that was lost and is back replays the updates from the start, and its checksums have to be those of the
     other servers before it evaluates members again.
-
-    Args:
-        args ([`ESConfig`]):
-            The fields that begin with `vllm_server_`.
-
-    Raises:
-        `ConnectionError`: If a server is not up within `args.vllm_server_timeout`.
     """
 
+    server_kind = Replica
+
     def __init__(self, args: ESConfig):
-        self.args = args
-        urls = args.vllm_server_base_url or [f"http://{args.vllm_server_host}:{args.vllm_server_port}"]
-        self.servers = [Replica(url, args.vllm_server_timeout) for url in urls]
-        self._wait_until_up()
+        super().__init__(args)
         self.header: dict[str, Any] = {}
         self.update_records: list[dict[str, Any]] = []  # of the history: the updates that a server has to have done
         self.digests: list[str] = []  # digest `i` is of the history with `i` update records
         self.checksum: list[list[int]] | None = None  # of the weights after the last update, by worker
         self._checksum_source = ""  # the server, or the checkpoint, that `checksum` is from
         self._progress_lock = threading.Lock()  # of the records, the checksum and the servers' `updates`
-
-    def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + self.args.vllm_server_timeout
-        while missing := [server for server in self.servers if not server.is_up()]:
-            if time.monotonic() > deadline:
-                raise ConnectionError(
-                    f"No vLLM server is up at {', '.join(server.url for server in missing)} after "
-                    f"vllm_server_timeout={self.args.vllm_server_timeout} s ({missing[0].last_error}). Start it with "
-                    "`es-trainer vllm-serve --model ...`."
-                )
-            time.sleep(1)
 
     def replay(self, update_records: list[dict[str, Any]], checksum: list[list[int]] | None) -> None:
         """
@@ -111,6 +90,7 @@ class Replicas:
         if not self._are_in_run(positions):
             positions = server.call("restart", *arguments)
         self._set_position(server, positions)
+        super().connect(server)
 
     def catch_up(self, server: Replica) -> bool:
         """Have a server do the next update that it has not done. Returns whether there was none."""
@@ -205,15 +185,8 @@ class Replicas:
 
         with ThreadPoolExecutor(max(1, len(servers))) as threads:
             list(threads.map(attempt, servers))
-        if all(server.updates is None for server in self.servers):
+        if not any(server.connected for server in self.servers):
             raise self.none_left()
-
-    def none_left(self) -> ServerError:
-        """The error that no server is left, with the last error of each."""
-        errors = "\n".join(f"{server.url}: {server.last_error}" for server in self.servers)
-        return ServerError(
-            f"No vLLM server is left. Start them again, and the run with `resume_from_checkpoint=True`.\n{errors}"
-        )
 
     def export(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """See [`VLLMClient.export`]; from any server that has done all updates."""

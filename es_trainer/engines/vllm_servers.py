@@ -21,6 +21,7 @@ from .vllm_dispatch import Job, dispatch
 from .vllm_replicas import Replica, Replicas
 from .vllm_sampling import sampling_options
 from .vllm_server_engine import VLLMServerEngine
+from .vllm_server_pool import Server, ServerPool
 from .vllm_weights import require_used_weights
 
 
@@ -69,7 +70,7 @@ class VLLMServers(Engine):
         `ConnectionError`: If a server is not up within `args.vllm_server_timeout`.
     """
 
-    replicas_kind = Replicas
+    replicas_kind: type[ServerPool] = Replicas
     engine_kind = VLLMServerEngine
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
@@ -147,11 +148,11 @@ class VLLMServers(Engine):
             `Iterator[Done]`: members, or shares of their prompts, in the order in which servers are done with them.
         """
 
-        def evaluate_on(job: Job, server: Replica) -> Done[T]:
+        def evaluate_on(job: Job, server: Server) -> Done[T]:
             return self._do(job, server, [members[number] for number in job.members], sigma, do)
 
         jobs = [Job(group, range(num_prompts)) for group in self._groups(members)]
-        yield from dispatch(self.replicas, jobs, evaluate_on, splits, repeats)
+        yield from self._dispatch(jobs, evaluate_on, splits, repeats)
 
     def share_out(
         self, num_prompts: int, do: Callable[[Job, VLLMServerEngine], T], repeats: bool = True
@@ -171,12 +172,17 @@ class VLLMServers(Engine):
             `list[Done]`: what came of each share, in the order of the prompts.
         """
 
-        def do_on(job: Job, server: Replica) -> Done[T]:
+        def do_on(job: Job, server: Server) -> Done[T]:
             return self._do(job, server, [], 0.0, do)
 
         jobs = Job((0,), range(num_prompts)).shares(-(-num_prompts // len(self.replicas.servers)))
-        done = dispatch(self.replicas, jobs, do_on, splits=False, repeats=repeats)
+        done = self._dispatch(jobs, do_on, splits=False, repeats=repeats)
         return sorted(done, key=lambda part: part.job.prompts.start)
+
+    def _dispatch(
+        self, jobs: Sequence[Job], do: Callable[[Job, Server], Done[T]], splits: bool, repeats: bool
+    ) -> Iterator[Done[T]]:
+        return dispatch(self.replicas, jobs, do, splits, repeats)
 
     def _groups(self, members: Sequence[Member]) -> list[tuple[int, ...]]:
         """Numbers of the members that a server evaluates together."""
@@ -185,7 +191,7 @@ class VLLMServers(Engine):
     def _do(
         self,
         job: Job,
-        server: Replica,
+        server: Server,
         members: Sequence[Member],
         sigma: float,
         do: Callable[[Job, VLLMServerEngine], T],
@@ -197,7 +203,7 @@ class VLLMServers(Engine):
         noise_seconds = server.noise_seconds - noise_before
         return Done(job, server.url, result, time.perf_counter() - start - noise_seconds, noise_seconds)
 
-    def _engine(self, server: Replica) -> VLLMServerEngine:
+    def _engine(self, server: Server) -> VLLMServerEngine:
         if server.url not in self._engines:
             tokenizer = copy.deepcopy(self.tokenizer)
             self._engines[server.url] = self.engine_kind(self.model, tokenizer, self.args, server, self.context)

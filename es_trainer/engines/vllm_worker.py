@@ -4,10 +4,8 @@ vLLM imports this module in each worker before it loads the model, and mixes the
 """
 
 import base64
-import functools
 import os
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,13 +17,15 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.platforms import current_platform
 
 from ..evolution import EvolutionStrategy, Member
-from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
+from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters
 from ..weights.layouts import EngineWeights
 from ..weights.part import Part
 from .live_weights import overwrite
+from .vllm_adapter_worker import AdapterWorker
 from .vllm_base_model import all_workers, broadcast_parameters, load_on_first_rank
 from .vllm_slots import LowRankMembers, Slots, find_slots, occupy_slots
 from .vllm_weights import find_engine_weights, has_values, refuse_other_values
+from .vllm_worker_methods import NotBegun, reported, require_dtype
 
 
 def _prepare_cpu() -> None:
@@ -71,24 +71,7 @@ if current_platform.is_cpu():
     _prepare_cpu()
 
 
-def _reported(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """Return an error instead of raising it, after which the queues between vLLM's processes would not be usable."""
-
-    @functools.wraps(method)
-    def call(*args: Any) -> dict[str, Any]:
-        try:
-            return method(*args)
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-
-    return call
-
-
-class NotBegun(RuntimeError):
-    """A method was called that needs a run."""
-
-
-class WorkerExtension:
+class WorkerExtension(AdapterWorker):
     """
     What a vLLM worker does for evolution strategies, as `worker_extension_cls`.
 
@@ -118,27 +101,27 @@ class WorkerExtension:
         occupy_slots(self.get_model().lora_manager)
         return find_slots(self.get_model(), weights)
 
-    @_reported
+    @reported
     def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
         """Check that every parameter of a Transformers model is here, whole and with the right shape."""
         self._undo_overwrite()
         self._engine_weights = self.engine_weights(parameters)
         return {"found": len(self._engine_weights)}
 
-    @_reported
+    @reported
     def overwrite(self, name: str) -> dict[str, Any]:
         """Give a parameter other weights, until `undo_overwrite` is called."""
         weights = self._engine_weights[name].weights
         self._overwritten = weights, overwrite(weights)
         return {}
 
-    @_reported
+    @reported
     def undo_overwrite(self) -> dict[str, Any]:
         """Give the parameter that was overwritten its own weights again."""
         self._undo_overwrite()
         return {}
 
-    @_reported
+    @reported
     def open_slots(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
         """
         Make the adapter slots ready for members.
@@ -153,25 +136,25 @@ class WorkerExtension:
         lora = self.vllm_config.lora_config
         if lora is None:
             raise ValueError(
-                "The server has no adapters. Start it with --enable-lora --max-loras N --max-lora-rank R: N members "
-                "in a batch, whose `perturbation_rank` is at most R."
+                "The server has no adapters. Start it with --enable-lora --max-loras N --max-lora-rank R: N adapters "
+                "in a batch, of a rank of at most R."
             )
         self._slots = self.slots(parameters)
         return {"slots": lora.max_loras, "rank": lora.max_lora_rank, "names": list(self._slots)}
 
-    @_reported
+    @reported
     def fill_slot(self, name: str) -> dict[str, Any]:
         """Write noise into the first slot of a parameter."""
         self._slots[name].fill()
         return {}
 
-    @_reported
+    @reported
     def clear_slot(self, name: str) -> dict[str, Any]:
         """Write zeros into the first slot of a parameter."""
         self._slots[name].clear()
         return {}
 
-    @_reported
+    @reported
     def begin(self, header: dict[str, Any], dtype: str) -> dict[str, Any]:
         """
         Begin a run, unless it has begun already.
@@ -190,19 +173,19 @@ class WorkerExtension:
             self._restart(header, dtype)
         return self._position()
 
-    @_reported
+    @reported
     def restart(self, header: dict[str, Any], dtype: str) -> dict[str, Any]:
         """Begin a run from its base model, whatever was done before."""
         self._restart(header, dtype)
         return self._position()
 
-    @_reported
+    @reported
     def perturb(self, seed: int, sign: int, sigma: float) -> dict[str, Any]:
         """Make the weights those of a member."""
         self._running().weights.perturb(Member(seed, sign), sigma)
         return {}
 
-    @_reported
+    @reported
     def install(self, members: Sequence[tuple[int, int]], sigma: float) -> dict[str, Any]:
         """Write members, given as seeds and signs, into the adapter slots, from the first on."""
         strategy = self._running()
@@ -210,13 +193,13 @@ class WorkerExtension:
         LowRankMembers(strategy.weights, self._slots).write([Member(*member) for member in members], sigma)
         return {}
 
-    @_reported
+    @reported
     def restore(self) -> dict[str, Any]:
         """Make the weights the unperturbed ones."""
         self._running().restore()
         return {}
 
-    @_reported
+    @reported
     def update(self, record: dict[str, Any]) -> dict[str, Any]:
         """Do the update of an update record. Returns what `begin` does, and how far the weights moved."""
         strategy = self._running()
@@ -228,13 +211,13 @@ class WorkerExtension:
             "weight_norm": strategy.weight_norm(),
         }
 
-    @_reported
+    @reported
     def checksum(self) -> dict[str, Any]:
         """Where this worker is in the run, and the checksums of the trained weights."""
         self._running()
         return self._position()
 
-    @_reported
+    @reported
     def export(self, name: str, low: int, high: int) -> dict[str, Any]:
         """
         Trained or frozen weights as they are saved.
@@ -274,13 +257,7 @@ class WorkerExtension:
     def _restart(self, header: dict[str, Any], dtype: str) -> None:
         self._run = self._strategy = None
         self._untrained = {}
-        config = self.model_config
-        wanted = str(working_dtype(header["config"]) or dtype).removeprefix("torch.")
-        if str(config.dtype) != f"torch.{wanted}":
-            raise ValueError(
-                f"The server computes in {config.dtype}, but the run in {wanted}. Start the server with --dtype "
-                f"{wanted}, or choose with `bf16` and `fp16` of `ESConfig`."
-            )
+        require_dtype(self.model_config.dtype, header["config"], dtype)
         trained = self._take_weights(header, dtype)
         self._strategy = make_optimizer(
             [(name, parameter) for name, (parameter, _) in trained.items()],

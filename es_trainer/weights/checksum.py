@@ -8,7 +8,7 @@ from .part import Part
 
 # Odd, and without a pattern: the 64 bits of the golden ratio, and a multiplier of SplitMix64
 MULTIPLIER_0, MULTIPLIER_1 = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(values: torch.Tensor, start: int = 0) -> int:

@@ -12,7 +12,7 @@ from es_trainer.engines.vllm_dispatch import Job, JobQueue, dispatch
 class Server:
     def __init__(self, number):
         self.url = f"server {number}"
-        self.updates, self.late, self.last_error = 0, False, ""
+        self.connected, self.late, self.last_error = True, False, ""
         self.lock = threading.Lock()
         self.cancelled = threading.Event()
 
@@ -26,7 +26,7 @@ class Server:
         raise Cancelled(self.url)
 
     def lose(self, error):
-        self.updates, self.last_error = None, str(error)
+        self.connected, self.last_error = False, str(error)
 
 
 class Servers:
@@ -226,7 +226,7 @@ def test_a_server_that_is_lost_while_it_is_helped(lost):
 
     done = list(dispatch(servers, jobs_of(4, 6), do, splits=False, repeats=True))
     assert answered(done) == every(4, 6)
-    assert [server.updates for server in servers.servers].count(None) == 1
+    assert [server.connected for server in servers.servers].count(False) == 1
 
 
 def test_a_job_takes_too_long_by_its_size(monkeypatch):

@@ -1,6 +1,5 @@
 """Code of the user on vLLM servers: programs, rollout functions and tools talk to members wherever these are."""
 
-import contextlib
 import threading
 
 import openai
@@ -9,17 +8,12 @@ import test_agents
 import tiny
 from conftest import logs, make_tokenizer
 from datasets import Dataset
-from test_servers import Process
+from test_servers import Process, running
 
 
 @pytest.fixture(scope="module")
 def servers():
-    started = [Process(), Process()]
-    with contextlib.ExitStack() as stack:
-        for server in started:
-            stack.callback(server.kill)
-        for server in started:
-            server.wait()
+    with running(Process(), Process()) as started:
         yield started
 
 

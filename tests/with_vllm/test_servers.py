@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -67,16 +68,22 @@ class Process:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def running(*servers: Process) -> Iterator[list[Process]]:
+    """Inside, the servers are up; afterwards they are killed."""
+    try:
+        for server in servers:
+            server.wait()
+        yield list(servers)
+    finally:
+        for server in servers:
+            server.kill()
+
+
 @pytest.fixture(scope="module")
 def servers():
-    started = [Process(), Process()]
-    try:
-        for server in started:
-            server.wait()
+    with running(Process(), Process()) as started:
         yield started
-    finally:
-        for server in started:
-            server.kill()
 
 
 @pytest.fixture
@@ -414,14 +421,8 @@ LORA = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "8")
 
 @pytest.fixture(scope="module")
 def servers_with_adapters():
-    started = [Process(*LORA), Process(*LORA)]
-    try:
-        for server in started:
-            server.wait()
+    with running(Process(*LORA), Process(*LORA)) as started:
         yield started
-    finally:
-        for server in started:
-            server.kill()
 
 
 def test_a_server_answers_for_a_group_of_members(servers_with_adapters, start, trainer, tmp_path, caplog):
@@ -468,7 +469,7 @@ def test_servers_with_too_few_slots(servers, servers_with_adapters, start):
     options = {"perturbation": "low_rank", "vllm_lora": True}
     with pytest.raises(ServerError, match="has no adapters. Start it with --enable-lora --max-loras N"):
         start(servers[0], **options)
-    with pytest.raises(ServerError, match="has adapters for 3 members: start it with a larger --max-loras"):
+    with pytest.raises(ServerError, match="has adapters for 3 members: start it with --max-loras 4 or more"):
         start(servers_with_adapters[0], population_batch_size=4, **options)
     with pytest.raises(ServerError, match="at most 8, but `perturbation_rank=9`: .* a larger --max-lora-rank"):
         start(servers_with_adapters[0], perturbation_rank=9, **options)

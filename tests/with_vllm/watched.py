@@ -1,6 +1,7 @@
 """A worker that can be broken, and counts the bytes of the models that it loads and of the weights that it keeps."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from es_trainer.engines.vllm_slots import Slots
 from es_trainer.engines.vllm_worker import WorkerExtension
 
 
@@ -15,6 +17,18 @@ def compute_with_a_copy(layer: nn.Module, when: Callable[[torch.Tensor], bool] =
     """Break a linear layer of vLLM: for some inputs, it does not compute with its weights as they are from now on."""
     copy = layer.weight.data.clone()
     layer.cpu_linear = lambda x, weight, bias: linear(x, copy if when(x) else weight, bias)
+
+
+def as_text(slots: Mapping[str, Slots]) -> dict[str, list[str]]:
+    """The bytes that are in each adapter slot of each weight, hashed."""
+
+    def bits(values: torch.Tensor) -> bytes:
+        return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+    return {
+        name: [hashlib.sha1(bits(a) + bits(b)).hexdigest() for a, b in zip(own.a, own.b, strict=True)]
+        for name, own in slots.items()
+    }
 
 
 class Watched(WorkerExtension):
@@ -28,6 +42,10 @@ class Watched(WorkerExtension):
             "trained": sum(master.nbytes for master in masters),
             "kept": sum(master.untyped_storage().nbytes() for master in masters),
         }
+
+    def slots_as_text(self) -> dict[str, Any]:
+        """All that is in the adapter slots, by the names of the weights that they add to."""
+        return as_text(self._slots)
 
     def compute_with_a_copy(self, module: str) -> dict[str, Any]:
         compute_with_a_copy(self.get_model().get_submodule(module))
