@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..engines import PopulationBatch, TransformersEngine
+from ..engines.forward_pass import parameters_behind
 from ..engines.generation_config import check_generation_kwargs
 from ..engines.image_prompts import ImagePrompt
 from ..evolution import EvolutionStrategy, Member
@@ -30,6 +31,7 @@ logger = logging.get_logger(__name__)
 class Local(Backend):
     """The model's weights in each process, with Transformers' `generate`."""
 
+    one_at_a_time = "perturbation='gaussian' and population_batch_size=1"  # what evaluates members so
     _warned_of_memory = False
 
     @classmethod
@@ -75,17 +77,21 @@ class Local(Backend):
         or all of it if members are to be evaluated together.
         """
         others = other_modalities(self.model)
-        if self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1):
+        if self._evaluates_together():
             freeze(
                 self.model,
                 others,
                 "members that are evaluated together share what they see. To train them, too, set "
-                "perturbation='gaussian' and population_batch_size=1",
+                f"{self.one_at_a_time}",
             )
             return
-        behind = self.engine.parameters_behind(prompt)
+        behind = parameters_behind(self.model, self.engine.images, prompt)
         unread = [name for name in others if self.model.get_parameter(name) not in behind]
         freeze(self.model, unread, "no completion of the prompts depends on them")
+
+    def _evaluates_together(self) -> bool:
+        """Whether the config asks for members that are evaluated together."""
+        return self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1)
 
     def _frozen(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
         """The tensors of the model that are not trained, and follow the working dtype."""

@@ -49,6 +49,7 @@ class VLLMAdapter(VLLM):
     loads_weights = False
     engine_kind = VLLMAdapterEngine
     engine: VLLMAdapterEngine
+    no_images = "vLLM is not given images with `peft_config`. Leave `use_vllm` out"
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

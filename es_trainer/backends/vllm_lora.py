@@ -15,6 +15,7 @@ class VLLMLoRA(VLLM):
 
     engine_kind = VLLMLoRAEngine
     engine: VLLMLoRAEngine
+    one_at_a_time = "vllm_lora=False"
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
@@ -25,6 +26,9 @@ class VLLMLoRA(VLLM):
         super().start(model, tokenizer)
         self.slots = self.engine.slots()
         freeze_parameters_without_slots(model, self.slots)
+
+    def _evaluates_together(self) -> bool:
+        return True
 
     def _make_population_batch(self) -> VLLMLoRAEngine:
         self.engine.members = LowRankMembers(self.optimizer.weights, self.slots)

@@ -105,10 +105,16 @@ class ImageTemplate:
             batches[key] = fields
         return batches[key]
 
-    def _process(self, texts: list[str], images: list[list[Any]] | None) -> dict[str, torch.Tensor]:
-        begin = self.processor.tokenizer.bos_token
+    def without_expansion(self, prompt: ImagePrompt) -> list[int]:
+        """The tokens of a prompt's text, with those for images that the chat template has put in."""
+        return self.processor.tokenizer(prompt.text, **self._special_tokens(prompt.text))["input_ids"]
+
+    def _special_tokens(self, text: str) -> dict[str, bool]:
         # As `apply_chat_template` does that makes tokens
-        has_begin = begin is not None and texts[0].startswith(begin)
+        begin = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+
+    def _process(self, texts: list[str], images: list[list[Any]] | None) -> dict[str, torch.Tensor]:
         return dict(
             self.processor(
                 text=texts,
@@ -116,6 +122,6 @@ class ImageTemplate:
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
-                **({"add_special_tokens": False} if has_begin else {}),
+                **self._special_tokens(texts[0]),
             )
         )

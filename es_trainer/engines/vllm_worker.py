@@ -7,7 +7,7 @@ import base64
 import functools
 import os
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -107,11 +107,16 @@ class WorkerExtension:
     _strategy: EvolutionStrategy | None = None
     _digest = ""
 
-    def engine_weights(self, parameters: dict[str, Sequence[int]]) -> dict[str, EngineWeights]:
-        """What this worker has of the parameters of a Transformers model, given by name with their shapes."""
+    def engine_weights(
+        self, parameters: dict[str, Sequence[int]], dispensable: Collection[str] = ()
+    ) -> dict[str, EngineWeights]:
+        """
+        What this worker has of the parameters of a Transformers model, given by name with their shapes. Of those that
+        are dispensable, it need not have any.
+        """
         shapes = {name: torch.Size(shape) for name, shape in parameters.items()}
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        return find_engine_weights(self.get_model(), shapes, rank, size)
+        return find_engine_weights(self.get_model(), shapes, rank, size, dispensable)
 
     def slots(self, weights: dict[str, Sequence[int]]) -> dict[str, Slots]:
         """The adapter slots of weights of a Transformers model, given by name with their shapes, where there are."""
