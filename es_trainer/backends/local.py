@@ -31,7 +31,6 @@ logger = logging.get_logger(__name__)
 class Local(Backend):
     """The model's weights in each process, with Transformers' `generate`."""
 
-    one_at_a_time = "perturbation='gaussian' and population_batch_size=1"  # what evaluates members so
     _warned_of_memory = False
 
     @classmethod
@@ -82,7 +81,7 @@ class Local(Backend):
                 self.model,
                 others,
                 "members that are evaluated together share what they see. To train them, too, set "
-                f"{self.one_at_a_time}",
+                "perturbation='gaussian' and population_batch_size=1",
             )
             return
         behind = parameters_behind(self.model, self.engine.images, prompt)

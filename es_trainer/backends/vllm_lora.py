@@ -15,7 +15,6 @@ class VLLMLoRA(VLLM):
 
     engine_kind = VLLMLoRAEngine
     engine: VLLMLoRAEngine
-    one_at_a_time = "vllm_lora=False"
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:

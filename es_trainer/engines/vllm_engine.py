@@ -25,7 +25,7 @@ from ..text_only import other_modalities
 from ..weights.layouts import EngineWeights
 from .base import Engine
 from .decoding import Row
-from .image_prompts import ImagePrompt, ImageTemplate
+from .image_prompts import ImagePrompt
 from .live_weights import PROBE_SAMPLING, overwritten
 from .vllm_prompts import generate, has_processor
 from .vllm_requests import VLLMRequests
@@ -173,7 +173,7 @@ class VLLMEngine(Engine):
         def changed(name: str) -> contextlib.AbstractContextManager[None]:
             return overwritten(engine_weights[name].weights)
 
-        ask = functools.partial(logprobs, self.llm, images=self.images)
+        ask = functools.partial(logprobs, self.llm)
         of_images = set(other_modalities(self.model))
         read, seen = ([name for name in engine_weights if (name in of_images) == x] for x in (False, True))
         with self.woken_up():
@@ -241,7 +241,6 @@ class VLLMEngine(Engine):
             outputs = generate(
                 self.llm,
                 ids,
-                self.images,
                 salt,
                 [sampling_params(self.sampling, seed) for seed in seeds],
                 lora_request=[adapters[row.member] for row in rows],
@@ -273,18 +272,13 @@ class VLLMEngine(Engine):
 
 
 def logprobs(
-    llm: "LLM",
-    prompt: list[int],
-    tokens: int,
-    salt: str,
-    adapter: "LoRARequest | None" = None,
-    images: ImageTemplate | None = None,
+    llm: "LLM", prompt: list[int], tokens: int, salt: str, adapter: "LoRARequest | None" = None
 ) -> list[float]:
     """The highest log probabilities of tokens after a prompt, with a salt in vLLM's prefix cache."""
     from vllm import SamplingParams
 
     params = SamplingParams(**PROBE_SAMPLING, max_tokens=tokens, detokenize=False)
-    (output,) = generate(llm, [prompt], images, salt, params, lora_request=adapter, use_tqdm=False)
+    (output,) = generate(llm, [prompt], salt, params, lora_request=adapter, use_tqdm=False)
     return [best.logprob for token in output.outputs[0].logprobs for best in token.values()]
 
 

@@ -122,7 +122,7 @@ def test_the_processor_is_the_given_one(see):
 def test_a_processor_that_makes_other_tokens_is_an_error(see):
     run = see()
     run.engine.images.processor.image_processor.size = {"longest_edge": 32}
-    with pytest.raises(RuntimeError, match=r"vLLM makes other tokens of a prompt with images \(\d+\) than the pro"):
+    with pytest.raises(ValueError, match=r"vLLM makes other tokens of a prompt with images \(\d+\) than the pro"):
         answers(run, list(with_pictures(1)))
 
 
