@@ -85,7 +85,7 @@ class VLLMEngine(Engine):
         self._cache_salts = itertools.count()  # a salt of vLLM's prefix cache for each call
         if not LOADABLE.issuperset(args.model_init_kwargs or {}):
             source = None
-        if source is not None and not has_processor(source, processing_class, self._source_options(args)):
+        if source is not None and not has_processor(source, processing_class, args):
             source = None
         with _shared_folder(processes) as (folder, writes):
             if writes:
@@ -108,12 +108,12 @@ class VLLMEngine(Engine):
 
         from . import vllm_worker  # noqa: F401 (some of what it prepares is needed before the engine starts)
 
-        options = self._source_options(args)
+        model_options = args.model_init_kwargs or {}
         return LLM(
             model=source,
             tokenizer=tokenizer,
-            revision=options["revision"] if source != tokenizer else None,
-            trust_remote_code=options["trust_remote_code"],
+            revision=model_options.get("revision") if source != tokenizer else None,
+            trust_remote_code=args.trust_remote_code or model_options.get("trust_remote_code", False),
             dtype=str(self._dtype(args)).removeprefix("torch."),
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
@@ -125,12 +125,6 @@ class VLLMEngine(Engine):
             enforce_eager=args.device.type == "cpu",
             **self._options(args, processes),
         )
-
-    def _source_options(self, args: ESConfig) -> dict[str, Any]:
-        """Which files the model's name means."""
-        options = args.model_init_kwargs or {}
-        trusts = args.trust_remote_code or options.get("trust_remote_code", False)
-        return {"revision": options.get("revision"), "trust_remote_code": trusts}
 
     def _dtype(self, args: ESConfig) -> Any:
         """What vLLM computes in."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..config import ESConfig
 from .image_prompts import ImagePrompt
 
 
@@ -74,9 +75,7 @@ def check_tokens(expected: list[int], found: list[int]) -> None:
         )
 
 
-def has_processor(
-    source: str, processing_class: PreTrainedTokenizerBase | ProcessorMixin, options: dict[str, Any]
-) -> bool:
+def has_processor(source: str, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: ESConfig) -> bool:
     """
     Whether vLLM processes images as the trainer does if it loads the model, and with it the processor, by its name.
 
@@ -85,12 +84,18 @@ def has_processor(
             Name or folder of the model.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             The trainer's.
-        options (`dict[str, Any]`):
-            Keyword arguments of `from_pretrained`.
+        args ([`ESConfig`]):
+            Says which files the name means.
     """
     if not isinstance(processing_class, ProcessorMixin):
         return True
-    return AutoProcessor.from_pretrained(source, **options).to_dict() == processing_class.to_dict()
+    options = args.model_init_kwargs or {}
+    theirs = AutoProcessor.from_pretrained(
+        source,
+        revision=options.get("revision"),
+        trust_remote_code=args.trust_remote_code or options.get("trust_remote_code", False),
+    )
+    return theirs.to_dict() == processing_class.to_dict()
 
 
 # ---- in requests to servers ----

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.platforms import current_platform
 
+from .. import auto_model
 from ..evolution import EvolutionStrategy, Member
 from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters, working_dtype
 from ..weights.layouts import EngineWeights
@@ -124,10 +125,10 @@ class WorkerExtension:
         return find_slots(self.get_model(), weights)
 
     @_reported
-    def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
-        """Check that every parameter of a Transformers model is here, whole and with the right shape."""
+    def load_check(self, parameters: dict[str, Sequence[int]], dispensable: Collection[str] = ()) -> dict[str, Any]:
+        """Check that every parameter of a Transformers model is here that is not dispensable, with the right shape."""
         self._undo_overwrite()
-        self._engine_weights = self.engine_weights(parameters)
+        self._engine_weights = self.engine_weights(parameters, dispensable)
         return {"found": len(self._engine_weights)}
 
     @_reported
@@ -305,9 +306,14 @@ class WorkerExtension:
         """
         group = get_tp_group()
         model, infos = load_on_first_rank(lambda: self._load(header, dtype), group)
-        engine_weights = self.engine_weights({name: info.shape for name, info in infos.items()})
+        shapes = {name: info.shape for name, info in infos.items()}
+        engine_weights = self.engine_weights(shapes, shapes.keys() - header["parameters"])
         trained, different = {}, []
         for name, whole in broadcast_parameters(model, infos, group):
+            if model is not None and name not in header["parameters"]:
+                self._untrained[name] = whole
+            if name not in engine_weights:
+                continue
             own = engine_weights[name]
             values = own.part.of(whole)
             if not self._checked and not has_values(own, values):
@@ -317,8 +323,6 @@ class WorkerExtension:
             if name in header["parameters"]:
                 original = values if own.part.is_whole else values.clone()  # which keeps no more than that in memory
                 trained[name] = nn.Parameter(original, requires_grad=False), own
-            elif model is not None:
-                self._untrained[name] = whole
         refuse_other_values(different)
         self._checked = True
         if model is not None:
@@ -329,7 +333,7 @@ class WorkerExtension:
     def _load(self, header: dict[str, Any], dtype: str) -> PreTrainedModel:
         config = self.model_config
         with set_current_vllm_config(self.vllm_config):  # whose patches of Transformers ask for it
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_model.from_pretrained(
                 config.model, dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
         trained_parameters(model, header, "run")

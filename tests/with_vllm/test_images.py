@@ -1,48 +1,28 @@
 """Training with images and vLLM in the trainer's process."""
 
-import functools
-import tempfile
-
 import pytest
-import tiny
 import torch
 from conftest import assert_same, logs, weights
-from tiny_vision import make_tiny, picture, question, with_pictures
+from tiny_pictures import answers, folder, make
+from tiny_vision import picture, question, with_pictures
 from transformers import AutoModelForImageTextToText
 from watched import compute_with_a_copy
 
 from es_trainer import ESTrainer, replay
-from es_trainer.data import collate
 from es_trainer.engines.vllm_weights import LoadError
 from es_trainer.evolution import Member
-
-
-FAMILY = "idefics3"  # vLLM's classes of the others need torchvision, which there is no CPU build of on PyPI
-
-
-@functools.cache
-def folder() -> str:
-    path = tempfile.mkdtemp(prefix="tiny-vision-")
-    for part in make_tiny(FAMILY, **tiny.HEADS):
-        part.save_pretrained(path)
-    return path
 
 
 @pytest.fixture
 def see(trainer):
     """Make an ESTrainer that trains a tiny model on pictures, with vLLM or without."""
 
-    def make(use_vllm=True, **options) -> ESTrainer:
+    def start(use_vllm=True, **options) -> ESTrainer:
         data = options.pop("dataset", with_pictures())
         given = {"train_dataset": data, "eval_dataset": data, "processing_class": None, "population_batch_size": 1}
         return trainer(options.pop("model", folder()), use_vllm=use_vllm, **{**given, **options})
 
-    return make
-
-
-def answers(run: ESTrainer, rows: list[dict]) -> list[list[int]]:
-    prompts = run.engine.tokenize([row["prompt"] for row in collate(rows, "rows")])
-    return [completion.ids for completion in run.engine.generate(prompts, seed=0)]
+    return start
 
 
 def is_of_vision(name: str) -> bool:
@@ -85,7 +65,7 @@ def test_nothing_that_another_member_has_seen_is_read(see):
     """The vision tower alone differs between members, and all of them are shown the same images."""
     rows, runs = list(with_pictures(2)), []
     for use_vllm in (True, False):
-        model, processor = make_tiny(FAMILY, **tiny.HEADS)
+        model, processor = make()
         for name, parameter in model.named_parameters():
             parameter.requires_grad = is_of_vision(name)
         runs.append(see(use_vllm, model=model, processing_class=processor, sigma=0.5))
@@ -111,7 +91,7 @@ def test_weights_of_the_vision_tower_that_are_not_computed_with(see):
 
 
 def test_the_processor_is_the_given_one(see):
-    _, processor = make_tiny(FAMILY, **tiny.HEADS)
+    _, processor = make()
     processor.image_processor.size = {"longest_edge": 32}
     rows = list(with_pictures())
     runs = see(processing_class=processor), see(False, processing_class=processor), see(False)
@@ -131,7 +111,7 @@ def test_members_as_adapters(see, caplog):
     mine = see(vllm_lora=True, population_batch_size=3, **options)
     frozen = {name for name, p in mine.model.named_parameters() if not p.requires_grad}
     assert "parameters that adapters cannot carry stay as they are" in caplog.text
-    model, processor = make_tiny(FAMILY, **tiny.HEADS)
+    model, processor = make()
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name not in frozen
         assert parameter.requires_grad == ("text_model" in name and "proj" in name)
