@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import assert_same, logs, weights
+from peft import LoraConfig
 from tiny_pictures import answers, folder, make
 from tiny_vision import picture, question, with_pictures
 from transformers import AutoModelForImageTextToText
@@ -78,6 +79,11 @@ def test_nothing_that_another_member_has_seen_is_read(see):
         assert of_runs[0] == of_runs[1]
         seen.append(of_runs[0])
     assert seen[0] == seen[3] != seen[1] == seen[2]
+
+
+def test_adapters_of_peft_are_refused(see):
+    with pytest.raises(ValueError, match="`train_dataset` has the column 'image', but vLLM is not given images with"):
+        see(model="no/such-model", peft_config=LoraConfig(target_modules=["q_proj"]), population_batch_size=2)
 
 
 def test_weights_of_the_vision_tower_that_are_not_computed_with(see):

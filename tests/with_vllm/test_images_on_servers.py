@@ -25,17 +25,17 @@ def server():
 def see(trainer, server):
     """Make an ESTrainer that trains a tiny model on pictures, on the server or not."""
 
-    def start(use_vllm=True, model=None, processing_class=None, **options) -> ESTrainer:
+    def start(use_vllm=True, processing_class=None, frozen=(), **options) -> ESTrainer:
         data = with_pictures()
         options |= {"train_dataset": data, "eval_dataset": data, "processing_class": processing_class}
         if use_vllm:
-            options |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": [server.url]}
-            return trainer(folder(), **options)
+            mode = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": [server.url]}
+            return trainer(folder(), **mode | options)
         model, processor = make()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = "text_model" in name or "lm_head" in name
+            parameter.requires_grad = ("text_model" in name or "lm_head" in name) and name not in frozen
         options["processing_class"] = processor
-        return trainer(model, population_batch_size=1, **options)
+        return trainer(model, **options)
 
     return start
 
@@ -55,6 +55,25 @@ def test_three_steps_are_those_of_transformers(see, caplog, tmp_path):
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert_same(weights(saved), weights(theirs.model))
     assert not torch.equal(weights(saved)["lm_head.weight"], make()[0].lm_head.weight)
+
+
+def test_members_as_adapters(see):
+    options = {"perturbation": "low_rank", "sigma": 0.2}
+    server = Process("--enable-lora", "--max-loras", "3", "--max-lora-rank", "8", model=folder())
+    try:
+        server.wait()
+        mine = see(vllm_lora=True, vllm_server_base_url=[server.url], **options)
+        frozen = {name for name, p in mine.model.named_parameters() if not p.requires_grad}
+        mine.train()
+    finally:
+        server.kill()
+    theirs = see(False, frozen=frozen, **options)
+    assert all("proj" in name for name, p in theirs.model.named_parameters() if p.requires_grad)
+    theirs.train()
+    for one, other in zip(logs(mine), logs(theirs), strict=True):
+        for key in ("reward", "reward_std", "num_tokens"):
+            assert one[key] == other[key], key
+    assert len({log["reward_std"] for log in logs(mine)} - {0.0}) == 3
 
 
 def test_rows_with_one_image_with_several_and_without(see):
