@@ -220,11 +220,11 @@ def _experts(name: str) -> list[str]:
 
 
 def _fused_name(name: str, engine: nn.Module) -> str | None:
-    """The name of the parameter that a projection is fused into, if there is one of another name."""
+    """The name of the parameter that a projection is fused into."""
     module, _, kind = name.rpartition(".")
     parent, _, projection = module.rpartition(".")
     for whole, parts in engine.packed_modules_mapping.items():
-        if projection in parts and whole != projection:
+        if projection in parts:
             return f"{parent}.{whole}.{kind}"
     return None
 
