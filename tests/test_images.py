@@ -348,7 +348,6 @@ def tool(x: int) -> int:
     [
         ({"tools": [tool]}, "`tools` and environments have conversations of texts"),
         ({"rollout_func": lambda prompts, trainer: {}}, "`rollout_func` makes"),
-        ({"use_vllm": True, "vllm_mode": "server"}, "vLLM servers are not given images"),
         ({"agent_func": lambda example, endpoint: 0.0}, "programs ask for completions of texts"),
     ],
 )

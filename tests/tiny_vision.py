@@ -133,10 +133,10 @@ def gemma3() -> Tiny:
     return Gemma3ForConditionalGeneration(config), Gemma3Processor(pictures, own, template, image_seq_length=4)
 
 
-def idefics3() -> Tiny:
+def idefics3(**options: Any) -> Tiny:
     rows = [f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)]
     own = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows)
-    text = {**TEXT, "vocab_size": len(own), "max_position_embeddings": 256, "model_type": "llama"}
+    text = {**TEXT, "vocab_size": len(own), "max_position_embeddings": 256, "model_type": "llama", **options}
     vision = {**VISION, "image_size": 32, "patch_size": 8}
     image = own.convert_tokens_to_ids("<image>")
     config = Idefics3Config(text_config=text, vision_config=vision, image_token_id=image, scale_factor=2)
@@ -172,15 +172,15 @@ def llava_next() -> Tiny:
     return LlavaNextForConditionalGeneration(config), processor
 
 
-FAMILIES: dict[str, Callable[[], Tiny]] = {
+FAMILIES: dict[str, Callable[..., Tiny]] = {
     make.__name__: make for make in (qwen2_5_vl, qwen3_vl, gemma3, idefics3, llava_next)
 }
 
 
-def make_tiny(family: str, seed: int = 0) -> Tiny:
-    """A model and its processor."""
+def make_tiny(family: str, seed: int = 0, **options: Any) -> Tiny:
+    """A model, whose text model may have options, and its processor."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family]()
+    model, processor = FAMILIES[family](**options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # So that answers depend on what is seen

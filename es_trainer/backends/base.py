@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..config import ESConfig
@@ -107,7 +107,7 @@ class Backend(ABC):
     # ---- the run ----
 
     @abstractmethod
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
         """Give every process the weights of process 0, or its part of them, and make the engine."""
 
     @abstractmethod

@@ -19,7 +19,6 @@ class Dispatched(Backend):
     """Members, or some of their prompts, go to servers as those become free."""
 
     moves_model = False
-    no_images = "vLLM servers are not given images. Leave `use_vllm` out"
     engine: VLLMServers
 
     @classmethod

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..config import ESConfig
 from ..engines import PopulationBatch, TransformersEngine
+from ..engines.forward_pass import parameters_behind
 from ..engines.generation_config import check_generation_kwargs
 from ..engines.image_prompts import ImagePrompt
 from ..evolution import EvolutionStrategy, Member
@@ -42,14 +43,14 @@ class Local(Backend):
                 "perturbation='gaussian' and population_batch_size=1."
             )
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
         self.model = model
         tensors = [*model.parameters(), *model.buffers()]
         self.processes.broadcast([tensor.data for tensor in tensors], self.args.device)
-        self.engine = self._make_engine(tokenizer)
+        self.engine = self._make_engine(processing_class)
 
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
-        return TransformersEngine(self.model, tokenizer, self.args)
+    def _make_engine(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> TransformersEngine:
+        return TransformersEngine(self.model, processing_class, self.args)
 
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
         config = run_config(self.args)
@@ -77,7 +78,7 @@ class Local(Backend):
         or all of it if members are to be evaluated together.
         """
         others = other_modalities(self.model)
-        if self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1):
+        if self._evaluates_together():
             freeze(
                 self.model,
                 others,
@@ -85,9 +86,13 @@ class Local(Backend):
                 "perturbation='gaussian' and population_batch_size=1",
             )
             return
-        behind = self.engine.parameters_behind(prompt)
+        behind = parameters_behind(self.model, self.engine.images, prompt)
         unread = [name for name in others if self.model.get_parameter(name) not in behind]
         freeze(self.model, unread, "no completion of the prompts depends on them")
+
+    def _evaluates_together(self) -> bool:
+        """Whether the config asks for members that are evaluated together."""
+        return self.args.perturbation == "low_rank" or self.args.population_batch_size not in (None, 1)
 
     def _frozen(self, dtype: torch.dtype | None) -> list[torch.Tensor]:
         """The tensors of the model that are not trained, and follow the working dtype."""

@@ -1,7 +1,7 @@
 """Every process has all weights, stored in 8 bits, which the members of a population batch share."""
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..config import ESConfig
@@ -67,12 +67,12 @@ class QuantizedLocal(Local):
     def has_whole_weights(self) -> bool:
         return False  # the model's parameters do not have them
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
         self.model = model
         tensors = [*model.parameters(), *model.buffers()]
         self.processes.broadcast([tensor.data for tensor in tensors], self.args.device)
         self._quantize()
-        self.engine = self._make_engine(tokenizer)
+        self.engine = self._make_engine(processing_class)
 
     def _quantize(self) -> None:
         """Quantize the matrices of linear layers and embeddings on the device, and move the rest there."""

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..engines import VLLMServers
+from ..engines.vllm_prompts import has_processor
 from ..evolution import EvolutionStrategy
 from ..fields import require
+from ..text_only import freeze, other_modalities
 from .base import require_saved_state, trained
 from .dispatched import Dispatched
 from .trainer_inputs import TrainerInputs
@@ -41,13 +43,29 @@ class Servers(Dispatched):
     def has_whole_weights(self) -> bool:
         return False
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
         self.model = model
-        self.engine = self.engine_kind(model, tokenizer, self.args)
+        self.engine = self.engine_kind(model, processing_class, self.args)
 
     def begin(self, decayed: set[str]) -> EvolutionStrategy:
+        if self.answers.image_prompt is not None:
+            self._check_processor()
+            freeze(
+                self.model,
+                other_modalities(self.model),
+                "servers keep what they make of an image for all members. To train them, too, set "
+                "vllm_mode='colocate'",
+            )
         self.optimizer = self.engine.begin(trained(self.model), decayed)
         return self.optimizer
+
+    def _check_processor(self) -> None:
+        if not has_processor(self.source, self.engine.images.processor, self.args):
+            raise ValueError(
+                f"`processing_class` is another processor than that of the model's files ({self.source}), with which "
+                "servers process images. Save the model and this processor in a folder, and give that to the servers "
+                "and as `model`; or set vllm_mode='colocate'."
+            )
 
     def start_checksum(self) -> None:
         return None

@@ -1,6 +1,6 @@
 """vLLM servers have the base model, and an adapter of PEFT's is trained in the trainer's process."""
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..engines import VLLMAdapterServers
@@ -24,8 +24,8 @@ class ServersAdapter(Dispatched, VLLMAdapter):
         check_adapter(args, inputs)
         super().check_arguments(args, inputs)
 
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMAdapterServers:
-        return self.engine_kind(self.model, tokenizer, self.args)
+    def _make_engine(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> VLLMAdapterServers:
+        return self.engine_kind(self.model, processing_class, self.args)
 
     def _make_population_batch(self) -> VLLMAdapterServers:
         self.engine.connect(self.optimizer.weights)

@@ -1,6 +1,6 @@
 """vLLM servers with members as LoRA adapters: each server answers for a group of members in one batch."""
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..engines import VLLMLoRAServers
@@ -20,6 +20,6 @@ class ServersLoRA(Servers):
         check_low_rank(args)
         super().check_arguments(args, inputs)
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().start(model, tokenizer)
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+        super().start(model, processing_class)
         freeze_parameters_without_slots(model, self.engine.open_slots())

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig, launched_processes
 from ..engines import VLLMEngine
@@ -25,7 +25,6 @@ class VLLM(Local):
     """Members are written into vLLM's weights, one at a time."""
 
     moves_model = False  # vLLM has the weights on the device
-    no_images = "vLLM is not given images. Leave `use_vllm` out"
     engine_kind = VLLMEngine
     engine: VLLMEngine
 
@@ -73,11 +72,14 @@ class VLLM(Local):
         super().__init__(args, processes, answers, source)
         self.group_size = args.vllm_tensor_parallel_size
 
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> VLLMEngine:
-        return self.engine_kind(self.model, tokenizer, self.args, self.source, self.processes)
+    def _make_engine(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> VLLMEngine:
+        return self.engine_kind(self.model, processing_class, self.args, self.source, self.processes)
 
     def _engine_weights(self) -> "dict[nn.Parameter, EngineWeights]":
-        return self.engine.engine_weights()
+        return self.engine.engine_weights(self.answers.image_prompt)
+
+    def _evaluates_together(self) -> bool:
+        return False
 
     def _make_population_batch(self) -> None:
         return None

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..engines import AdapterMembers, VLLMAdapterEngine, lora_layers
@@ -49,6 +49,7 @@ class VLLMAdapter(VLLM):
     loads_weights = False
     engine_kind = VLLMAdapterEngine
     engine: VLLMAdapterEngine
+    no_images = "vLLM is not given images with `peft_config`. Leave `use_vllm` out"
 
     @classmethod
     def check_arguments(cls, args: ESConfig, inputs: TrainerInputs) -> None:
@@ -66,12 +67,12 @@ class VLLMAdapter(VLLM):
     def parts(self) -> int:
         return 1
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
         self.model = model
         for _, parameter in trained(model):
             parameter.data = parameter.data.to(self.args.device)
         self.processes.broadcast([parameter.data for _, parameter in trained(model)], self.args.device)
-        self.engine = self._make_engine(tokenizer)
+        self.engine = self._make_engine(processing_class)
         self.slots = self.engine.slots()
 
     def _engine_weights(self) -> None:

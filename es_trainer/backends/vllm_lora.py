@@ -1,6 +1,6 @@
 """vLLM in the trainer's processes, with members as LoRA adapters."""
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..engines import LowRankMembers, VLLMLoRAEngine
@@ -21,10 +21,13 @@ class VLLMLoRA(VLLM):
         check_low_rank(args)
         super().check_arguments(args, inputs)
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().start(model, tokenizer)
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+        super().start(model, processing_class)
         self.slots = self.engine.slots()
         freeze_parameters_without_slots(model, self.slots)
+
+    def _evaluates_together(self) -> bool:
+        return True
 
     def _make_population_batch(self) -> VLLMLoRAEngine:
         self.engine.members = LowRankMembers(self.optimizer.weights, self.slots)

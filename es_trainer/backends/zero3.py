@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..engines import TransformersEngine
@@ -41,10 +41,10 @@ class Gathered(Local):
     def in_place(self) -> bool:
         return False
 
-    def start(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
         self.model = model
         self._partition()
-        self.engine = self._make_engine(tokenizer)
+        self.engine = self._make_engine(processing_class)
 
     def _partition(self) -> dict:
         """What is not partitioned yet, will be: process 0's weights count. Returns DeepSpeed's config."""
@@ -106,9 +106,9 @@ class Lockstep(Gathered):
         self.deepspeed, *_ = deepspeed.initialize(model=self.model, config=config)
         return config
 
-    def _make_engine(self, tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
+    def _make_engine(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> TransformersEngine:
         shares = (self.processes.rank, self.processes.count)
-        return TransformersEngine(self.model, tokenizer, self.args, shares)
+        return TransformersEngine(self.model, processing_class, self.args, shares)
 
     def _make_population_batch(self) -> None:
         return None

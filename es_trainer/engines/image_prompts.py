@@ -18,15 +18,25 @@ class ImagePrompt(list[int]):
             Tokens, with those that stand for images.
         text (`str`):
             What the chat template made of the messages.
+        text_ids (`list[int]`):
+            Tokens of that text, before those for images become as many as these take.
         images (`list[PIL.Image.Image]`):
             The images, in the order in which they stand in the text.
         batches (`dict`):
             Takes what a model reads of batches of this prompt and others that were encoded together.
     """
 
-    def __init__(self, ids: list[int], text: str, images: list[Any], batches: dict[tuple[int, ...], Any]):
+    def __init__(
+        self,
+        ids: list[int],
+        text: str,
+        text_ids: list[int],
+        images: list[Any],
+        batches: dict[tuple[int, ...], Any],
+    ):
         super().__init__(ids)
         self.text = text
+        self.text_ids = text_ids
         self.images = images
         self.batches = batches
 
@@ -77,7 +87,10 @@ class ImageTemplate:
                 ids = self._process([text], [images] if images else None)["input_ids"][0].tolist()
             except ValueError as error:
                 raise ValueError(f"Prompt {row}: {error}") from error
-            prompts.append(ImagePrompt(ids, text, images, batches) if images else ids)
+            if images:
+                text_ids = self.processor.tokenizer(text, **self._special_tokens(text))["input_ids"]
+                ids = ImagePrompt(ids, text, text_ids, images, batches)
+            prompts.append(ids)
         return prompts
 
     def inputs(self, prompts: Sequence[ImagePrompt]) -> dict[str, torch.Tensor]:
@@ -105,10 +118,12 @@ class ImageTemplate:
             batches[key] = fields
         return batches[key]
 
-    def _process(self, texts: list[str], images: list[list[Any]] | None) -> dict[str, torch.Tensor]:
-        begin = self.processor.tokenizer.bos_token
+    def _special_tokens(self, text: str) -> dict[str, bool]:
         # As `apply_chat_template` does that makes tokens
-        has_begin = begin is not None and texts[0].startswith(begin)
+        begin = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+
+    def _process(self, texts: list[str], images: list[list[Any]] | None) -> dict[str, torch.Tensor]:
         return dict(
             self.processor(
                 text=texts,
@@ -116,6 +131,6 @@ class ImageTemplate:
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
-                **({"add_special_tokens": False} if has_begin else {}),
+                **self._special_tokens(texts[0]),
             )
         )

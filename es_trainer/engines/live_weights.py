@@ -90,6 +90,21 @@ def find_unused_weights(
         return {"prefill": logprobs(short, 1, uuid.uuid4().hex), "decoding": logprobs(long, DECODED_TOKENS, salt)}
 
     outputs()  # fills the cache
+    return find_weights_without_effect(names, overwritten, outputs)
+
+
+def find_weights_without_effect(
+    names: Sequence[str],
+    overwritten: Callable[[str], AbstractContextManager[None]],
+    outputs: Callable[[], dict[str, list[float]]],
+) -> list[str]:
+    """
+    Find weights that have no effect on outputs of the engine, one of each kind, as [`find_unused_weights`] does.
+
+    Args:
+        outputs (`Callable[[], dict[str, list[float]]]`):
+            Log probabilities, by what they are of. The rest is as with [`find_unused_weights`].
+    """
     before, again = outputs(), outputs()
     found = []
     for name in _one_of_each_kind(name for name in names if not name.endswith(".bias")):

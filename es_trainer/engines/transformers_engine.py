@@ -1,13 +1,9 @@
 """Completions by Transformers' `generate`."""
 
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from torch import nn
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -25,6 +21,7 @@ from . import trial
 from .base import Engine
 from .continuous_batch import ContinuousBatch
 from .decoding import Decoding, Row, follows
+from .forward_pass import image_inputs, logits
 from .generation_config import generation_config
 from .image_prompts import ImagePrompt
 from .not_numbers import NOT_NUMBERS, NaNLogits
@@ -197,32 +194,8 @@ class TransformersEngine(Engine):
         Returns:
             `torch.Tensor` of shape `(tokens, vocabulary)`, on the model's device and in the dtype that it has there.
         """
-        return self._logits(prompt, last)
-
-    def parameters_behind(self, prompt: list[int]) -> set[nn.Parameter]:
-        """The parameters with `requires_grad` that what the model says to a prompt depends on."""
-        # No gradient is computed: autograd's graph alone says it, and what gradients would need is not kept
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
-            nodes = [self._logits(prompt, last=1).grad_fn]
-        seen: set[Any] = set()
-        found: set[nn.Parameter] = set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            if node.name().endswith("AccumulateGrad"):
-                found.add(node.variable)
-        return found
-
-    def _logits(self, prompt: list[int], last: int) -> torch.Tensor:
         self.use(None)
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        taken = inspect.signature(base.forward).parameters
-        options = {"logits_to_keep": last} if "logits_to_keep" in taken else {}
-        ids = torch.tensor([prompt], device=base.device)
-        return base(input_ids=ids, **self._image_inputs([prompt]), **options).logits[0, -last:]
+        return logits(self.model, self.images, prompt, last)
 
     def trial_inputs(self, prompt: list[int] | None) -> dict[str, torch.Tensor] | None:
         """A prompt with images as [`trial.answers`] takes it."""
@@ -230,13 +203,8 @@ class TransformersEngine(Engine):
             return None
         copies = [prompt] * len(trial.LENGTHS)
         ids = torch.tensor(copies, device=self.model.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self._image_inputs(copies)}
-
-    def _image_inputs(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        """What the model reads of prompts beside their tokens; nothing if they are texts."""
-        if not isinstance(prompts[0], ImagePrompt):
-            return {}
-        return {name: values.to(self.model.device) for name, values in self.images.inputs(prompts).items()}
+        of_images = image_inputs(self.images, copies, self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **of_images}
 
     def requests(self, members: Rows | None, most_rows: int | None = None) -> ContinuousBatch:
         """
@@ -275,9 +243,9 @@ class TransformersEngine(Engine):
         if self.sampling["temperature"] > 0:
             random_numbers = CommonRandomNumbers(seed, [(row.prompt, row.number) for row in rows], width)
             processors += sampling_processors(**self.sampling, random_numbers=random_numbers)
-        image_inputs = self._image_inputs(prompt_ids)
+        of_images = image_inputs(self.images, prompt_ids, self.model.device)
         decoding = None
-        if self.drops_finished_rows and not image_inputs:
+        if self.drops_finished_rows and not of_images:
             decoding = Decoding(rows, lengths, members, progress, caches)
         if members is not None:
             members.assign([row.member for row in rows])
@@ -285,7 +253,7 @@ class TransformersEngine(Engine):
             output = self.model.generate(
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
-                **image_inputs,
+                **of_images,
                 generation_config=self.generation_config,
                 logits_processor=processors,
                 stopping_criteria=self.stopping_criteria,

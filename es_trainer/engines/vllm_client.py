@@ -15,6 +15,7 @@ from ..event_loop import event_loop
 from ..weights.part import Part
 from .live_weights import PROBE_SAMPLING
 from .vllm_members import COMPLETIONS, WORKERS_METHODS, WeightsOf
+from .vllm_prompts import as_json
 
 
 EXPORTED_WEIGHTS = 1 << 22  # in one response
@@ -103,7 +104,7 @@ class VLLMClient:
             weights (`WeightsOf`):
                 The method of the workers that writes the members, and its arguments.
             prompts (`list[list[int]]`):
-                Tokens of the prompts.
+                Tokens of the prompts; those with images are [`ImagePrompt`]s.
             options (`dict[str, Any]`):
                 What `sampling_options` returned.
             seeds (`list[int | None]`):
@@ -117,7 +118,10 @@ class VLLMClient:
         Raises:
             [`Cancelled`]: If `cancel` was called.
         """
-        content = {"weights": weights, "prompts": prompts, "options": options, "seeds": seeds, "slots": slots}
+        content = {
+            **{"weights": weights, "prompts": [as_json(prompt) for prompt in prompts]},
+            **{"options": options, "seeds": seeds, "slots": slots},
+        }
         answer = self._send("POST", COMPLETIONS, content, key="completed", request=self._cancellable)
         self._check(answer["written"], "write the weights of a member")
         self.noise_seconds += answer["noise_seconds"]

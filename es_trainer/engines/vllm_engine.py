@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import tempfile
+import uuid
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,19 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..rollout import Completion
 from ..run.history import run_config, working_dtype
 from ..run.processes import Processes
+from ..text_only import other_modalities
 from ..weights.layouts import EngineWeights
 from .base import Engine
 from .decoding import Row
+from .image_prompts import ImagePrompt
 from .live_weights import PROBE_SAMPLING, overwritten
+from .vllm_prompts import generate, has_processor
 from .vllm_requests import VLLMRequests
 from .vllm_sampling import common_seed, sampling_options, sampling_params
-from .vllm_weights import check_values, require_used_weights
+from .vllm_weights import check_values, require_seen_weights, require_used_weights
 
 
 if TYPE_CHECKING:
@@ -50,8 +54,8 @@ class VLLMEngine(Engine):
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model, in host memory.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, or its processor.
         args ([`ESConfig`]):
             Generation parameters, and those that begin with `vllm_`.
         source (`str`, *optional*):
@@ -63,15 +67,17 @@ class VLLMEngine(Engine):
         [`LoadError`]: If vLLM does not hold the model's weights as they are.
     """
 
+    reads_images = True
+
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         args: ESConfig,
         source: str | None,
         processes: Processes,
     ):
-        super().__init__(model, tokenizer, args)
+        super().__init__(model, processing_class, args)
         self.group = processes.rank // args.vllm_tensor_parallel_size
         self.sampling = sampling_options(args, self.eos_token_ids)
         self.max_new_tokens = self.sampling["max_tokens"]
@@ -79,9 +85,11 @@ class VLLMEngine(Engine):
         self._cache_salts = itertools.count()  # a salt of vLLM's prefix cache for each call
         if not LOADABLE.issuperset(args.model_init_kwargs or {}):
             source = None
+        if source is not None and not has_processor(source, processing_class, args):
+            source = None
         with _shared_folder(processes) as (folder, writes):
             if writes:
-                tokenizer.save_pretrained(folder)
+                processing_class.save_pretrained(folder)
                 model.config.save_pretrained(folder)  # by which vLLM knows what kind of tokenizer it is
                 if source is None:
                     model.save_pretrained(folder)
@@ -131,28 +139,41 @@ class VLLMEngine(Engine):
             options["distributed_executor_backend"] = "external_launcher"
         return options
 
-    def engine_weights(self) -> dict[nn.Parameter, EngineWeights]:
-        """Where the engine keeps the parameters of the model, and computes with those that are trained."""
+    def engine_weights(self, image_prompt: ImagePrompt | None = None) -> dict[nn.Parameter, EngineWeights]:
+        """
+        Where the engine keeps the parameters of the model, and computes with those that are trained.
+
+        Args:
+            image_prompt ([`ImagePrompt`], *optional*):
+                One of the prompts to train on, if they have images.
+        """
         parameters = dict(self.model.named_parameters())
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        (found,) = self.llm.collective_rpc("engine_weights", args=(shapes,))
+        frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+        (found,) = self.llm.collective_rpc("engine_weights", args=(shapes, frozen))
         check_values(found, parameters)
-        self._check_weights_are_used({name: own for name, own in found.items() if parameters[name].requires_grad})
+        self._check_weights_are_used(
+            {name: own for name, own in found.items() if parameters[name].requires_grad}, image_prompt
+        )
         # Of the groups of processes, which all have all of the weights, the first stands for the others in sums
         return {
             parameters[name]: replace(own, part=replace(own.part, replica=own.part.replica or self.group > 0))
             for name, own in found.items()
         }
 
-    def _check_weights_are_used(self, engine_weights: dict[str, EngineWeights]) -> None:
+    def _check_weights_are_used(
+        self, engine_weights: dict[str, EngineWeights], image_prompt: ImagePrompt | None
+    ) -> None:
+        def changed(name: str) -> contextlib.AbstractContextManager[None]:
+            return overwritten(engine_weights[name].weights)
+
+        ask = functools.partial(logprobs, self.llm)
+        of_images = set(other_modalities(self.model))
+        read, seen = ([name for name in engine_weights if (name in of_images) == x] for x in (False, True))
         with self.woken_up():
-            require_used_weights(
-                list(engine_weights),
-                lambda name: overwritten(engine_weights[name].weights),
-                functools.partial(logprobs, self.llm),
-                self.tokenizer,
-                self.context,
-            )
+            require_used_weights(read, changed, ask, self.tokenizer, self.context)
+            if image_prompt is not None:
+                require_seen_weights(seen, changed, lambda: ask(image_prompt, 1, uuid.uuid4().hex))
 
     def reset_prefix_cache(self) -> None:
         """
@@ -211,8 +232,10 @@ class VLLMEngine(Engine):
             salt = caches.setdefault("salt", salt)
         adapters = self._adapters(members)
         with self.woken_up():
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in ids],
+            outputs = generate(
+                self.llm,
+                ids,
+                salt,
                 [sampling_params(self.sampling, seed) for seed in seeds],
                 lora_request=[adapters[row.member] for row in rows],
                 use_tqdm=functools.partial(tqdm, leave=False, position=2, dynamic_ncols=True) if progress else False,
@@ -249,8 +272,7 @@ def logprobs(
     from vllm import SamplingParams
 
     params = SamplingParams(**PROBE_SAMPLING, max_tokens=tokens, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt, "cache_salt": salt}]
-    (output,) = llm.generate(prompts, params, lora_request=adapter, use_tqdm=False)
+    (output,) = generate(llm, [prompt], salt, params, lora_request=adapter, use_tqdm=False)
     return [best.logprob for token in output.outputs[0].logprobs for best in token.values()]
 
 

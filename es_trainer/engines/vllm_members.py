@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from .vllm_prompts import check_tokens, from_json
 from .vllm_sampling import sampling_params
 from .vllm_slots import slot_request
 
@@ -123,7 +124,7 @@ class Members:
     async def _answer(
         self,
         weights: list[Any],
-        prompts: list[list[int]],
+        prompts: list[list[int] | dict[str, Any]],
         options: dict[str, Any],
         seeds: list[int | None],
         slots: list[int | None],
@@ -134,8 +135,8 @@ class Members:
         Args:
             weights (`list`):
                 The method of the workers that writes the members, and its arguments.
-            prompts (`list[list[int]]`):
-                Tokens of the prompts.
+            prompts (`list[list[int] | dict[str, Any]]`):
+                Tokens of the prompts; of one with images, what `as_json` returned.
             options (`dict[str, Any]`):
                 Sampling parameters, by vLLM's names.
             seeds (`list[int | None]`):
@@ -155,7 +156,7 @@ class Members:
             if not any("error" in response for response in written):
                 choices = await _together(
                     [
-                        self._complete({"prompt_token_ids": prompt, "cache_salt": salt}, options, seed, slot)
+                        self._complete(*from_json(prompt, salt), options, seed, slot)
                         for prompt, seed, slot in zip(prompts, seeds, slots, strict=True)
                     ]
                 )
@@ -166,7 +167,12 @@ class Members:
         return await self._engine.collective_rpc(method, args=arguments)
 
     async def _complete(
-        self, prompt: dict[str, Any], options: dict[str, Any], seed: int | None, slot: int | None
+        self,
+        ids: list[int],
+        prompt: dict[str, Any],
+        options: dict[str, Any],
+        seed: int | None,
+        slot: int | None,
     ) -> dict[str, Any]:
         from vllm.sampling_params import RequestOutputKind
 
@@ -177,6 +183,7 @@ class Members:
         adapter = None if slot is None else slot_request(slot)
         async for output in self._engine.generate(prompt, params, name, lora_request=adapter):
             made = output.outputs[0]
+        check_tokens(ids, output.prompt_token_ids)
         return {"token_ids": list(made.token_ids), "finish_reason": made.finish_reason}
 
 

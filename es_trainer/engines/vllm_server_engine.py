@@ -39,6 +39,7 @@ class VLLMServerEngine(Engine):
             Most tokens that it reads.
     """
 
+    reads_images = True
     members: Sequence[Member] = ()  # none: the unperturbed weights
     sigma = 0.0
     prompts = range(0)

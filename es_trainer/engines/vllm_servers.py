@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import ESConfig
 from ..evolution import Member
@@ -61,8 +61,8 @@ class VLLMServers(Engine):
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model on the meta device, without weights.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, or its processor.
         args ([`ESConfig`]):
             Generation parameters, and those that begin with `vllm_server_`.
 
@@ -70,11 +70,14 @@ class VLLMServers(Engine):
         `ConnectionError`: If a server is not up within `args.vllm_server_timeout`.
     """
 
+    reads_images = True
     replicas_kind: type[ServerPool] = Replicas
     engine_kind = VLLMServerEngine
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ESConfig):
-        super().__init__(model, tokenizer, args)
+    def __init__(
+        self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: ESConfig
+    ):
+        super().__init__(model, processing_class, args)
         self.args = args
         self.max_new_tokens = sampling_options(args, self.eos_token_ids)["max_tokens"]
         self.replicas = self.replicas_kind(args)
@@ -103,9 +106,11 @@ class VLLMServers(Engine):
         optimizer = make_optimizer(named_parameters, decayed, run_config(self.args), kind=RemoteStrategy)
         optimizer.replicas = self.replicas
         self.replicas.header = describe(optimizer, self.args)
-        shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
+        shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+        frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
         for server in self.replicas.servers:
-            server.call("load_check", shapes)
+            server.call("load_check", shapes, frozen)
             self._check_weights_are_used(server, [name for name, _ in named_parameters])
         self.replicas.replay([], None)
         return optimizer

@@ -4,7 +4,7 @@ vLLM fuses projections, pads vocabularies and shards over tensor-parallel ranks.
 and its noise are those of Transformers, so that an engine and a plain model get the same perturbations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..weights.layouts import EngineWeights
 from ..weights.part import Part
-from .live_weights import Logprobs, find_unused_weights
+from .live_weights import Logprobs, find_unused_weights, find_weights_without_effect
 
 
 # Stacked experts of Transformers, as the parameters that hold them in vLLM
 EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
-RENAMED = (".mlp.", ".block_sparse_moe.")  # Mixtral's layers in Transformers, and in vLLM
+# Parts of names in Transformers, and in vLLM: Mixtral's layers, and towers of CLIP and SigLIP
+RENAMED = ((".mlp.", ".block_sparse_moe."), ("vision_tower.", "vision_tower.vision_model."))
 WRAPPED = ".base_layer"  # what a module that LoRA has wrapped is called in its wrapper
 
 
@@ -28,7 +29,11 @@ class LoadError(RuntimeError):
 
 
 def find_engine_weights(
-    engine: nn.Module, parameters: Mapping[str, torch.Size], tp_rank: int = 0, tp_size: int = 1
+    engine: nn.Module,
+    parameters: Mapping[str, torch.Size],
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    dispensable: Container[str] = (),
 ) -> dict[str, EngineWeights]:
     """
     Find every parameter of a Transformers model in vLLM's model.
@@ -42,9 +47,11 @@ def find_engine_weights(
             Rank of the worker in its tensor-parallel group.
         tp_size (`int`, *optional*, defaults to `1`):
             Size of the group.
+        dispensable (`Container[str]`, *optional*):
+            Names of those that vLLM's model need not have.
 
     Returns:
-        `dict[str, EngineWeights]`: The weights of each.
+        `dict[str, EngineWeights]`: The weights of each that it has.
 
     Raises:
         [`LoadError`]: If a parameter is missing or has another shape, or the engine has weights that belong to none;
@@ -56,7 +63,8 @@ def find_engine_weights(
     for name, shape in parameters.items():
         found = _find(name, engine, modules, held)
         if found is None:
-            problems.append(f"{name} is missing")
+            if name not in dispensable:
+                problems.append(f"{name} is missing")
             continue
         holder, tensor = found
         own = _weights_of(name, shape, tensor, modules[holder.rpartition(".")[0]], tp_rank, tp_size)
@@ -124,7 +132,30 @@ def require_used_weights(
     Raises:
         [`LoadError`]: If the engine does not compute with a weight.
     """
-    problems = find_unused_weights(names, overwritten, logprobs, tokenizer, context)
+    _refuse(find_unused_weights(names, overwritten, logprobs, tokenizer, context), where)
+
+
+def require_seen_weights(
+    names: Sequence[str],
+    overwritten: Callable[[str], AbstractContextManager[None]],
+    logprobs: Callable[[], list[float]],
+) -> None:
+    """
+    Args:
+        names (`Sequence[str]`):
+            Names of parameters that only prompts with images depend on.
+        overwritten (`Callable[[str], AbstractContextManager[None]]`):
+            As with [`find_unused_weights`].
+        logprobs (`Callable[[], list[float]]`):
+            The highest log probabilities of the token after a prompt with images.
+
+    Raises:
+        [`LoadError`]: If the engine does not compute with a weight.
+    """
+    _refuse(find_weights_without_effect(names, overwritten, lambda: {"prompts with images": logprobs()}))
+
+
+def _refuse(problems: Sequence[str], where: str = "") -> None:
     if problems:
         raise load_error([where + problem for problem in problems])
 
@@ -149,48 +180,53 @@ def _find(
     name: str, engine: nn.Module, modules: dict[str, nn.Module], held: dict[str, torch.Tensor]
 ) -> tuple[str, torch.Tensor] | None:
     """The engine's parameter that holds a parameter of Transformers, and what of it is that."""
-    found = _find_named(name, engine, modules, held)
-    return found or _find_named(name.replace(*RENAMED), engine, modules, held)
-
-
-def _find_named(
-    name: str, engine: nn.Module, modules: dict[str, nn.Module], held: dict[str, torch.Tensor]
-) -> tuple[str, torch.Tensor] | None:
-    if name in held:
-        return name, held[name].data
-    module, _, kind = name.rpartition(".")
-    if kind in EXPERTS:
-        for holder in (f"{module}.{EXPERTS[kind]}", f"{module}.routed_experts.{EXPERTS[kind]}"):
+    for known in _known_names(name, engine):
+        for holder in (known, *_experts(known)):
             if holder in held:
                 return holder, held[holder].data
-    holder = next((holder for holder in _other_names(name, engine) if holder in held), None)
-    if holder is None:
-        return None
-    module = holder.rpartition(".")[0]
-    parts = engine.packed_modules_mapping.get(module.rpartition(".")[2], [])
-    tensor = held[holder].data
-    projection = name.rpartition(".")[0].rpartition(".")[2]
-    if projection not in parts:
-        return holder, tensor
-    sizes = modules[module].output_partition_sizes
-    if sum(sizes) != len(tensor):  # packed away
-        return holder, tensor
-    return holder, tensor.split(sizes)[parts.index(projection)]
+        holder = _fused_name(known, engine)
+        if holder in held:
+            module, projection = holder.rpartition(".")[0], known.split(".")[-2]
+            parts = engine.packed_modules_mapping[module.rpartition(".")[2]]
+            sizes, tensor = modules[module].output_partition_sizes, held[holder].data
+            if sum(sizes) != len(tensor):  # packed away
+                return holder, tensor
+            return holder, tensor.split(sizes)[parts.index(projection)]
+    return None
 
 
 def engine_names(name: str, engine: nn.Module) -> list[str]:
     """Names that vLLM may have for a parameter of Transformers, or for the one that it is fused into."""
-    return [each for known in (name, name.replace(*RENAMED)) for each in (known, *_other_names(known, engine))]
+    return [
+        each
+        for known in _known_names(name, engine)
+        for each in (known, _fused_name(known, engine))
+        if each is not None
+    ]
 
 
-def _other_names(name: str, engine: nn.Module) -> list[str]:
-    module, _, kind = name.rpartition(".")
-    parent, _, projection = module.rpartition(".")
-    fused = {part: whole for whole, parts in engine.packed_modules_mapping.items() for part in parts}
-    names = [f"{parent}.{fused[projection]}.{kind}"] if projection in fused else []
+def _known_names(name: str, engine: nn.Module) -> list[str]:
+    """Names that vLLM may have for a parameter of Transformers which it does not fuse."""
+    names = [name]
     if hasattr(engine, "hf_to_vllm_mapper"):
         names += engine.hf_to_vllm_mapper.apply_list([name])
-    return names
+    return list(dict.fromkeys([*names, *(each.replace(*parts) for each in names for parts in RENAMED)]))
+
+
+def _experts(name: str) -> list[str]:
+    """Names of parameters of vLLM that hold stacked experts of Transformers."""
+    module, _, kind = name.rpartition(".")
+    return [f"{module}.{EXPERTS[kind]}", f"{module}.routed_experts.{EXPERTS[kind]}"] if kind in EXPERTS else []
+
+
+def _fused_name(name: str, engine: nn.Module) -> str | None:
+    """The name of the parameter that a projection is fused into."""
+    module, _, kind = name.rpartition(".")
+    parent, _, projection = module.rpartition(".")
+    for whole, parts in engine.packed_modules_mapping.items():
+        if projection in parts:
+            return f"{parent}.{whole}.{kind}"
+    return None
 
 
 def _weights_of(

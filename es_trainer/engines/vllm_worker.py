@@ -5,17 +5,18 @@ vLLM imports this module in each worker before it loads the model, and mixes the
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.platforms import current_platform
 
+from .. import auto_model
 from ..evolution import EvolutionStrategy, Member
 from ..run.history import extend_digest, first_digest, make_optimizer, replay_step, trained_parameters
 from ..weights.layouts import EngineWeights
@@ -90,11 +91,16 @@ class WorkerExtension(AdapterWorker):
     _strategy: EvolutionStrategy | None = None
     _digest = ""
 
-    def engine_weights(self, parameters: dict[str, Sequence[int]]) -> dict[str, EngineWeights]:
-        """What this worker has of the parameters of a Transformers model, given by name with their shapes."""
+    def engine_weights(
+        self, parameters: dict[str, Sequence[int]], dispensable: Collection[str] = ()
+    ) -> dict[str, EngineWeights]:
+        """
+        What this worker has of the parameters of a Transformers model, given by name with their shapes. Of those that
+        are dispensable, it need not have any.
+        """
         shapes = {name: torch.Size(shape) for name, shape in parameters.items()}
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        return find_engine_weights(self.get_model(), shapes, rank, size)
+        return find_engine_weights(self.get_model(), shapes, rank, size, dispensable)
 
     def slots(self, weights: dict[str, Sequence[int]]) -> dict[str, Slots]:
         """The adapter slots of weights of a Transformers model, given by name with their shapes, where there are."""
@@ -102,10 +108,10 @@ class WorkerExtension(AdapterWorker):
         return find_slots(self.get_model(), weights)
 
     @reported
-    def load_check(self, parameters: dict[str, Sequence[int]]) -> dict[str, Any]:
-        """Check that every parameter of a Transformers model is here, whole and with the right shape."""
+    def load_check(self, parameters: dict[str, Sequence[int]], dispensable: Collection[str] = ()) -> dict[str, Any]:
+        """Check that every parameter of a Transformers model is here that is not dispensable, with the right shape."""
         self._undo_overwrite()
-        self._engine_weights = self.engine_weights(parameters)
+        self._engine_weights = self.engine_weights(parameters, dispensable)
         return {"found": len(self._engine_weights)}
 
     @reported
@@ -277,9 +283,14 @@ class WorkerExtension(AdapterWorker):
         """
         group = get_tp_group()
         model, infos = load_on_first_rank(lambda: self._load(header, dtype), group)
-        engine_weights = self.engine_weights({name: info.shape for name, info in infos.items()})
+        shapes = {name: info.shape for name, info in infos.items()}
+        engine_weights = self.engine_weights(shapes, shapes.keys() - header["parameters"])
         trained, different = {}, []
         for name, whole in broadcast_parameters(model, infos, group):
+            if model is not None and name not in header["parameters"]:
+                self._untrained[name] = whole
+            if name not in engine_weights:
+                continue
             own = engine_weights[name]
             values = own.part.of(whole)
             if not self._checked and not has_values(own, values):
@@ -289,8 +300,6 @@ class WorkerExtension(AdapterWorker):
             if name in header["parameters"]:
                 original = values if own.part.is_whole else values.clone()  # which keeps no more than that in memory
                 trained[name] = nn.Parameter(original, requires_grad=False), own
-            elif model is not None:
-                self._untrained[name] = whole
         refuse_other_values(different)
         self._checked = True
         if model is not None:
@@ -301,7 +310,7 @@ class WorkerExtension(AdapterWorker):
     def _load(self, header: dict[str, Any], dtype: str) -> PreTrainedModel:
         config = self.model_config
         with set_current_vllm_config(self.vllm_config):  # whose patches of Transformers ask for it
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_model.from_pretrained(
                 config.model, dtype=dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
         trained_parameters(model, header, "run")

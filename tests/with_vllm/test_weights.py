@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, make_tokenizer
 from tiny import start_llm
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -33,11 +34,12 @@ from transformers import (
     SmolLM3Config,
 )
 from vllm import LLM
+from vllm.model_executor.models.utils import WeightsMapper
 
 from es_trainer import ESConfig
 from es_trainer.engines.live_weights import find_unused_weights
 from es_trainer.engines.vllm_engine import logprobs
-from es_trainer.engines.vllm_weights import check_values
+from es_trainer.engines.vllm_weights import LoadError, check_values, find_engine_weights
 from es_trainer.evolution import Member
 from es_trainer.run.history import describe, make_optimizer, replay_step, run_config
 
@@ -187,6 +189,69 @@ def test_weights_of_more_models_are_found(tmp_path, name):
     assert effects_missing(llm, list(parameters)) == []
     for name, own in engine_weights.items():
         assert torch.equal(own.part.of(parameters[name].data), own.weights), name
+
+
+class Fused(nn.Linear):
+    """A linear layer as vLLM has it for several projections."""
+
+    def __init__(self, *sizes: int):
+        super().__init__(8, sum(sizes))
+        self.output_partition_sizes = list(sizes)
+
+
+def as_vllm(packed: dict[str, list[str]], prefixes: dict[str, str], layers: dict[str, nn.Module]) -> nn.Module:
+    """A model with layers under the names that vLLM has for them."""
+    model = nn.Module()
+    model.packed_modules_mapping, model.hf_to_vllm_mapper = packed, WeightsMapper(orig_to_new_prefix=prefixes)
+    for name, layer in layers.items():
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], layer)
+    return model
+
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+TEXT_PREFIX = {"model.language_model.": "language_model.model."}
+
+
+def test_names_of_models_like_qwen_vl():
+    """Of which one layer is fused in Transformers already, and the others are both renamed and fused."""
+    qkv, own, mlp = Fused(8, 4, 4), Fused(8, 8, 8), Fused(16, 16)
+    layers = {"language_model.model.layers.0.qkv_proj": qkv, "visual.attn.qkv": own, "visual.mlp.gate_up_proj": mlp}
+    engine = as_vllm(PACKED | {"qkv": ["qkv"]}, TEXT_PREFIX | {"model.visual.": "visual."}, layers)
+    text = "model.language_model.layers.0"
+    slices = {
+        f"{text}.q_proj": (qkv, slice(8)),
+        f"{text}.k_proj": (qkv, slice(8, 12)),
+        f"{text}.v_proj": (qkv, slice(12, 16)),
+        "model.visual.attn.qkv": (own, slice(24)),
+        "model.visual.mlp.gate_proj": (mlp, slice(16)),
+        "model.visual.mlp.up_proj": (mlp, slice(16, 32)),
+    }
+    values = {f"{name}.weight": layer.weight.data[rows] for name, (layer, rows) in slices.items()}
+    values |= {f"{name}.bias": layer.bias.data[rows] for name, (layer, rows) in slices.items()}
+    found = find_engine_weights(engine, {name: tensor.shape for name, tensor in values.items()})
+    check_values(found, values)
+
+
+def test_names_of_models_like_gemma3_whose_tower_has_a_head_that_vllm_leaves_out():
+    layers = {
+        "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj": Fused(8, 8, 8),
+        "vision_tower.vision_model.encoder.layers.0.fc1": nn.Linear(8, 8),
+    }
+    engine = as_vllm(PACKED, TEXT_PREFIX | {"model.vision_tower.": "vision_tower."}, layers)
+    tower = "model.vision_tower.encoder.layers.0"
+    projections = [f"{tower}.self_attn.{part}_proj" for part in "qkv"] + [f"{tower}.fc1"]
+    shapes = {f"{name}.{kind}": size for name in projections for kind, size in (("weight", (8, 8)), ("bias", (8,)))}
+    shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+    head = {"model.vision_tower.head.probe": torch.Size([1, 1, 8])}
+    found = find_engine_weights(engine, shapes | head, dispensable=head)
+    assert found.keys() == shapes.keys()
+    with pytest.raises(LoadError, match="model.vision_tower.head.probe is missing"):
+        find_engine_weights(engine, shapes | head)
 
 
 def test_weights_that_lie_otherwise_are_refused(tmp_path):
