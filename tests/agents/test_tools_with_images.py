@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from es_trainer.agents import Conversation, ToolTemplate
 from es_trainer.backends import Prompts
+from es_trainer.engines.image_prompts import joined
 from es_trainer.images import images_of
 from es_trainer.rollout import Completion
 
@@ -124,6 +125,20 @@ def test_a_turn_sees_the_images_of_the_turns_before(looking, family):
         own = [picture(7)] if prompt.images else []
         assert second == own_answer(family, before, own + images)
         assert first == (own_answer(family, list(prompt), own) if own else first)
+
+
+def test_numbers_of_tokens_are_those_of_the_same_tokens(looking):
+    """In a batch with padding, and with answers between what the template wrote."""
+    run = looking("gemma3")
+    template = run.backend.answers._template(run.engine, None)
+    start = template.encode([{"role": "user", "content": [{"type": "image", "image": picture(7)}]}])
+    result = template.encode_results([{"role": "tool", "name": "look", "content": look(3)}])
+    prompts = [joined([start, [5, 6, 7], result]), joined([start]), joined([start, [8], result, [9, 5], result])]
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    fields = run.engine.images.inputs(prompts)
+    assert torch.equal(fields["token_type_ids"], (padded == run.model.config.image_token_id).long())
+    assert fields["token_type_ids"].sum(1).tolist() == [8, 4, 12]  # of images of 4 tokens each
 
 
 def test_results_are_written_as_in_the_whole_conversation(looking):
