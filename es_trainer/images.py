@@ -35,7 +35,7 @@ def with_images(row: Mapping[str, Any], prompt: Any) -> Any:
             "a row has images, but its prompt is a text: images need conversational prompts, lists of messages with "
             "'role' and 'content'."
         )
-    messages = [_with_loaded_images(message) for message in prompt]
+    messages = [with_loaded_images(message) for message in prompt]
     return prepare_multimodal_messages(messages, images) if has_column else messages
 
 
@@ -47,7 +47,7 @@ def _of_columns(row: Mapping[str, Any]) -> list[Any]:
     return [load(row["image"])] if row.get("image") is not None else []
 
 
-def _with_loaded_images(message: dict[str, Any]) -> dict[str, Any]:
+def with_loaded_images(message: dict[str, Any]) -> dict[str, Any]:
     """The message with images to be looked at, and without the keys that a dataset gives to parts of other types."""
     content = message.get("content")
     if not isinstance(content, list):

@@ -333,20 +333,9 @@ def test_a_tokenizer_sees_no_images(see):
         see(model=make_model(), processing_class=make_tokenizer(), dataset=rows)
 
 
-def tool(x: int) -> int:
-    """
-    A tool.
-
-    Args:
-        x: A number.
-    """
-    return x
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tools": [tool]}, "`tools` and environments have conversations of texts"),
         ({"rollout_func": lambda prompts, trainer: {}}, "`rollout_func` makes"),
         ({"agent_func": lambda example, endpoint: 0.0}, "programs ask for completions of texts"),
     ],

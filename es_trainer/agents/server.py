@@ -359,7 +359,7 @@ class ModelServer:
         key = json.dumps(tools, sort_keys=True)
         if key not in self._templates:
             try:
-                self._templates[key] = ToolTemplate(self._tokenizer, tools, self.engine.chat_template_kwargs)
+                self._templates[key] = ToolTemplate(self._tokenizer, None, tools, self.engine.chat_template_kwargs)
             except (ValueError, ImportError) as error:
                 raise Refused(400, str(error), "invalid_request") from error
         return self._templates[key]

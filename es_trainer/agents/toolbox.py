@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers.utils import get_json_schema
 
 from ..event_loop import event_loop
+from ..images import with_loaded_images
 
 
 class ToolResult(NamedTuple):
@@ -114,5 +115,12 @@ async def _returned(name: str, value: Awaitable[Any]) -> Any:
 
 def _result(name: str, value: Any) -> ToolResult:
     failed = isinstance(value, Exception)
+    if not failed and _are_parts(value):
+        return ToolResult(with_loaded_images({"role": "tool", "name": name, "content": value}), failed)
     content = json.dumps({"error": str(value)}) if failed else str(value)
     return ToolResult({"role": "tool", "name": name, "content": content}, failed)
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether a tool has returned parts of a message, such as images and texts."""
+    return isinstance(value, list) and bool(value) and all(isinstance(p, dict) and "type" in p for p in value)

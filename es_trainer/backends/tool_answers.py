@@ -13,7 +13,6 @@ from ..agents.toolbox import ToolResult
 from ..config import ESConfig
 from ..copies import own_copy
 from ..data import prompts as prompts_of
-from ..data import refuse_images
 from ..engines import Engine
 from ..engines.decoding import Row
 from ..engines.sampling import derived_seed
@@ -37,7 +36,6 @@ class ToolAnswers(Answers):
             Whether to show a bar of the tokens.
     """
 
-    no_images = "`tools` and environments have conversations of texts. Leave them out"
     repeats = False
 
     def __init__(self, args: ESConfig, tools: Sequence[Callable], environments: Environments | None, progress: bool):
@@ -53,7 +51,9 @@ class ToolAnswers(Answers):
     def _template(self, engine: Engine, environment: str | None) -> ToolTemplate:
         if environment not in self._templates:
             toolbox = self._toolboxes[environment]
-            self._templates[environment] = ToolTemplate(engine.tokenizer, toolbox.schemas, engine.chat_template_kwargs)
+            self._templates[environment] = ToolTemplate(
+                engine.tokenizer, engine.images, toolbox.schemas, engine.chat_template_kwargs
+            )
         return self._templates[environment]
 
     def check(self, engine: Engine, name: str, dataset: Any) -> None:
@@ -72,13 +72,13 @@ class ToolAnswers(Answers):
                     f"`tools` and environments need conversational prompts, but those of `{name}` are texts. Give "
                     "lists of messages with 'role' and 'content'."
                 )
-            engine.encode(prompts, first_row=len(lengths))  # refuses what it cannot read
+            encoded = engine.encode(prompts, first_row=len(lengths))  # refuses what it cannot read
+            self._keep_image_prompt(name, encoded)
             for prompt, environment in zip(prompts, wanted[len(lengths) :], strict=False):
                 lengths.append(len(self._template(engine, environment).encode(prompt)))
         engine.check_lengths(lengths, conversational=True, name=name)
 
     def tokenize(self, engine: Engine, rows: list[dict[str, Any]]) -> list[list[int]]:
-        refuse_images([row["prompt"] for row in rows], self.no_images)
         ids = [self._template(engine, self._environment_of(row)).encode(row["prompt"]) for row in rows]
         engine.check_lengths([len(tokens) for tokens in ids], conversational=True)
         return ids

@@ -44,7 +44,8 @@ class Engine:
         self.chat_template_kwargs = args.chat_template_kwargs or {}
         self.images = None
         if isinstance(processing_class, ProcessorMixin):
-            self.images = ImageTemplate(processing_class, self.chat_template_kwargs)
+            placeholder = model.config.image_token_id
+            self.images = ImageTemplate(processing_class, self.chat_template_kwargs, placeholder)
         self.eos_token_ids = _eos_token_ids(model, tokenizer, args)
         self.context = context_length(model.config)
         self.embedding_rows = embedding_rows(model)

@@ -102,8 +102,10 @@ class CompletionsLog:
             callbacks (`list[TrainerCallback]`):
                 Those of the trainer, of which some belong to trackers.
         """
-        images = [images_of(prompt) for prompt in prompts] if self.args.log_multimodal else []
-        prompts = list(map(without_images, prompts))
+        images = []
+        if self.args.log_multimodal:  # with those that tools have returned
+            images = [images_of(p) + images_of(c) for p, c in zip(prompts, completions, strict=True)]
+        prompts, completions = list(map(without_images, prompts)), list(map(without_images, completions))
         names = distinct(["step", "prompt", "completion", "advantage", *(name for name, _ in columns)])[4:]
         table = {
             "prompt": prompts,
