@@ -8,8 +8,9 @@ import torch
 from calling import PROMPTS, calling_model, calling_tokenizer, needs_tools, trained_weights
 from conftest import letters
 from datasets import Dataset
+from looking import ENDS, MOST, call_always, look, make_looking
 from PIL import Image
-from tiny_vision import FAMILIES, make_tiny, picture, question
+from tiny_vision import FAMILIES, picture, question
 from transformers import GenerationConfig
 
 from es_trainer.agents import Conversation, ToolTemplate
@@ -21,49 +22,10 @@ from es_trainer.rollout import Completion
 
 pytestmark = needs_tools
 
-MOST = 120  # tokens of a conversation behind its prompt
-ENDS = list(range(2, 130))  # tokens that end an answer: half of them, so that answers are short
-TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}:"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]"
-    "{% endfor %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
-
-
-def look(seed: int) -> list:
-    """
-    Look at a picture.
-
-    Args:
-        seed: Which one.
-    """
-    return [
-        {"type": "text", "text": f"Picture {seed}: "},
-        {"type": "image", "image": picture(seed, width=64)},
-        {"type": "text", "text": " and that is all."},
-    ]
-
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Let every answer call a tool: what tiny models write means nothing."""
-
-    def parse(self, ids, prefix):
-        call = {"type": "function", "function": {"name": "look", "arguments": {"seed": len(prefix)}}}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-    monkeypatch.setattr(ToolTemplate, "parse", parse)
-
-
-def calling_family(family: str):
-    model, processor = make_tiny(family)
-    place = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<boi>"}
-    place["qwen3_vl"] = place["qwen2_5_vl"]
-    processor.chat_template = TEMPLATE.replace("IMAGE", place.get(family, "<image>"))
-    processor.tokenizer.response_template = processor.tokenizer.response_schema = {}  # `calls` parses
-    return model, processor
+    call_always(monkeypatch)
 
 
 @pytest.fixture
@@ -71,7 +33,7 @@ def looking(trainer, calls):
     """Make a trainer of a tiny model that looks at a picture after every answer."""
 
     def make(family: str = "gemma3", **options):
-        model, processor = calling_family(family)
+        model, processor = make_looking(family)
         data = Dataset.from_list([{"prompt": question(f"What is {i}?"), "image": picture(i)} for i in range(2)])
         given = {"model": model, "processing_class": processor, "tools": [look], "max_tool_calling_iterations": 1}
         given |= {"train_dataset": data, "eval_dataset": data, "max_completion_length": MOST, **options}
@@ -82,7 +44,7 @@ def looking(trainer, calls):
 
 def own_answer(family: str, ids: list[int], images: list[Image.Image]) -> list[int]:
     """What the model's own `generate` says after tokens with these images."""
-    model, processor = calling_family(family)
+    model, processor = make_looking(family)
     nested = [images] if family == "idefics3" else images
     fields = dict(processor.image_processor(images=nested, return_tensors="pt"))
     if family == "llava_next":

@@ -1,10 +1,12 @@
 """Training with images and vLLM in the trainer's process."""
 
 import pytest
+import tiny
 import torch
 from conftest import assert_same, logs, weights
+from looking import ENDS, MOST, call_always, look, make_looking
 from peft import LoraConfig
-from tiny_pictures import answers, folder, make
+from tiny_pictures import FAMILY, answers, folder, make
 from tiny_vision import picture, question, with_pictures
 from transformers import AutoModelForImageTextToText
 from watched import compute_with_a_copy
@@ -129,3 +131,31 @@ def test_members_as_adapters(see, caplog):
             assert one[key] == other[key], key
     assert len({log["reward_std"] for log in logs(mine)} - {0.0}) == 3
     assert_same(weights(mine.model), weights(theirs.model))
+
+
+def test_tools_return_images(see, monkeypatch):
+    """All turns are those of Transformers' engine: each sees the images of the turns before."""
+    call_always(monkeypatch)
+    found = []
+
+    def reward(completions, completion_ids, **kwargs):
+        found[-1] += completion_ids
+        return [float(sum(ids)) for ids in completion_ids]
+
+    for use_vllm in (True, False):
+        found.append([])
+        model, processor = make_looking(FAMILY, **tiny.HEADS)
+        options = {"model": model, "processing_class": processor, "tools": [look], "max_tool_calling_iterations": 2}
+        ends = "stop_token_ids" if use_vllm else "eos_token_id"
+        run = see(
+            use_vllm,
+            **options,
+            reward_funcs=reward,
+            max_steps=2,
+            max_completion_length=MOST,
+            generation_kwargs={ends: ENDS},
+            shuffle_dataset=False,
+        )
+        run.train()
+    assert sorted(found[0]) == sorted(found[1])
+    assert len(found[0]) == 2 * 4 * 2 and len(set(map(tuple, found[0]))) > 2
