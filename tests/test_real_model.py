@@ -57,6 +57,13 @@ def test_a_population_leaves_the_weights_bit_identical(tmp_path, bf16):
     assert trainer.state.log_history[0]["reward_std"] > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"bf16": True, "weight_quantization": "int8"}])
+def test_members_are_evaluated_together(tmp_path, options):
+    """In bfloat16, rounding moves the answers that are compared at the start."""
+    trainer = make_trainer(tmp_path, conciseness(eval_size=2), perturbation="low_rank", **options)
+    assert trainer.population_batch is not None
+
+
 @pytest.mark.parametrize(
     "task", [conciseness(eval_size=2), countdown(train_size=8, eval_size=2)], ids=lambda t: t.name
 )
