@@ -472,7 +472,8 @@ class PopulationBatch:
         differences = []
         for sigma in TRIAL_SIGMAS:
             alone = [self._answers_alone(member, sigma, inputs) for member in TRIAL_MEMBERS]
-            if trial.distance(*alone) <= SEEN:
+            apart = trial.distance(*alone)
+            if apart <= SEEN:
                 continue
             together, unused = self._answers_together(sigma, inputs)
             if unused is not None:
@@ -481,7 +482,7 @@ class PopulationBatch:
             differences.append(trial.distance(together, expected))
             # In 16 bits, what is added to the weights may be lost if it is small, and the rounding of activations is
             # the larger the further the model is from what it was: an error in what is computed is seen at any size
-            if differences[-1] <= trial.tolerance(self.model):
+            if differences[-1] <= trial.tolerance(self.model) * max(1.0, apart):
                 return None
         if not differences:
             return "its answers do not depend enough on the trained parameters to tell members apart"

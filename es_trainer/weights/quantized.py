@@ -59,14 +59,12 @@ class QuantizedMatrix(torch.Tensor):
         self.scales = torch.empty(len(values), 1, dtype=torch.float32, device=device)
         return self.copy_(values)
 
-    def perturbed(self, added: Sum) -> torch.Tensor:
-        """The numbers with a perturbation, in the working dtype."""
-        values = (self.codes.float() * self.scales).view(-1)
-
-        def add(low: int, high: int) -> None:
-            added.add(values[low:high], values[low:high], low)
-
-        noise.for_pieces(add, len(values), values.device)
+    def perturbation(self) -> torch.Tensor | None:
+        """What is added to the matrix, in the working dtype."""
+        if self.added is None:
+            return None
+        values = torch.empty(self.numel(), dtype=torch.float32, device=self.device)
+        noise.for_pieces(lambda low, high: self.added.add(None, values[low:high], low), len(values), values.device)
         return values.view(self.shape).to(self.dtype)
 
     @property
@@ -92,19 +90,20 @@ class QuantizedMatrix(torch.Tensor):
 
 
 def _linear(input: torch.Tensor, weight: QuantizedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if weight.added is not None:
-        return F.linear(input, weight.perturbed(weight.added), bias)
     # Codes are exact in 16 bits, and scales multiply sums, so that only the sums are rounded
     out = F.linear(input, weight.codes.to(input.dtype)).mul_(weight.scales[:, 0])
+    if (added := weight.perturbation()) is not None:
+        out += F.linear(input, added)
     return out if bias is None else out.add_(bias)
 
 
 def _embedding(input: torch.Tensor, weight: QuantizedMatrix, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if weight.added is not None:
-        return F.embedding(input, weight.perturbed(weight.added))
     # As bytes: not all dtypes of 8 bits can be indexed
     codes = weight.codes.view(torch.uint8)[input].view(weight.codec.dtype)
-    return codes.to(weight.dtype).mul_(weight.scales[input])
+    out = codes.to(weight.dtype).mul_(weight.scales[input])
+    if (added := weight.perturbation()) is not None:
+        out += F.embedding(input, added)
+    return out
 
 
 def _copy(self: QuantizedMatrix, src: torch.Tensor) -> QuantizedMatrix:
