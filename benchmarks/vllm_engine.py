@@ -2,17 +2,20 @@
 vLLM against Transformers as the engine of a step: `python benchmarks/vllm_engine.py` where vLLM is installed.
 
 One step of SmolLM2-135M-Instruct with 30 members, which complete 8 prompts with 64 tokens each: one member after
-another with full noise, and all members together with low-rank noise, by either engine. Each step runs in a process of
-its own, engines take turns, and medians are printed: tokens/s, and the shares of the step that noise and the
-update take.
+another with full noise, and all members together with low-rank noise, by either engine, and by one vLLM server on this
+machine. Each step runs in a process of its own, engines take turns, and medians are printed: tokens/s, and the shares
+of the step that noise and the update take.
 """
 
 import argparse
+import contextlib
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 
 sys.path.pop(0)  # this folder, where this file would be taken for vLLM
@@ -32,11 +35,40 @@ ENGINES = {
     "vLLM, one at a time": {"use_vllm": True},
     "vLLM, adapters": {"use_vllm": True, "perturbation": "low_rank", "vllm_lora": True},
 }
+SERVERS = {
+    "vLLM server, one at a time": ENGINES["vLLM, one at a time"],
+    "vLLM server, adapters": ENGINES["vLLM, adapters"],
+}
 
 
 def measure(engine: str, options: argparse.Namespace) -> dict[str, float]:
     """Run a step and say how long it took."""
-    settings = ENGINES[engine]
+    if engine in ENGINES:
+        return run(ENGINES[engine], options)
+    with server(SERVERS[engine], options) as url:
+        return run({**SERVERS[engine], "vllm_mode": "server", "vllm_server_base_url": [url]}, options)
+
+
+@contextlib.contextmanager
+def server(settings: dict, options: argparse.Namespace) -> Iterator[str]:
+    """Inside, there is a server at the URL that is yielded."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", smollm2(), "--port", str(port)]
+    command += ["--dtype", options.dtype, "--max-model-len", "512"]
+    if "vllm_lora" in settings:
+        command += ["--enable-lora", "--max-loras", str(options.population), "--max-lora-rank", "8"]
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def run(settings: dict, options: argparse.Namespace) -> dict[str, float]:
+    """Run a step with an engine."""
     shortest = "min_tokens" if "use_vllm" in settings else "min_new_tokens"
     task = conciseness()
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +91,8 @@ def measure(engine: str, options: argparse.Namespace) -> dict[str, float]:
         trainer = ESTrainer(smollm2(), task.reward_funcs, args, task.train_dataset)
         prompts = list(task.train_dataset["prompt"])[: options.prompts]
         trainer.engine.generate(trainer.engine.tokenize(prompts), seed=0)  # warms up
-        warm_up(trainer.optimizer.weights)
+        if "vllm_mode" not in settings:  # servers have the weights
+            warm_up(trainer.optimizer.weights)
         trainer.train()
         (log,) = [log for log in trainer.state.log_history if "step_time" in log]
     tokens = options.population * options.prompts * options.tokens
@@ -112,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=[*ENGINES, *SERVERS], default=[*ENGINES, *SERVERS])
     parser.add_argument("--measure", action="store_true", help="measure one engine in this process")
     options = parser.parse_args()
     if options.measure:

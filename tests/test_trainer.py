@@ -1134,3 +1134,24 @@ def test_what_is_set_after_the_config_was_made_counts(config, model_folder, data
     args.temperature = -1.0
     with pytest.raises(ValueError, match="`temperature=-1.0` is not valid"):
         ESTrainer("org/does-not-exist", reward, args, dataset)
+
+
+def test_a_gaussian_batch_of_one_member_is_written_into_the_weights(trainer, monkeypatch):
+    """It needs no copy of the weights, and leaves the members after it alone: the last goes with the center."""
+    options = {"evaluate_center": True, "max_steps": 2}
+    alone = trainer(make_model(), population_batch_size=1, **options)
+    run = trainer(make_model(), population_batch_size=2, **options)
+    install, groups = population_batch.PopulationBatch.install, []
+
+    def counted(self, members, sigma):
+        groups.append(len(members))
+        return install(self, members, sigma)
+
+    monkeypatch.setattr(population_batch.PopulationBatch, "install", counted)
+    monkeypatch.setattr(population_batch.PopulationBatch, "fitting", lambda self, rows, tokens, most: (1, rows))
+    run.args.population_batch_size = None  # so that what fits counts
+    for each in (alone, run):
+        each.train()
+    assert groups == [2, 2]  # the last member and the center of each step
+    assert [log["reward/center"] for log in logs(run)] == [log["reward/center"] for log in logs(alone)]
+    assert_same(weights(run.model), weights(alone.model))

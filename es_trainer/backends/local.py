@@ -166,15 +166,21 @@ class Local(Backend):
     @contextlib.contextmanager
     def _installed(self, members: Sequence[Member]) -> Iterator[Any]:
         """Inside, the model evaluates `members`: many in a population batch, or one written into the weights."""
-        if self.population_batch is None:
+        if self.population_batch is None or self._is_written(members):
             with self._timed_noise():
                 self.optimizer.perturb(*members)
             yield None
             return
         with contextlib.ExitStack() as stack:
             with self._timed_noise():
+                self.optimizer.restore()  # the member that was written before, which others of a batch would share
                 group = stack.enter_context(self.population_batch.install(members, self.optimizer.sigma))
             yield group
+
+    def _is_written(self, members: Sequence[Member]) -> bool:
+        """Whether a batch would be of one member with a copy of all weights, which is better written into them."""
+        weights = self.optimizer.weights
+        return len(members) == 1 and not weights.perturbation.has_factors and not weights.drifts
 
     def _complete(
         self, models: dict[int, str], prompts: Prompts, installed: Any, batch_size: int | None
