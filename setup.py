@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["es_trainer", "es_trainer.*"]),
-    package_data={"es_trainer": ["py.typed", "*/*.md", "*/*.txt", "accelerate_configs/*.yaml"]},
+    package_data={"es_trainer": ["py.typed", "*/*.md", "*/*.txt", "accelerate_configs/*.yaml", "recipes/*/*"]},
     entry_points={"console_scripts": ["es-trainer=es_trainer.cli:main"]},
     install_requires=[
         "torch>=2.9.1,<3",

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "score a model, or compare two, on a task or dataset",
     "generate": "answer prompts with a model, or with two side by side",
     "replay": "rebuild a trained model from its base model and the history of its run",
+    "recipes": "list the settings of runs that come with this package",
     "vllm-serve": "start a vLLM server that evaluates members for a trainer elsewhere",
     "plot": "draw the rewards of runs into one picture",
     "compare": "print in what runs differ, and what came of them",

@@ -57,8 +57,9 @@ INTRODUCTION = """\
 usage: es-trainer train [--config FILE] [--OPTION VALUE ...]
 
 Train a language model with evolution strategies. Options can also stand in a YAML file, given by --config FILE; the
-command line overrides it. Options of `accelerate launch` are passed on to it, such as --num_processes, and
---accelerate_config gives it a file or the name of one that comes with this package (multi_gpu, zero3, ...).
+command line overrides it. --recipe NAME takes a file that comes with this package: `es-trainer recipes` lists them.
+Options of `accelerate launch` are passed on to it, such as --num_processes, and --accelerate_config gives it a file or
+the name of one that comes with this package (multi_gpu, zero3, ...).
 
 --help-all lists every option, those of transformers.TrainingArguments included; --debug shows the traceback of errors.
 """

@@ -10,6 +10,7 @@ from trl import TrlParser
 from ..choices import OF_SIGMA
 from ..paths import check_local
 from .mistakes import suggestion
+from .recipes import with_files
 
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class Parser(TrlParser):
     def __init__(
         self, dataclass_types: type | Iterable[type], prog: str | None = None, launched: bool = False, **kwargs: Any
     ):
-        epilog = "Options can also stand in a YAML file, given by --config FILE. The command line overrides it."
+        epilog = (
+            "Options can also stand in a YAML file, given by --config FILE, or by --recipe NAME if it comes with this "
+            "package. The command line overrides it."
+        )
         super().__init__(dataclass_types, prog=prog, allow_abbrev=False, epilog=epilog, **kwargs)
         for action in self._actions:
             if action.dest == "learning_rate":
@@ -51,12 +55,15 @@ class Parser(TrlParser):
             )
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        """See [`~trl.TrlParser.parse_args_and_config`]. `--config=FILE` is the same as `--config FILE`."""
-        args = sys.argv[1:] if args is None else args
-        split = (arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args)
-        args = [part for parts in split for part in parts]
+        """
+        See [`~trl.TrlParser.parse_args_and_config`]. `--config=FILE` is the same as `--config FILE`, and
+        `--recipe NAME` is `--config` with the file of a recipe.
+        """
+        args = with_files(sys.argv[1:] if args is None else args)
         if args.count("--config") > 1:
-            self.error("`--config` is given twice: put all options into one file, or some on the command line.")
+            self.error(
+                "`--config` or `--recipe` is given twice: put all options into one file, or some on the command line."
+            )
         return super().parse_args_and_config(args, **kwargs)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
@@ -72,7 +79,10 @@ class Parser(TrlParser):
         return namespace, remaining
 
     def _refuse_unknown(self, names: list[str], kind: str) -> None:
-        known = {option.lstrip("-") for option in (*self._option_string_actions, *self.left_over)} | {"config"}
+        known = {option.lstrip("-") for option in (*self._option_string_actions, *self.left_over)} | {
+            "config",
+            "recipe",
+        }
         for name in names:
             name = name.split("=")[0]
             bare = name.lstrip("-")

@@ -263,7 +263,8 @@ def test_what_does_not_exist(refused):
         "--dataset_name", "missing.jsonl", task=None
     )
     assert "`model_name_or_path='a/b/c'`: there is no such folder" in refused(model_name_or_path="a/b/c")
-    assert "`--config` is given twice" in refused("--config", "nowhere.yaml")
+    assert "`--config` or `--recipe` is given twice" in refused("--config", "nowhere.yaml")
+    assert "`recipe='countdwn/x'` is none of those" in refused("--recipe", "countdwn/x")
 
 
 def test_a_config_that_does_not_exist(capsys):
