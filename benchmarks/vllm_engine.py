@@ -56,7 +56,7 @@ def server(settings: dict, options: argparse.Namespace) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "es_trainer.cli", "vllm-serve", "--model", smollm2(), "--port", str(port)]
-    command += ["--dtype", options.dtype, "--max-model-len", "512"]
+    command += ["--dtype", options.dtype, "--max-model-len", "512", "--gpu-memory-utilization", "0.3"]
     if "vllm_lora" in settings:
         command += ["--enable-lora", "--max-loras", str(options.population), "--max-lora-rank", "8"]
     process = subprocess.Popen(command, stdout=sys.stderr)
