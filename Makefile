@@ -66,6 +66,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/delayed_reward.py
 	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/quantized.py
 
 bench-vllm: $(VLLM_ENV)/installed
 	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py

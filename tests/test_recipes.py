@@ -17,14 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from es_trainer import tasks
 from es_trainer.scripts import es
+from es_trainer.scripts.recipes import recipes
 
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {
-    f"{file.parent.name}/{file.stem}": file
-    for file in sorted(ROOT.glob("recipes/*/*.yaml"))
-    if file.parent.name != "accelerate_configs"
-}
+RECIPES = recipes()
 PAPER = {
     "population_size": 30,
     "sigma": 1e-3,

@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from ..config import ESConfig
 from ..engines import PopulationBatch
+from ..engines.population_batch import owners_of_parameters
 from ..fields import require
 from ..precision import kept_in_float32
 from ..run.history import run_config, working_dtype
@@ -68,11 +69,8 @@ class QuantizedLocal(Local):
         return False  # the model's parameters do not have them
 
     def start(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
-        self.model = model
-        tensors = [*model.parameters(), *model.buffers()]
-        self.processes.broadcast([tensor.data for tensor in tensors], self.args.device)
+        super().start(model, processing_class)
         self._quantize()
-        self.engine = self._make_engine(processing_class)
 
     def _quantize(self) -> None:
         """Quantize the matrices of linear layers and embeddings on the device, and move the rest there."""
@@ -129,16 +127,12 @@ def quantizable(model: nn.Module, left: set[str]) -> dict[nn.Parameter, list[tup
             Names of parameters to leave alone.
     """
     names = {parameter: name for name, parameter in trained(model)}
-    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append((module, attribute))
     return {
-        parameter: own
-        for parameter, own in owners.items()
+        parameter: [(module, attribute) for _, module, attribute in own]
+        for parameter, own in owners_of_parameters(model).items()
         if parameter in names
         and names[parameter] not in left
-        and all(_computes_with(module, attribute) for module, attribute in own)
+        and all(_computes_with(module, attribute) for _, module, attribute in own)
     }
 
 

@@ -402,10 +402,7 @@ class PopulationBatch:
         self.model = model
         self.weights = weights
         self.cache_bytes = 0  # of a token's keys and values, as `check` found them
-        self.owners: dict[int, list[tuple[str, nn.Module, str]]] = {}  # of each parameter: tied ones have several
-        for path, module in model.named_modules():
-            for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                self.owners.setdefault(id(parameter), []).append((path, module, attribute))
+        self.owners = owners_of_parameters(model)
         self._forwards = _forwards(model)
 
     def check_forwards(self) -> None:
@@ -440,7 +437,7 @@ class PopulationBatch:
             for shard, values in self.weights.all_of_members(members, sigma):
                 parameter = MemberParameter.make(shard.name, shard.layout.computed, values, rows)
                 rows.parameters.append(parameter)
-                for _, module, attribute in self.owners[id(shard.parameter)]:
+                for _, module, attribute in self.owners[shard.parameter]:
                     install(module, attribute, parameter)
                     if "forward" not in vars(module) and (forward := _forward_for(rows, module)):
                         install(module, "forward", forward)
@@ -559,8 +556,17 @@ class PopulationBatch:
 
     def _describe(self, name: str, reason: str) -> str:
         shard = next(shard for shard in self.weights.shards if shard.name == name)
-        path, module, attribute = self.owners[id(shard.parameter)][0]
+        path, module, attribute = self.owners[shard.parameter][0]
         return f"`{path}` ({type(module).__name__}) with its parameter `{attribute}`: {reason}"
+
+
+def owners_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module, str]]]:
+    """The path, the module and the attribute by which modules have each parameter. Tied ones have several."""
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(parameter, []).append((path, module, attribute))
+    return owners
 
 
 def _forward_for(rows: Rows, module: nn.Module) -> Callable | None:

@@ -182,18 +182,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def logits(self, prompt: list[int], last: int) -> torch.Tensor:
-        """
-        Logits that the weights as they are have after the last tokens of a text.
-
-        Args:
-            prompt (`list[int]`):
-                Tokens of the text, or a prompt with images.
-            last (`int`):
-                After how many tokens at most.
-
-        Returns:
-            `torch.Tensor` of shape `(tokens, vocabulary)`, on the model's device and in the dtype that it has there.
-        """
+        """Logits that the weights as they are have after the last tokens of a text; see [`forward_pass.logits`]."""
         self.use(None)
         return logits(self.model, self.images, prompt, last)
 

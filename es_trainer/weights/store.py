@@ -19,7 +19,6 @@ from .masters import make_master
 from .member import Member
 from .part import Part
 from .pinned import PinnedMemory
-from .quantized import QuantizedMatrix
 from .rounding import write_rounded
 from .scalars import to_host
 from .shard import Shard
@@ -125,7 +124,7 @@ class Weights:
                 sums = self._weighted_sum_of_each(shards, [member.seed], [sigma * member.sign])
                 writes = []
                 for shard, own in zip(shards, sums, strict=True):
-                    if isinstance(shard.working, QuantizedMatrix):
+                    if shard.layout.quantized:
                         shard.working.added = own
                     else:
                         writes.append((shard, shard.working, own, self._rounding(shard, member.seed)))

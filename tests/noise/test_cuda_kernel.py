@@ -1,15 +1,10 @@
-"""The Triton kernel: interpreted on any machine, compiled for GPUs on any machine, run where there is one.
+"""The Triton kernel: interpreted on any machine, compiled for GPUs on any machine, run where there is one."""
 
-Whether Triton interprets is decided when it is first imported, so each way gets a process of its own.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from triton_process import run, run_checks
 
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
@@ -50,18 +45,8 @@ for source, target in [(single, half), (half, half), (tl.float16, tl.float16), (
 """
 
 
-def run(*arguments: str, interpret: bool) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
-    process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
-
-
-def run_checks(interpret: bool) -> None:
-    run("-m", "pytest", "--noconftest", "-q", str(CHECKS), interpret=interpret)
-
-
 def test_in_the_interpreter():
-    run_checks(interpret=True)
+    run_checks(CHECKS, interpret=True)
 
 
 def test_compiles():
@@ -70,4 +55,4 @@ def test_compiles():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    run_checks(interpret=False)
+    run_checks(CHECKS, interpret=False)
