@@ -32,7 +32,7 @@ class Peak:
         self.before = self.now()
         self.highest = self.before
         self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
+        self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 

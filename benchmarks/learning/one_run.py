@@ -1,0 +1,158 @@
+"""One run, in a process of its own. It writes its file after every measurement."""
+
+import json
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.memory import MIB, Peak
+from es_trainer import ESConfig, ESTrainer
+from es_trainer.smollm2 import smollm2
+
+from .judge import Judge
+from .results import path_of
+from .studies import STUDIES
+from .tasks import TASKS, other_than
+
+
+class Record(TrainerCallback):
+    """
+    Measures the model along a run, ends the run with its budget, and keeps the file.
+
+    Args:
+        path (`Path`):
+            The file.
+        about (`dict[str, Any]`):
+            What is written beside the history.
+        judge ([`Judge`]):
+            Measures.
+        step (`int`):
+            Completions of a step.
+        budget (`int`):
+            Completions of the run.
+        measured (`int`):
+            Completions between two measurements.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], judge: Judge, step: int, budget: int, measured: int):
+        self.path, self.about, self.judge = path, about, judge
+        self.step, self.budget, self.measured = step, budget, measured
+        self.seconds, self.peak = 0.0, 0.0
+        self.history: list[dict[str, float]] = []
+
+    def on_train_begin(self, args, state, control, model, processing_class, **kwargs):
+        self._measure(0, model, processing_class)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.perf_counter()
+        self.watch = Peak()
+        self.watch.__enter__()
+
+    def on_step_end(self, args, state, control, model, processing_class, **kwargs):
+        self.seconds += time.perf_counter() - self.begin
+        self.watch.__exit__()
+        self.peak = max(self.peak, self.watch.highest / MIB)
+        completions = state.global_step * self.step
+        if completions // self.measured > (completions - self.step) // self.measured or completions >= self.budget:
+            self._measure(completions, model, processing_class)
+        control.should_training_stop = completions >= self.budget
+
+    def _measure(self, completions: int, model, tokenizer) -> None:
+        done = completions >= self.budget
+        found = self.judge.measure(model, tokenizer, samples=done or completions == 0)
+        self.history.append({"completions": completions, "seconds": self.seconds, "peak_mib": self.peak, **found})
+        self.path.write_text(json.dumps(self.about | {"done": done, "history": self.history}, indent=1) + "\n")
+
+
+def run(study_name: str, name: str, seed: int, choice: Any) -> None:
+    """
+    Train and measure.
+
+    Args:
+        study_name (`str`):
+            The study.
+        name (`str`):
+            Its arm.
+        seed (`int`):
+            Seed of the trainer and of the order of the prompts.
+        choice (`Any`):
+            Value of the arm's setting that is chosen.
+    """
+    study = STUDIES[study_name]
+    arm = study.arms[name]
+    settings = arm.settings | ({arm.tuned: choice} if arm.tuned else {})
+    about = {"task": study.task, "trainer": arm.trainer, "reward": arm.reward, "seed": seed, "settings": settings}
+    path = path_of(study_name, name, seed, choice)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    task = TASKS[study.task]
+    judge = Judge(task, other_than(study.task))
+    with tempfile.TemporaryDirectory() as folder:
+        args = CONFIGS[arm.trainer](
+            output_dir=folder,
+            seed=seed,
+            use_cpu=True,
+            bf16=True,
+            max_completion_length=task.tokens,
+            max_steps=10_000,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=10_000,
+            **settings,
+        )
+        record = Record(
+            path,
+            about | machine(),
+            judge,
+            step=completions_of_a_step(args),
+            budget=study.budgets[arm.trainer],
+            measured=study.measured(arm.trainer),
+        )
+        trainer = TRAINERS[arm.trainer](
+            smollm2(), args=args, callbacks=[record], **task.inputs(arm.trainer, seed, arm.reward)
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def es_config(**settings: Any) -> ESConfig:
+    return ESConfig(**settings, evaluate_center=False, log_format="dict")
+
+
+def grpo_config(**settings: Any) -> GRPOConfig:
+    # Faster without checkpoints of activations, and prompts this short need little memory for them
+    return GRPOConfig(**settings, lr_scheduler_type="constant", gradient_checkpointing=False)
+
+
+CONFIGS = {"es": es_config, "grpo": grpo_config}
+TRAINERS = {"es": ESTrainer, "grpo": GRPOTrainer}
+
+
+def completions_of_a_step(args: ESConfig | GRPOConfig) -> int:
+    if isinstance(args, ESConfig):
+        return args.population_size * args.num_prompts_per_step * args.num_generations
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on beside the settings."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "cores": psutil.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "es-trainer")},
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

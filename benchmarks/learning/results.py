@@ -1,0 +1,32 @@
+"""The files of the runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .studies import STUDIES
+from .tasks import TASKS
+
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def path_of(study: str, arm: str, seed: int, choice: Any) -> Path:
+    of_choice = "" if choice is None else f"-{choice:g}"
+    return RESULTS / study / f"{arm}{of_choice}-seed{seed}.json"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def best_choice(study: str, name: str) -> Any:
+    """The choice with the best final held-out reward of the first seed; `None` if there is none, or not yet."""
+    arm = STUDIES[study].arms[name]
+    if arm.tuned_as:
+        return best_choice(*arm.tuned_as)
+    found = {choice: read(path_of(study, name, STUDIES[study].seeds[0], choice)) for choice in arm.choices}
+    if not found or not all(run and run["done"] for run in found.values()):
+        return None
+    metric = TASKS[STUDIES[study].task].metric
+    return max(found, key=lambda choice: found[choice]["history"][-1][metric])
