@@ -15,10 +15,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.memory import MIB, Peak
 from es_trainer import ESConfig, ESTrainer
-from es_trainer.smollm2 import smollm2
 
 from .judge import Judge
 from .results import path_of
+from .starts import STARTS
 from .studies import STUDIES
 from .tasks import TASKS, other_than
 
@@ -89,7 +89,14 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
     study = STUDIES[study_name]
     arm = study.arms[name]
     settings = arm.settings | ({arm.tuned: choice} if arm.tuned else {})
-    about = {"task": study.task, "trainer": arm.trainer, "reward": arm.reward, "seed": seed, "settings": settings}
+    about = {
+        "task": study.task,
+        "trainer": arm.trainer,
+        "reward": arm.reward,
+        "start": arm.start,
+        "seed": seed,
+        "settings": settings,
+    }
     path = path_of(study_name, name, seed, choice)
     path.parent.mkdir(parents=True, exist_ok=True)
     task = TASKS[study.task]
@@ -116,9 +123,8 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
             budget=study.budgets[arm.trainer],
             measured=study.measured(arm.trainer),
         )
-        trainer = TRAINERS[arm.trainer](
-            smollm2(), args=args, callbacks=[record], **task.inputs(arm.trainer, seed, arm.reward)
-        )
+        inputs = STARTS[arm.start]() | task.inputs(arm.trainer, seed, arm.reward)
+        trainer = TRAINERS[arm.trainer](args=args, callbacks=[record], **inputs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 

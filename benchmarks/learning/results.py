@@ -13,7 +13,7 @@ RESULTS = Path(__file__).with_name("results")
 
 def path_of(study: str, arm: str, seed: int, choice: Any) -> Path:
     of_choice = "" if choice is None else f"-{choice:g}"
-    return RESULTS / study / f"{arm}{of_choice}-seed{seed}.json"
+    return RESULTS / study / f"{arm.replace(' ', '-')}{of_choice}-seed{seed}.json"
 
 
 def read(path: Path) -> dict[str, Any] | None:

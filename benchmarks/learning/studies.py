@@ -1,6 +1,6 @@
 """The studies: which runs there are, and what differs between them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -13,6 +13,7 @@ ES = {
     "learning_rate": "sigma",
 }
 GRPO = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "beta": 0.0}
+STEPS = [0.01, 0.02, 0.005]
 RATES = [1e-5, 3e-5, 3e-6]
 
 
@@ -34,6 +35,8 @@ class Arm:
             Study and arm whose choice this one takes.
         reward (`str` or `None`, *optional*):
             Name of the reward of the task that is learned from. `None` is the first.
+        start (`str`, *optional*, defaults to `"as it is"`):
+            Name of the model that it begins with.
     """
 
     trainer: str
@@ -42,6 +45,7 @@ class Arm:
     choices: list[Any] = field(default_factory=list)
     tuned_as: tuple[str, str] | None = None
     reward: str | None = None
+    start: str = "as it is"
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,22 @@ class Study:
         return self.budgets[trainer] // 4
 
 
-def es(reward: str | None = None, **settings: Any) -> Arm:
-    return Arm("es", ES | settings, reward=reward)
+def es(**settings: Any) -> Arm:
+    return Arm("es", ES | settings)
 
 
-def grpo(reward: str | None = None, **settings: Any) -> Arm:
-    return Arm("grpo", GRPO | settings, "learning_rate", RATES, reward=reward)
+def grpo() -> Arm:
+    return Arm("grpo", GRPO, "learning_rate", RATES)
 
 
 def grpo_as(study: str, **settings: Any) -> Arm:
     """With the learning rate of that study's `grpo`."""
     return Arm("grpo", GRPO | settings, "learning_rate", tuned_as=(study, "grpo"))
+
+
+def variant(**settings: Any) -> Arm:
+    """With a learning rate of its own: what makes updates longer would look better or worse by that alone."""
+    return Arm("es", ES | settings, "learning_rate", STEPS)
 
 
 # 0.03 of the distance from the start is taken back at each step
@@ -100,7 +109,7 @@ STUDIES = {
     ),
     "messages": Study(
         "messages",
-        {"es": es(), "es-macro-f1": es("macro_f1"), "grpo": grpo()},
+        {"es": es(), "es-macro-f1": replace(es(), reward="macro_f1"), "grpo": grpo()},
     ),
     **{
         f"maze-{rooms}": Study(
@@ -110,4 +119,34 @@ STUDIES = {
         )
         for rooms in (1, 2, 4, 8)
     },
+    "spread": Study(
+        "kinds",
+        {
+            "es": es(),
+            "es-sft": replace(es(), start="sft"),
+            "es-lora": replace(es(), start="lora", tuned="sigma", choices=[0.01, 0.03, 0.1]),
+            "grpo": grpo_as("kinds"),
+            "grpo-sft": replace(grpo_as("kinds"), start="sft"),
+            "grpo-lora": replace(grpo(), start="lora", choices=[10 * rate for rate in RATES]),
+        },
+        seeds=range(5),
+        budgets={"es": 2048, "grpo": 512},
+    ),
+    "variants": Study(
+        "kinds",
+        {
+            "rank 1, N 16, z-scores": variant(),
+            "rank 4": variant(perturbation_rank=4),
+            "gaussian": variant(perturbation="gaussian"),
+            "N 32": variant(population_size=32),
+            "N 64": variant(population_size=64),
+            "N 128": variant(population_size=128),
+            "antithetic": variant(antithetic=True),
+            "ranks": variant(fitness_shaping="centered_rank"),
+            "prompt-centred": variant(fitness_shaping="prompt_centered"),
+            # A first step of Adam changes each weight by the learning rate, one of z-scores by 1/4 of it with 16 members
+            "adam": replace(variant(es_optimizer="adam"), choices=[rate / 4 for rate in STEPS]),
+        },
+        budgets={"es": 2048},
+    ),
 }
