@@ -144,7 +144,7 @@ STUDIES = {
             "antithetic": variant(antithetic=True),
             "ranks": variant(fitness_shaping="centered_rank"),
             "prompt-centred": variant(fitness_shaping="prompt_centered"),
-            # A first step of Adam changes each weight by the learning rate, one of z-scores by 1/4 of it with 16 members
+            # The first step of Adam changes each weight by the learning rate, that of 16 z-scores by a quarter of it
             "adam": replace(variant(es_optimizer="adam"), choices=[rate / 4 for rate in STEPS]),
         },
         budgets={"es": 2048},
