@@ -7,8 +7,9 @@ import re
 from contextlib import redirect_stdout
 from dataclasses import fields
 from textwrap import dedent
+from unittest.mock import patch
 
-from references import plain
+from docstrings import plain
 
 from es_trainer import ESConfig
 from es_trainer.cli import COMMANDS, main
@@ -71,13 +72,13 @@ def help_of_commands() -> str:
     """What `es-trainer COMMAND --help` prints."""
     parts = []
     for command, summary in COMMANDS.items():
-        parts.append(f"## es-trainer {command}\n\n{summary[0].upper()}{summary[1:]}.\n\n```text\n{_help(command)}\n```")
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        parts.append(f"## es-trainer {command}\n\n{sentence}\n\n```text\n{_help(command)}\n```")
     return "\n\n".join(parts)
 
 
 def _help(command: str) -> str:
-    os.environ["COLUMNS"] = "100"
-    with redirect_stdout(io.StringIO()) as printed:
+    with patch.dict(os.environ, COLUMNS="100"), redirect_stdout(io.StringIO()) as printed:
         try:
             main([command, "--help"])
         except SystemExit as end:

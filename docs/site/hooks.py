@@ -1,6 +1,6 @@
 """
-What mkdocs does beside the pages in `docs/`: files of the repository that are pages, too, links to other files of it, and
-the parts of pages that are generated.
+What mkdocs does beside the pages in `docs/`: files of the repository that are pages, too, links to other files of it,
+and the parts of pages that are generated.
 
 Pages are read on GitHub as well, so they link to files where these are in the repository.
 """

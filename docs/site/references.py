@@ -1,23 +1,14 @@
-"""What mkdocstrings reads of docstrings in the form of Hugging Face's."""
+"""An extension of griffe, by which mkdocstrings reads docstrings."""
 
-import re
 from typing import Any
 
 import griffe
-
-
-# [`ESTrainer`], [`~transformers.Trainer`] and [`evaluate_reward`]: names, of which the last part is shown after a tilde
-REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?!\()")
-
-
-def plain(text: str) -> str:
-    """Text with references as plain names."""
-    return REFERENCE.sub(lambda found: f"`{found[2].rsplit('.', 1)[-1] if found[1] else found[2]}`", text)
+from docstrings import plain, with_plain_types
 
 
 class PlainReferences(griffe.Extension):
-    """References of docstrings as plain names, and types of arguments without their backticks."""
+    """Docstrings with plain names for references, and plain types."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = plain(obj.docstring.value)
+            obj.docstring.value = with_plain_types(plain(obj.docstring.value))

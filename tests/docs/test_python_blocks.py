@@ -92,7 +92,8 @@ def test_what_is_not_run_has_the_right_names(block):
             known = inspect.signature({"ESConfig": ESConfig, "ESTrainer": ESTrainer}[node.func.id]).parameters
             assert {keyword.arg for keyword in node.keywords} <= known.keys()
             if node.func.id == "ESConfig":
-                ESConfig(*map(ast.literal_eval, node.args), **{k.arg: ast.literal_eval(k.value) for k in node.keywords})
+                options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+                ESConfig(*map(ast.literal_eval, node.args), **options)
 
 
 def test_what_is_not_run_is_counted():
