@@ -38,6 +38,13 @@ def fields_of_evolution() -> str:
     return PAGE.sub(r"[\1](\1)", plain("\n".join(lines)))
 
 
+def other_defaults() -> str:
+    """Which defaults are others than those of `TrainingArguments`."""
+    text = inspect.getdoc(ESConfig).split("> [!NOTE]\n", 2)[1].split("\n\n", 1)[0]
+    first, *rest = (line.removeprefix("> ") for line in text.splitlines())
+    return plain("\n".join([first, "", *rest]))
+
+
 def inherited_fields() -> str:
     """Fields of other configs that have an effect, in a table."""
     rows = [
@@ -103,6 +110,7 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 # By the name that a marker in a page gives
 PARTS = {
     "fields of evolution strategies": fields_of_evolution,
+    "other defaults": other_defaults,
     "inherited fields": inherited_fields,
     "fields without effect": fields_without_effect,
     "help of commands": help_of_commands,

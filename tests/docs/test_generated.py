@@ -19,6 +19,7 @@ from generated import (  # noqa: E402
     fields_without_effect,
     help_of_commands,
     inherited_fields,
+    other_defaults,
 )
 
 
@@ -34,6 +35,7 @@ def test_a_field_has_its_default_and_its_text():
     assert sigma in fields_of_evolution()
     assert "| `fsdp` | an error | FSDP is not supported." in fields_without_effect()
     assert "| `learning_rate` | `0.0005` |" in inherited_fields()
+    assert "\n\n- `learning_rate`: Defaults to `5e-4` instead of `5e-5`.\n" in other_defaults()
 
 
 def test_every_command_shows_its_help():

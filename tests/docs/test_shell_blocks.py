@@ -102,6 +102,11 @@ def is_extra(name: str) -> bool:
     return re.search(rf'^ *"?{name}"?(: | = )\[', declared, re.MULTILINE) is not None
 
 
+def test_extras_of_the_installation_page_exist():
+    extras = re.findall(r"^\| `(\w+)` \|", PAGES["installation.md"].read_text(), re.MULTILINE)
+    assert len(extras) > 5 and [name for name in extras if not is_extra(name)] == []
+
+
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: f"{block.page}:{block.line}")
 def test_options_are_taken(folder, monkeypatch, block):
     for command in commands_of(block):
