@@ -41,14 +41,21 @@ RUN = dict.fromkeys(block.page for block in PYTHON if block.not_run is None)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     """Folders of tiny models, by the names that pages have."""
-    text, vision = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("vision")
+    text = tmp_path_factory.mktemp("text")
     tokenizer = calling_tokenizer()
     make_model(vocab_size=len(tokenizer), max_position_embeddings=2048).save_pretrained(text)
     tokenizer.save_pretrained(text)
-    for part in make_tiny("gemma3"):
-        part.save_pretrained(vision)
     names = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
-    return {**dict.fromkeys(names, str(text)), "Qwen/Qwen2.5-VL-3B-Instruct": str(vision)}
+    return dict.fromkeys(names, str(text))
+
+
+@pytest.fixture(scope="module")
+def models_of_vision(tmp_path_factory) -> dict[str, str]:
+    """The same for models that read images."""
+    folder = tmp_path_factory.mktemp("vision")
+    for part in make_tiny("gemma3"):
+        part.save_pretrained(folder)
+    return {"Qwen/Qwen2.5-VL-3B-Instruct": str(folder)}
 
 
 @pytest.fixture
@@ -74,7 +81,9 @@ def run(block: Block, models: dict[str, str], namespace: dict[str, object]) -> N
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[needs_tools] * (page == "agents.md")) for page in RUN])
-def test_page_runs(short_runs, models, page):
+def test_page_runs(short_runs, models, request, page):
+    if page == "images.md":
+        models = request.getfixturevalue("models_of_vision")
     namespace = {"__name__": "__main__"}
     for block in PYTHON:
         if block.page == page and block.not_run is None:
