@@ -28,7 +28,7 @@ def fields_of_evolution() -> str:
         title = re.fullmatch(r"> Parameters (?:that control |of )(.*)", line)
         entry = ENTRY.fullmatch(line)
         if title:
-            lines.append(f"### {title[1][0].upper()}{title[1][1:]}")
+            lines.append("### " + re.sub("^[a-z](?=[a-z])", lambda first: first[0].upper(), title[1]))
         elif entry:
             lines += [f"#### `{entry[1]}` {{ #{entry[1]} }}", "", entry[2]]
         else:
