@@ -70,6 +70,8 @@ def check(command: list[str], monkeypatch) -> None:
     elif name == "pip":
         for extra in re.findall(r"\w+(?=[],])", " ".join(arguments)):
             assert is_extra(extra)
+    elif name == "pytest":
+        assert (ROOT / arguments[0]).exists()
     elif name == "python":
         assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file()
     else:
