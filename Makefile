@@ -17,7 +17,7 @@ VLLM_PIP := $(VLLM_ENV)/bin/pip install --quiet --constraint $(VLLM_PINS)
 PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
 test test-lowest test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: quickstart test test-lowest test-newest test-vllm slow gpu bench bench-vllm lint clean
+.PHONY: quickstart test test-lowest test-newest test-vllm slow gpu bench bench-vllm docs lint clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/python examples/quickstart.py
@@ -73,6 +73,10 @@ bench-vllm: $(VLLM_ENV)/installed
 	$(VLLM_ENV)/bin/python benchmarks/vllm_engine.py --dtype bfloat16
 	$(VLLM_ENV)/bin/python benchmarks/vllm_slots.py
 
+# The site of the documentation, in build/site; links and anchors are checked
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,7 +94,7 @@ $(VENV)/torch: constraints.txt | $(BIN)/pip
 	$(PIP) torch
 	touch $@
 
-$(VENV)/quickstart $(VENV)/dev: $(VENV)/%: setup.py $(VENV)/torch
+$(VENV)/quickstart $(VENV)/dev $(VENV)/docs: $(VENV)/%: setup.py $(VENV)/torch
 	$(PIP) --editable '.[$*]'
 	touch $@
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "agents": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1"],
     "quantization": ["bitsandbytes>=0.48.2,<1"],
     "images": ["pillow>=11.0,<14", "torchvision>=0.24.1,<1"],
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
     "trackers": ["trackio>=0.39,<1", "wandb>=0.23,<1"],
 }
 EXTRAS["test"] = [

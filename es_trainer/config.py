@@ -132,7 +132,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             Steps that evaluate the same noises, each on new prompts (reuse of noise, as in
             [EGGROLL](https://huggingface.co/papers/2511.16652)). It shows whether the same members win on other
             prompts: `update_cosine` is logged then. It saves no time, as noise is made anew whenever a member is
-            evaluated, and learned no faster where it was measured (docs/monitoring.md). Updates along the same noises
+            evaluated, and learned no faster where it was measured (docs/tuning.md). Updates along the same noises
             add up instead of being orthogonal, so the learning rate of a population is so many times as large: divide
             `learning_rate` by as much to keep it.
         perturbation (`str`, *optional*, defaults to `"gaussian"`):
@@ -170,7 +170,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             - `"host"`: in host memory (pinned); saves 4 bytes a weight on the device for one transfer per member.
             - `"none"`: nowhere; noise is added to the working weights and subtracted again, as in the paper's code.
               Least memory, but every member leaves a rounding error in the weights, and updates smaller than half a
-              unit in the last place are lost (see the README for what that amounts to).
+              unit in the last place are lost (docs/memory.md says what that amounts to).
         weight_quantization (`str`, *optional*):
             How the weights are stored that the members of `perturbation="low_rank"` share: `"int8"` or `"fp8"` (e4m3),
             with a scale for each row, of the matrices of linear layers and embeddings. They take 1 byte a weight on
@@ -211,7 +211,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             weights that it would give answer `auto_step_prompts` held-out prompts, and this and the following updates
             have the length that is best (`step_scale`, from 1/16 to 16). It costs four evaluations of these prompts
             and no memory. `0` leaves updates as long as the learning rate says. Needs an `eval_dataset` and master
-            weights; not with `vllm_mode="server"`. See docs/monitoring.md.
+            weights; not with `vllm_mode="server"`. See docs/tuning.md.
         auto_step_prompts (`int`, *optional*, defaults to `32`):
             Number of held-out prompts: the first ones of the `eval_dataset`, or of the first of several.
         skip_settled_prompts (`float`, *optional*, defaults to `0.0`):
@@ -229,7 +229,7 @@ class ESConfig(GRPOFields, TrainingArguments):
             are compared on them: how easy these are does not count. Without, luck with easy prompts counts like merit.
             A step takes its rows in the order of the members; where there are fewer, as at the end of an epoch, each
             member has fewer of them, and the first rows are taken again for what is missing. The unperturbed weights
-            answer those of the first member. See docs/monitoring.md.
+            answer those of the first member. See docs/tuning.md.
         num_prompts_per_step (`int`, *optional*):
             Prompts that every member answers in a step, whatever the number of processes. If `None`, it is
             `per_device_train_batch_size * gradient_accumulation_steps`, which is 8 if neither is set. ES has no

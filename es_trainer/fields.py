@@ -294,7 +294,8 @@ def asks_for_something(value: Any, item: Field) -> bool:
     """Whether a field without effect was set to what would have one: `None`, `False` and empty lists are all "off"."""
     if item.name == "fsdp_config" and isinstance(value, dict):
         return any(value.values())  # older versions fill it in, with all off
-    return was_set(value, item) and bool(value or default(item))
+    is_on = bool(default(item)) and default(item) != "no"  # of which parsers make `False`
+    return was_set(value, item) and bool(value or is_on)
 
 
 def listing(settings: dict[str, Any], reasons: dict[str, str]) -> str:

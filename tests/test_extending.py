@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says about adding something: each has a file of its own, and is named in one place besides."""
+"""What docs/extending.md says: what is added has a file of its own, and is named in one place besides."""
 
 import ast
 import importlib

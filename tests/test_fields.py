@@ -53,6 +53,12 @@ def test_parsers_show_the_help_alone(parser, tmp_path):
     assert options["--sigma"].help == str(known_help("sigma")) and "same_in" not in options["--sigma"].help
 
 
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+def test_parsers_set_nothing_by_themselves(parser, tmp_path, caplog):
+    parser(ESConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
+    assert "are left out" not in caplog.text
+
+
 def known_help(name: str) -> str:
     assert known_of(ESConfig)[name].same_in == "run"
     return next(item.metadata["help"] for item in fields(ESConfig) if item.name == name)
