@@ -6,7 +6,8 @@
 # PyPI's torch brings some gigabytes for CUDA along on x86. `--build-arg PIP_EXTRA_INDEX_URL=...` with the index of
 # PyTorch's CPU builds takes one without them.
 #
-# Not built yet: no Docker was at hand. hadolint has read it, and tests/test_docker.py resolves what it installs.
+# Not built with Docker yet: none was at hand. Its steps were run in a clean virtual environment, which then trained for
+# a step; hadolint has read it, and tests/test_docker.py resolves what it installs.
 FROM python:3.11-slim-bookworm
 
 ARG PIP_EXTRA_INDEX_URL
