@@ -25,7 +25,7 @@ quickstart: $(VENV)/quickstart
 test: $(VENV)/dev $(VENV)/tasks
 	$(BIN)/python $(PYTEST) --ignore tests/with_vllm --ignore tests/gpu
 
-# With the oldest versions that setup.py allows
+# With the oldest versions that pyproject.toml allows
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python $(PYTEST) --ignore tests/with_vllm --ignore tests/gpu
 
@@ -94,12 +94,12 @@ $(VENV)/torch: constraints.txt | $(BIN)/pip
 	$(PIP) torch
 	touch $@
 
-$(VENV)/quickstart $(VENV)/dev $(VENV)/docs: $(VENV)/%: setup.py $(VENV)/torch
+$(VENV)/quickstart $(VENV)/dev $(VENV)/docs: $(VENV)/%: pyproject.toml $(VENV)/torch
 	$(PIP) --editable '.[$*]'
 	touch $@
 
 # A dependency of reasoning-gym (pycosat) has to be compiled: without a C compiler, tests of its tasks are skipped
-$(VENV)/tasks: setup.py $(VENV)/dev
+$(VENV)/tasks: pyproject.toml $(VENV)/dev
 	-$(PIP) --editable '.[tasks]'
 	touch $@
 
@@ -108,13 +108,13 @@ $(VENV)/openenv: constraints.txt $(VENV)/dev
 	$(PIP) openenv
 	touch $@
 
-$(LOWEST)/installed: setup.py constraints-lowest.txt
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --upgrade pip
 	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[test]'
 	touch $@
 
-$(NEWEST)/installed: setup.py constraints.txt
+$(NEWEST)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --upgrade pip
 	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
@@ -124,7 +124,7 @@ $(NEWEST)/installed: setup.py constraints.txt
 
 # vLLM's CPU build, which needs another Transformers. Of what it requires, torch's companions are left out: those on PyPI
 # are for CUDA.
-$(VLLM_ENV)/installed: setup.py $(VLLM_PINS) tests/with_vllm/requirements.py
+$(VLLM_ENV)/installed: pyproject.toml $(VLLM_PINS) tests/with_vllm/requirements.py
 	$(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_PIP) --upgrade pip
 	$(VLLM_PIP) torch

@@ -292,13 +292,19 @@ def test_wandb_gets_scalars_and_completions(trainer, tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_trackio_gets_scalars_and_completions(trainer, tmp_path, monkeypatch):
+def test_trackio_gets_scalars_and_completions(trainer):
     from trackio.sqlite_storage import SQLiteStorage
 
     options = {"report_to": "trackio", "project": "tests", "run_name": "completions", **OPTIONS}
-    trainer(train_dataset=conversations(), eval_dataset=None, **options).train()
+    run = trainer(train_dataset=conversations(), eval_strategy="steps", eval_steps=2, **options)
+    run.train()
     entries = SQLiteStorage.get_logs("tests", "completions")
-    assert [entry["train/global_step"] for entry in entries if "train/reward" in entry] == [1, 2]
+    of_steps = [entry for entry in entries if "train/reward" in entry]
+    assert [entry["train/global_step"] for entry in of_steps] == [1, 2]
+    for name in ("reward", "reward_std", "signal"):  # those that docs/monitoring.md shows in the dashboard
+        assert [entry[f"train/{name}"] for entry in of_steps] == pytest.approx([log[name] for log in logs(run)])
+    (held_out,) = [entry for entry in entries if "eval/reward" in entry]
+    assert held_out["train/global_step"] == 2
     tables = [entry["completions"]["_value"] for entry in entries if "completions" in entry]
     assert [[row["step"] for row in table] for table in tables] == [[1] * 3, [2] * 3]
     assert tables[0][0]["prompt"].startswith("user: Say ")
