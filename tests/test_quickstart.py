@@ -34,4 +34,4 @@ def test_its_reward_works_on_its_data(advice, trainer):
 
 def test_the_files_that_it_names_are_there(advice):
     files = re.findall(r"[\w/]+\.(?:md|ipynb)", advice)
-    assert len(files) == 6 and all((ROOT / file).is_file() for file in files)
+    assert len(files) == 7 and all((ROOT / file).is_file() for file in files)
