@@ -19,7 +19,16 @@ from ..config import ESConfig
 from ..evolution import EvolutionStrategy
 from ..fields import require
 from ..run.auto_step import AutoStep
-from ..run.checkpoint import check_complete, has_state, load_state, remove_state, save_state
+from ..run.checkpoint import (
+    check_complete,
+    check_content,
+    has_state,
+    last_good_checkpoint,
+    load_state,
+    remove_state,
+    save_state,
+    write_checksums,
+)
 from ..run.consistency import check_same_weights
 from ..run.history import describe, differences
 from ..run.history_file import HISTORY_NAME, History
@@ -89,6 +98,9 @@ class CheckpointTrainer(Trainer):
             self._answers_after = self._answer_samples()
         self.create_model_card((self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
         super()._save_checkpoint(model, trial)
+        self.processes.barrier()  # until all have written their files
+        if self.args.should_save:
+            write_checksums(folder)
         self.recorder.last_checkpoint = str(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -122,9 +134,16 @@ class CheckpointTrainer(Trainer):
             self.history.begin(self._new_header(), self._repeat_updates)
         check_same_weights(self.processes, self.optimizer, self.backend.parts)
 
-    def _has_history_alone(self) -> bool:
-        """Whether the run was interrupted before its first checkpoint."""
-        return self.optimizer.updates == 0 and self.history.is_all_there_is(self._new_header)
+    def _where_to_go_on(self) -> str | bool | None:
+        """
+        The newest good checkpoint of the run; `None` if it was interrupted before the first one was complete, so that
+        its history is all there is of it; and `True` if there is nothing, which the Trainer has an error for.
+        """
+        folder = Path(self.args.output_dir)
+        checkpoint = last_good_checkpoint(folder) if folder.is_dir() else None
+        if checkpoint is not None:
+            return str(checkpoint)
+        return None if self.optimizer.updates == 0 and self.history.is_of_run(self._new_header) else True
 
     def _init_training_state(
         self,
@@ -183,6 +202,9 @@ class CheckpointTrainer(Trainer):
             `ValueError`: If going on from the checkpoint would not be going on with its run.
         """
         check_complete(checkpoint)
+        looked_through = self._repeat_updates and self.processes.rank == 0  # when the newest good one was looked for
+        if self.args.local_process_index == 0 and not looked_through:
+            check_content(checkpoint)
         header, _ = History(checkpoint / HISTORY_NAME).read()
         found = differences(header, describe(self.optimizer, self.args))
         if found:
