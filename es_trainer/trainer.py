@@ -381,7 +381,7 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         `save_only_model`, the best model begins a run of its own.
         """
         self.backend.check(self.model)
-        with self.backend.in_working_dtype():
+        with self.alone_in_folder(), self.backend.in_working_dtype():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(

@@ -1,8 +1,10 @@
 """Saving a run and resuming it: the model, the state of the evolution strategy, and the history of both."""
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..run.auto_step import AutoStep
 from ..run.checkpoint import (
     check_complete,
     check_content,
+    date_by_steps,
     has_state,
     last_good_checkpoint,
     load_state,
@@ -30,6 +33,7 @@ from ..run.checkpoint import (
     write_checksums,
 )
 from ..run.consistency import check_same_weights
+from ..run.folder_lock import alone_in
 from ..run.history import describe, differences
 from ..run.history_file import HISTORY_NAME, History
 from ..run.processes import Processes
@@ -60,6 +64,13 @@ class CheckpointTrainer(Trainer):
 
     # ---- saving ----
 
+    @contextlib.contextmanager
+    def alone_in_folder(self) -> Iterator[None]:
+        """Inside, no other run can train in the output folder."""
+        with contextlib.ExitStack() as stack:
+            self.processes.on_first(lambda: stack.enter_context(alone_in(Path(self.args.output_dir))) or None)
+            yield
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the trained weights in the dtype that the model was given in.
@@ -87,7 +98,20 @@ class CheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_same_weights(self.processes, self.optimizer, self.backend.parts)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._write_checkpoint(folder, model, trial)
+        except Exception as error:
+            error.add_note(
+                f"The checkpoint {folder} could not be saved. No update is lost: {self.history.path} has them. Put "
+                "right what is wrong with the disk, and start the run again with `resume_from_checkpoint=True`, which "
+                "passes over what is incomplete."
+            )
+            raise
+        self.recorder.last_checkpoint = str(folder)
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
+            date_by_steps(folder.parent)  # those that the Trainer deletes are the oldest by date
             remove_state(folder)
             os.makedirs(folder, exist_ok=True)
             header, lines = self.history.read()
@@ -101,7 +125,6 @@ class CheckpointTrainer(Trainer):
         self.processes.barrier()  # until all have written their files
         if self.args.should_save:
             write_checksums(folder)
-        self.recorder.last_checkpoint = str(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         together = self.optimizer.weights.partitioned

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,6 +94,15 @@ def last_good_checkpoint(folder: Path) -> Path | None:
     if problem is not None and not (folder / HISTORY_NAME).is_file():
         raise problem
     return None
+
+
+def date_by_steps(folder: Path) -> None:
+    """Where the clock has gone back, give the checkpoints of a run earlier dates, in the order of their steps."""
+    checkpoints, now = sort_checkpoints(str(folder)), time.time()
+    if all(os.path.getmtime(checkpoint) < now for checkpoint in checkpoints):
+        return
+    for seconds, checkpoint in enumerate(reversed(checkpoints), 1):
+        os.utime(checkpoint, (now - seconds, now - seconds))
 
 
 def remove_state(checkpoint: Path) -> None:

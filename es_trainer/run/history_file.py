@@ -33,8 +33,16 @@ class History:
 
     def append(self, step: dict[str, Any]) -> None:
         """Add the line of an update."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(step) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(step) + "\n")
+        except OSError as error:
+            error.add_note(
+                f"The line of update {step.get('step')} could not be written into {self.path}. Those before it are "
+                "there: put right what is wrong with the disk, and start the run again with "
+                "`resume_from_checkpoint=True`."
+            )
+            raise
 
     def set_aside(self) -> Path | None:
         """Give the file another name, with the first number that is free. Returns that, or `None` without a file."""
