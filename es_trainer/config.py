@@ -59,6 +59,7 @@ GRPO_BATCH = {
     "generation_batch_size",
     "steps_per_generation",
 }
+SCHEDULES = ("population_size_schedule", "num_prompts_per_step_schedule")  # which have a form of their own
 DEFAULT_PROMPTS = 8
 DEFAULT_SAVE_STEPS = 50
 # What GRPOConfig itself makes of fields that were left alone
@@ -1082,7 +1083,23 @@ class ESConfig(GRPOFields, TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer saves its arguments beside the model, which may be pushed to a public repository
-        return {**self.__dict__, "hub_token": None}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": self._without_token(None)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """See [`~transformers.TrainingArguments.to_dict`]."""
+        return super().to_dict() | {"model_init_kwargs": self._without_token("<TOKEN>")}
+
+    def __str__(self) -> str:
+        """See [`~transformers.TrainingArguments`]."""
+        token = self.model_init_kwargs.get("token") if isinstance(self.model_init_kwargs, dict) else None
+        return super().__str__().replace(token, "<TOKEN>") if isinstance(token, str) else super().__str__()
+
+    __repr__ = __str__
+
+    def _without_token(self, instead: str | None) -> Any:
+        """`model_init_kwargs` as they may be shown."""
+        options = self.model_init_kwargs
+        return options | {"token": instead} if isinstance(options, dict) and options.get("token") else options
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """See [`~transformers.TrainingArguments.to_sanitized_dict`]."""
@@ -1166,7 +1183,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         self.top_k = self.top_k or 0  # `None` keeps all, too
         self._express_learning_rate()
         for name, hint in _type_hints().items():
-            setattr(self, name, converted(name, getattr(self, name), hint))
+            if name not in SCHEDULES:
+                setattr(self, name, converted(name, getattr(self, name), hint))
         for item in fields(self):
             if item.name in REFUSED and asks_for_something(getattr(self, item.name), item):
                 raise ValueError(f"`{item.name}={getattr(self, item.name)!r}` is not valid: {REFUSED[item.name]}")
@@ -1259,7 +1277,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                     "name. Leave 'torch_dtype' out."
                 )
             self.model_init_kwargs = options
-        for name in ("population_size_schedule", "num_prompts_per_step_schedule"):
+        for name in SCHEDULES:
             setattr(self, name, as_schedule(name, getattr(self, name)))
         if self.chat_template_kwargs:
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
