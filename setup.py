@@ -28,6 +28,7 @@ EXTRAS["test"] = [
     "pillow>=11.0",
     *["nbclient>=0.10", "ipykernel>=6.29"],  # a notebook
     *["pytest>=9.0", "pytest-xdist>=3.8", "tensorboard>=2.20", "triton>=3.5"],
+    "hypothesis>=6.140",  # configs that nobody wrote
 ]
 EXTRAS["dev"] = [*EXTRAS["test"], "import-linter>=2.11", "ruff>=0.17"]
 
@@ -51,6 +52,7 @@ setup(
         "peft>=0.18,<1",
         "dill>=0.3.8,<1",
         "evaluate>=0.4.6,<1",
+        "filelock>=3.20,<5",
         "httpx>=0.27,<1",
         "matplotlib>=3.10,<4",
         "numba>=0.61,<1",

@@ -1410,6 +1410,12 @@ class ESConfig(GRPOFields, TrainingArguments):
             )
         require(
             self,
+            self.save_strategy != "best" or self.metric_for_best_model is not None,
+            "save_strategy",
+            "nothing says which checkpoint is the best; set metric_for_best_model, such as 'reward'.",
+        )
+        require(
+            self,
             self.auto_step == 0 or self.master_weights != "none",
             "auto_step",
             "steps are tried without a trace with master weights only; set master_weights to 'device' or 'host'.",

@@ -50,7 +50,9 @@ def write_checksums(checkpoint: Path) -> None:
     """Write the SHA-256 of each file of a checkpoint, now that all are written."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as threads:
-        sums = dict(zip((str(file.relative_to(checkpoint)) for file in files), threads.map(_sha256, files), strict=True))
+        sums = dict(
+            zip((str(file.relative_to(checkpoint)) for file in files), threads.map(_sha256, files), strict=True)
+        )
     (checkpoint / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 

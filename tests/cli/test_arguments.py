@@ -206,7 +206,9 @@ def test_code_that_the_command_line_names_or_trusts_is_allowed(yaml_file, tmp_pa
     assert make_parser().parse_args_and_config(["--config", path, "--trust_remote_code"])[0].reward_funcs
     overridden = ["--config", path, "--reward_funcs", "my_rewards.length"]
     assert make_parser().parse_args_and_config(overridden)[0].reward_funcs == ["my_rewards.length"]
-    path = yaml_file(f"{own}reward_funcs: [accuracy_reward, 'evaluate:exact_match']\ntask: reasoning_gym:mini_sudoku\n")
+    path = yaml_file(
+        f"{own}reward_funcs: [accuracy_reward, 'evaluate:exact_match']\ntask: reasoning_gym:mini_sudoku\n"
+    )
     assert make_parser().parse_args_and_config(["--config", path])[0].task == "reasoning_gym:mini_sudoku"
     path = yaml_file(f"{own}agent: my_agent.solve\n")
     with pytest.raises(SystemExit):

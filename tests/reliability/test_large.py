@@ -46,7 +46,11 @@ LONG = 100_000  # tokens, of which each is a character
 @pytest.mark.slow
 def test_a_prompt_of_a_hundred_thousand_tokens(trainer):
     model = make_model(
-        max_position_embeddings=2 * LONG, num_hidden_layers=1, hidden_size=8, num_attention_heads=1, num_key_value_heads=1
+        max_position_embeddings=2 * LONG,
+        num_hidden_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        num_key_value_heads=1,
     )
     data = Dataset.from_dict({"prompt": ["x" * LONG]})
     options = {"population_size": 2, "num_prompts_per_step": 1, "per_device_train_batch_size": None}

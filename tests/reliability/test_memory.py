@@ -44,4 +44,3 @@ def test_a_single_row_that_does_not_fit_ends_the_run(trainer):
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         run.train()
     assert_same(weights(run.model), before)
-
