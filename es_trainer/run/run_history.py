@@ -150,8 +150,8 @@ class RunHistory(History):
         if with_defaults(there) != mine:
             found = differences(there, mine) or ["it started with other weights"]
             raise ValueError(
-                f"`resume_from_checkpoint=True`: No valid checkpoint found in {self.path.parent}, and {self.path.name} "
-                f"there is of another run: {'; '.join(found)}. Train with the same model and settings to go on with it, or "
-                "without `resume_from_checkpoint` to start a new run."
+                f"`resume_from_checkpoint=True`: No valid checkpoint found in {self.path.parent}, and "
+                f"{self.path.name} there is of another run: {'; '.join(found)}. Train with the same model and "
+                "settings to go on with it, or without `resume_from_checkpoint` to start a new run."
             )
         return True

@@ -23,7 +23,7 @@ SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 # ---- pickles ----
 
 UNPICKLING = {"pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "dill.loads", "joblib.load"}
-# Functions that are sent to the workers of this run through pipes, and a reader that takes only what metadata is made of
+# Functions that are sent to the workers of this run through pipes
 FROM_OWN_PROCESSES = {"rewards/pool.py", "rewards/pool_server.py", "rewards/workers.py"}
 
 
