@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..run.checkpoint import (
     date_by_steps,
     has_state,
     last_good_checkpoint,
+    load_scheduler,
     load_state,
     remove_state,
     save_state,
@@ -103,8 +105,8 @@ class CheckpointTrainer(Trainer):
         except Exception as error:
             error.add_note(
                 f"The checkpoint {folder} could not be saved. No update is lost: {self.history.path} has them. Put "
-                "right what is wrong with the disk, and start the run again with `resume_from_checkpoint=True`, which "
-                "passes over what is incomplete."
+                "right what is wrong, and start the run again with `resume_from_checkpoint=True`, which passes over "
+                f"what is incomplete. {shutil.disk_usage(self.args.output_dir).free / 2**20:.1f} MiB are free there."
             )
             raise
         self.recorder.last_checkpoint = str(folder)
@@ -122,6 +124,14 @@ class CheckpointTrainer(Trainer):
             self._answers_after = self._answer_samples()
         self.create_model_card((self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
         super()._save_checkpoint(model, trial)
+        if not self.args.push_to_hub:
+            self._seal(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _seal(self, folder: Path) -> None:
         self.processes.barrier()  # until all have written their files
         if self.args.should_save:
             write_checksums(folder)
@@ -250,7 +260,7 @@ class CheckpointTrainer(Trainer):
         header, steps = History(Path(checkpoint) / HISTORY_NAME).read()
         self.backend.resume(steps)
         load_state(Path(checkpoint), self.optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(load_scheduler(Path(checkpoint)))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
         for group, learning_rate in zip(
             self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True

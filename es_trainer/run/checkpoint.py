@@ -7,7 +7,9 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
@@ -48,7 +50,7 @@ def check_complete(checkpoint: Path) -> None:
 
 def write_checksums(checkpoint: Path) -> None:
     """Write the SHA-256 of each file of a checkpoint, now that all are written."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / CHECKSUMS)
     with ThreadPoolExecutor() as threads:
         sums = dict(
             zip((str(file.relative_to(checkpoint)) for file in files), threads.map(_sha256, files), strict=True)
@@ -73,7 +75,9 @@ def check_content(checkpoint: Path) -> None:
         found = threads.map(lambda name: _sha256(checkpoint / name) if (checkpoint / name).is_file() else None, sums)
         for name, sha256 in zip(sums, found, strict=True):
             if sha256 != sums[name]:
-                raise _damaged(checkpoint, name, "it is missing" if sha256 is None else "its checksum is another")
+                raise _damaged(
+                    checkpoint, name, "it is missing" if sha256 is None else f"{CHECKSUMS} has another checksum"
+                )
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
@@ -131,6 +135,23 @@ def save_state(checkpoint: Path, optimizer: EvolutionStrategy, together: bool, f
     save(optimizer.slices(), checkpoint / FOLDER, together)
     if first:
         (checkpoint / FOLDER / FACTS).write_text(json.dumps(optimizer.facts(), indent=2))
+
+
+def load_scheduler(checkpoint: Path) -> dict[str, Any]:
+    """
+    The state of the scheduler of learning rates.
+
+    Raises:
+        `ValueError`: If the file does not have one.
+    """
+    file = checkpoint / "scheduler.pt"
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # bytes that are no pickle can raise anything
+        raise ValueError(
+            f"{file} cannot be read as the state of a scheduler ({type(error).__name__}). It was damaged, or made by "
+            "someone who wants to run code here: resume from another checkpoint."
+        ) from error
 
 
 def load_state(checkpoint: Path, optimizer: EvolutionStrategy) -> None:

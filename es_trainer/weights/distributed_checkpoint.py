@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -56,7 +57,7 @@ def save(slices: Mapping[str, Slice], folder: Path, together: bool) -> None:
         together (`bool`):
             Whether all processes call this, each with its slices. Of boxes that several have, the first writes.
     """
-    with _without_a_warning():
+    with _without_a_warning(), _errors_as_they_are():
         dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_SavePlanner(slices), no_dist=not together)
 
 
@@ -76,7 +77,7 @@ def load(slices: Mapping[str, Slice], reader: dcp.StorageReader) -> None:
     planner = _LoadPlanner(slices)
     planner.set_up_planner({}, reader.read_metadata())
     planner.create_local_plan()  # what it raises comes as it is
-    with _without_a_warning():
+    with _without_a_warning(), _errors_as_they_are():
         dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
 
 
@@ -126,6 +127,19 @@ class Files(dcp.FileSystemReader):
             ) from error
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        """
+        Raises:
+            `ValueError`: If the files do not have what their description says.
+        """
+        try:
+            return super().read_data(plan, planner)
+        except Exception as error:  # bytes that are no tensors can raise anything
+            raise ValueError(
+                f"The tensors in {self.path} cannot be read ({type(error).__name__}). They were damaged, or made by "
+                "someone who wants to run code here: resume from another checkpoint."
+            ) from error
 
 
 class StateDicts(dcp.StorageReader):
@@ -256,3 +270,13 @@ def _without_a_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
+
+
+@contextlib.contextmanager
+def _errors_as_they_are() -> Iterator[None]:
+    """Inside, an error is what it is, in place of one that wraps it and is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from error

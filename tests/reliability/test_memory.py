@@ -6,7 +6,7 @@ from conftest import assert_same, make_model, weights
 from transformers import LlamaForCausalLM
 
 
-ROWS = 3  # that fit into memory at once
+ROWS = 4  # that fit into memory at once
 
 
 def hungry(most_rows: int = ROWS) -> LlamaForCausalLM:
@@ -21,7 +21,7 @@ def hungry(most_rows: int = ROWS) -> LlamaForCausalLM:
     return model
 
 
-OPTIONS = {"per_device_train_batch_size": 4, "num_generations": 3, "temperature": 1.0}
+OPTIONS = {"per_device_train_batch_size": 4, "num_generations": 2, "temperature": 1.0, "max_steps": 2}
 KINDS = [{}, {"perturbation": "low_rank", "population_batch_size": 4}, {"population_batch_size": 2}]
 
 

@@ -92,9 +92,8 @@ def test_a_malicious_pickle_in_a_checkpoint_is_not_run(trainer, tmp_path, name, 
     write_checksums(checkpoint)  # whoever writes the one writes the other
     resumed = trainer(**SAVED)
     if refused:
-        with pytest.raises((ValueError, pickle.UnpicklingError, RuntimeError, TypeError)) as error:
+        with pytest.raises((ValueError, pickle.UnpicklingError)):
             resumed.train(resume_from_checkpoint=str(checkpoint))
-        print(type(error.value).__name__, error.value)
     else:
         resumed.train(resume_from_checkpoint=str(checkpoint))
     assert not mark.exists()
@@ -192,7 +191,8 @@ def test_every_route_of_the_model_server_needs_the_key_of_a_program(trainer):
                     found.append((method, path, reply.status_code))
         return 1.0
 
-    run = trainer(reward_funcs=None, agent_func=program, max_steps=1)
+    # The program asks for nothing that is answered
+    run = trainer(reward_funcs=None, agent_func=program, agent_errors="none", max_steps=1)
     run.train()
     run.backend.answers._server.stop()
     assert len(found) >= 9
