@@ -75,9 +75,8 @@ def check_content(checkpoint: Path) -> None:
         found = threads.map(lambda name: _sha256(checkpoint / name) if (checkpoint / name).is_file() else None, sums)
         for name, sha256 in zip(sums, found, strict=True):
             if sha256 != sums[name]:
-                raise _damaged(
-                    checkpoint, name, "it is missing" if sha256 is None else f"{CHECKSUMS} has another checksum"
-                )
+                how = "it is missing" if sha256 is None else f"{CHECKSUMS} has another checksum"
+                raise _damaged(checkpoint, name, how)
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:

@@ -19,7 +19,7 @@ from es_trainer import ESConfig, ESTrainer, trainer
 from es_trainer.scripts.es import make_parser
 
 
-FAST = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 MANY = settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 NONSENSE = ["nonsense", "", [], {}, -1, None, math.nan]
