@@ -75,8 +75,8 @@ def check_content(checkpoint: Path) -> None:
         found = threads.map(lambda name: _sha256(checkpoint / name) if (checkpoint / name).is_file() else None, sums)
         for name, sha256 in zip(sums, found, strict=True):
             if sha256 != sums[name]:
-                how = "it is missing" if sha256 is None else f"{CHECKSUMS} has another checksum"
-                raise _damaged(checkpoint, name, how)
+                how = "it is missing" if sha256 is None else "it has another checksum"
+                raise _damaged(checkpoint, name, f"{CHECKSUMS} names it, but {how}")
 
 
 def last_good_checkpoint(folder: Path) -> Path | None:
