@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import SchedulerType, TrainingArguments
+from transformers import GenerationConfig, SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
@@ -1369,6 +1369,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
                     "text, lists and dictionaries."
                 ) from error
+        GenerationConfig(cache_implementation=self.cache_implementation)  # refuses what it does not know
         pairs = "antithetic sampling evaluates members in pairs; use even numbers or antithetic=False."
         sizes = (self.population_size_schedule or {}).values()
         require(self, not self.antithetic or self.population_size % 2 == 0, "population_size", pairs)

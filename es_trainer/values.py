@@ -139,7 +139,7 @@ def _as_number(name: str, value: Any, kind: type) -> Any:
         raise ValueError(f"`{name}={value!r}` is not valid: it must be finite.")
     if kind is int and isinstance(number, float) and number.is_integer():
         return int(number)
-    if isinstance(number, (int, kind)):
+    if isinstance(number, (int, kind)) and not isinstance(number, bool):
         return number
     raise ValueError(f"`{name}={value!r}` is not valid: it must be {'an integer' if kind is int else 'a number'}.")
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import TINY_RUN, letters
 from datasets import Dataset
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
 from es_trainer import ESConfig, ESTrainer, trainer
@@ -175,11 +175,23 @@ def check(model: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
             assert not loaded, "the model was loaded for nothing"
             assert names_a_field(str(error)), "the message names no field"
             return
-        made.train()
-        assert made.state.global_step >= 1
+        try:
+            made.train()
+        except FloatingPointError as error:  # such as of weight_decay=1e30
+            assert "Training has diverged. Lower `learning_rate`" in str(error)
+        else:
+            assert made.state.global_step >= 1
 
 
 @given(options=OPTIONS)
+@example(options={"save_strategy": "best"})
+@example(options={"save_strategy": "nonsense"})
+@example(options={"cache_implementation": ""})
+@example(options={"generation_kwargs": "nonsense"})
+@example(options={"logging_steps": math.inf})
+@example(options={"metric_for_best_model": []})
+@example(options={"weight_decay": True})
+@example(options={"weight_decay": 1e30})
 @FAST
 def test_a_config_runs_or_is_refused(model_folder, options):
     with pytest.MonkeyPatch.context() as patch:
