@@ -22,7 +22,11 @@ def hungry(most_rows: int = ROWS) -> LlamaForCausalLM:
 
 
 OPTIONS = {"per_device_train_batch_size": 4, "num_generations": 2, "temperature": 1.0, "max_steps": 2}
-KINDS = [{}, {"perturbation": "low_rank", "population_batch_size": 4}, {"population_batch_size": 2}]
+KINDS = [
+    {},
+    {"perturbation": "low_rank", "population_batch_size": 4},
+    pytest.param({"population_batch_size": 2}, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("options", KINDS)
