@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import SchedulerType, TrainingArguments
+from transformers import GenerationConfig, SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import GRPOConfig
@@ -59,6 +59,7 @@ GRPO_BATCH = {
     "generation_batch_size",
     "steps_per_generation",
 }
+SCHEDULES = ("population_size_schedule", "num_prompts_per_step_schedule")  # which have a form of their own
 DEFAULT_PROMPTS = 8
 DEFAULT_SAVE_STEPS = 50
 # What GRPOConfig itself makes of fields that were left alone
@@ -1082,7 +1083,23 @@ class ESConfig(GRPOFields, TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer saves its arguments beside the model, which may be pushed to a public repository
-        return {**self.__dict__, "hub_token": None}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": self._without_token(None)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """See [`~transformers.TrainingArguments.to_dict`]."""
+        return super().to_dict() | {"model_init_kwargs": self._without_token("<TOKEN>")}
+
+    def __str__(self) -> str:
+        """See [`~transformers.TrainingArguments`]."""
+        token = self.model_init_kwargs.get("token") if isinstance(self.model_init_kwargs, dict) else None
+        return super().__str__().replace(token, "<TOKEN>") if isinstance(token, str) else super().__str__()
+
+    __repr__ = __str__
+
+    def _without_token(self, instead: str | None) -> Any:
+        """`model_init_kwargs` as they may be shown."""
+        options = self.model_init_kwargs
+        return options | {"token": instead} if isinstance(options, dict) and options.get("token") else options
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """See [`~transformers.TrainingArguments.to_sanitized_dict`]."""
@@ -1166,7 +1183,8 @@ class ESConfig(GRPOFields, TrainingArguments):
         self.top_k = self.top_k or 0  # `None` keeps all, too
         self._express_learning_rate()
         for name, hint in _type_hints().items():
-            setattr(self, name, converted(name, getattr(self, name), hint))
+            if name not in SCHEDULES:
+                setattr(self, name, converted(name, getattr(self, name), hint))
         for item in fields(self):
             if item.name in REFUSED and asks_for_something(getattr(self, item.name), item):
                 raise ValueError(f"`{item.name}={getattr(self, item.name)!r}` is not valid: {REFUSED[item.name]}")
@@ -1259,7 +1277,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                     "name. Leave 'torch_dtype' out."
                 )
             self.model_init_kwargs = options
-        for name in ("population_size_schedule", "num_prompts_per_step_schedule"):
+        for name in SCHEDULES:
             setattr(self, name, as_schedule(name, getattr(self, name)))
         if self.chat_template_kwargs:
             self.chat_template_kwargs = with_schemas(self.chat_template_kwargs)
@@ -1351,6 +1369,7 @@ class ESConfig(GRPOFields, TrainingArguments):
                     f"`{name}={getattr(self, name)!r}` cannot be written into the history: {error}. Give numbers, "
                     "text, lists and dictionaries."
                 ) from error
+        GenerationConfig(cache_implementation=self.cache_implementation)  # refuses what it does not know
         pairs = "antithetic sampling evaluates members in pairs; use even numbers or antithetic=False."
         sizes = (self.population_size_schedule or {}).values()
         require(self, not self.antithetic or self.population_size % 2 == 0, "population_size", pairs)
@@ -1390,6 +1409,12 @@ class ESConfig(GRPOFields, TrainingArguments):
                 "skip_settled_prompts",
                 f"what is drawn follows from the steps before, but {name}={value!r}; set {name}={plain_value!r}.",
             )
+        require(
+            self,
+            self.save_strategy != "best" or self.metric_for_best_model is not None,
+            "save_strategy",
+            "nothing says which checkpoint is the best; set metric_for_best_model, such as 'reward'.",
+        )
         require(
             self,
             self.auto_step == 0 or self.master_weights != "none",

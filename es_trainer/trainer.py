@@ -371,16 +371,17 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         Train; see [`~transformers.Trainer.train`]. Resuming gives what training without a break would have.
 
         With `resume_from_checkpoint=True`, updates after the last checkpoint that are in `history.jsonl` are done
-        again from their seeds and utilities: no member is evaluated twice. A run without a checkpoint goes on from its
-        history alone. Give the checkpoint's path to evaluate them
-        anew, for instance with another reward. A history that does not go on is kept under another name.
+        again from their seeds and utilities: no member is evaluated twice. A checkpoint that is incomplete or damaged
+        is passed over, and a run without a good one goes on from its history alone. Give the checkpoint's path to
+        evaluate the updates after it anew, for instance with another reward. A history that does not go on is kept
+        under another name.
 
         A further call goes on with the weights and the optimizer's state as they are. After
         `load_best_model_at_end`, those are of the best checkpoint, and the history goes on from its update. With
         `save_only_model`, the best model begins a run of its own.
         """
         self.backend.check(self.model)
-        with self.backend.in_working_dtype():
+        with self.alone_in_folder(), self.backend.in_working_dtype():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(
@@ -389,8 +390,8 @@ class ESTrainer(CheckpointTrainer, HubTrainer, GradientFreeTrainer):
         if self.args.push_to_hub and self.optimizer.updates == 0:
             self._answers_before = self._answer_samples()
         self._repeat_updates = resume_from_checkpoint is True
-        if self._repeat_updates and self.processes.exchange(self._has_history_alone)[0]:
-            resume_from_checkpoint = None
+        if self._repeat_updates:
+            resume_from_checkpoint = self.processes.on_first(self._where_to_go_on)
         broken = self.optimizer.weights.not_finite()
         if broken is not None and not resume_from_checkpoint:
             raise FloatingPointError(

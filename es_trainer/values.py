@@ -1,8 +1,12 @@
 """Values of fields as the types that they are declared with, whatever they were read from."""
 
 import contextlib
-from types import FunctionType, MethodType
-from typing import Any, get_args
+import json
+import math
+import os
+from enum import Enum
+from types import FunctionType, MethodType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -69,11 +73,20 @@ def converted(name: str, value: Any, hint: Any) -> Any:
             Its type, as `typing.get_type_hints` gives it.
 
     Raises:
-        `ValueError`: If a number, or a list of numbers, is wanted and the value is none; names the field.
+        `ValueError`: If the field takes nothing like it; names the field.
     """
     value = plain(value)
-    kinds = set(get_args(hint)) if type(None) in get_args(hint) or str in get_args(hint) else {hint}
-    if str in kinds or (value is None and type(None) in kinds):
+    kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    if value is None and type(None) in kinds:
+        return value
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return _as_choice(name, value, kind)
+        if kind == dict[str, Any]:
+            return _as_dict(name, value)
+    if kinds <= {str, type(None)}:
+        return _as_text(name, value)
+    if str in kinds:
         return value
     for kind in (bool, int, float):
         if kind in kinds:
@@ -86,6 +99,34 @@ def converted(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def _as_choice(name: str, value: Any, kind: type[Enum]) -> Enum:
+    choices = [choice.value for choice in kind]
+    if value is False and "no" in choices:  # what YAML makes of `no`
+        value = "no"
+    if not isinstance(value, (str, kind)) or value not in choices:
+        raise ValueError(f"`{name}={value!r}` is not valid: choose one of {', '.join(map(repr, choices))}.")
+    return kind(value)
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`{name}={value!r}` is not valid: it is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}={value!r}` is not valid: give a dictionary, as JSON on the command line.")
+    return value
+
+
+def _as_text(name: str, value: Any) -> Any:
+    if isinstance(value, (str, os.PathLike)):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):  # YAML's `run_name: 5`
+        return str(value)
+    raise ValueError(f"`{name}={value!r}` is not valid: it must be text.")
+
+
 def _as_number(name: str, value: Any, kind: type) -> Any:
     if kind is bool:
         if isinstance(value, str):
@@ -94,9 +135,11 @@ def _as_number(name: str, value: Any, kind: type) -> Any:
             return bool(value)
         raise ValueError(f"`{name}={value!r}` is not valid: it must be True or False.")
     number = _parsed(value) if isinstance(value, str) else value
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"`{name}={value!r}` is not valid: it must be finite.")
     if kind is int and isinstance(number, float) and number.is_integer():
         return int(number)
-    if isinstance(number, (int, kind)):
+    if isinstance(number, (int, kind)) and not isinstance(number, bool):
         return number
     raise ValueError(f"`{name}={value!r}` is not valid: it must be {'an integer' if kind is int else 'a number'}.")
 

@@ -45,7 +45,7 @@ MODEL_FILES = {
     *("README.md", "history.jsonl", "reward.png"),
 }
 CHECKPOINT_FILES = {
-    *("model.safetensors", "scheduler.pt", "trainer_state.json", "history.jsonl"),
+    *("model.safetensors", "scheduler.pt", "trainer_state.json", "history.jsonl", "checksums.json"),
     *("optimizer/.metadata", "optimizer/__0_0.distcp", "optimizer/state.json"),
 }
 

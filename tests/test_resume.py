@@ -129,7 +129,7 @@ def test_an_incomplete_checkpoint_is_refused(trainer, tmp_path, missing):
     (tmp_path / "run" / "checkpoint-2" / missing).unlink()
     said = "complete optimizer/" if missing.startswith("optimizer") else missing
     with pytest.raises(ValueError, match=f"checkpoint-2 has no {said}"):
-        trainer().train(resume_from_checkpoint=True)
+        trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
 def test_a_run_can_be_made_longer(trainer, tmp_path):

@@ -1,9 +1,11 @@
 """Completions by Transformers' `generate`."""
 
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -65,6 +67,7 @@ class TransformersEngine(Engine):
         # `generate` makes this one from the config only for decoding methods of its own
         stop_strings, self.generation_config.stop_strings = self.generation_config.stop_strings, None
         self.stopping_criteria = [StopStringCriteria(self.tokenizer, stop_strings)] if stop_strings else []
+        self._most_rows: int | None = None  # at once, since memory ran out
         self._members: Rows | None = None  # that are installed in the model
 
     def use(self, members: Rows | None) -> None:
@@ -173,12 +176,35 @@ class TransformersEngine(Engine):
         """
         self.use(members)
         completions: dict[int, Completion] = {}
-        for batch in _batches(ids, batch_size or len(rows)):
-            made = self._generate_batch(
-                [ids[i] for i in batch], [rows[i] for i in batch], seed, members, progress, caches
-            )
-            completions.update(zip(batch, made, strict=True))
+        size = min(batch_size or len(rows), self._most_rows or len(rows))
+        waiting = deque(_batches(ids, size))
+        while waiting:
+            batch = waiting.popleft()
+            try:
+                made = self._generate_batch(
+                    [ids[i] for i in batch], [rows[i] for i in batch], seed, members, progress, caches
+                )
+            except RuntimeError as error:
+                # Processes that go through forward passes together would wait for each other
+                if not should_reduce_batch_size(error) or len(batch) == 1 or self.lockstep:
+                    raise
+                self._lower_most_rows(-(-len(batch) // 2))
+                if caches is not None:
+                    caches.clear()
+                waiting.extendleft((batch[: self._most_rows], batch[self._most_rows :]))
+            else:
+                completions.update(zip(batch, made, strict=True))
         return [completions[i] for i in range(len(rows))]
+
+    def _lower_most_rows(self, most_rows: int) -> None:
+        if self._most_rows is None:
+            logger.warning(
+                "Memory ran out while completions were generated. From here on, no more than half as many are "
+                f"generated at once ({most_rows}), and fewer if that is too much, too. Set `generation_batch_size` to "
+                "choose a number. (Shown once.)"
+            )
+        self._most_rows = most_rows
+        clear_device_cache(garbage_collection=True)
 
     @torch.inference_mode()
     def logits(self, prompt: list[int], last: int) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """Saving a run and resuming it: the model, the state of the evolution strategy, and the history of both."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,20 @@ from ..config import ESConfig
 from ..evolution import EvolutionStrategy
 from ..fields import require
 from ..run.auto_step import AutoStep
-from ..run.checkpoint import check_complete, has_state, load_state, remove_state, save_state
+from ..run.checkpoint import (
+    check_complete,
+    check_content,
+    date_by_steps,
+    has_state,
+    last_good_checkpoint,
+    load_scheduler,
+    load_state,
+    remove_state,
+    save_state,
+    write_checksums,
+)
 from ..run.consistency import check_same_weights
+from ..run.folder_lock import alone_in
 from ..run.history import describe, differences
 from ..run.history_file import HISTORY_NAME, History
 from ..run.processes import Processes
@@ -51,6 +66,13 @@ class CheckpointTrainer(Trainer):
 
     # ---- saving ----
 
+    @contextlib.contextmanager
+    def alone_in_folder(self) -> Iterator[None]:
+        """Inside, no other run can train in the output folder."""
+        with contextlib.ExitStack() as stack:
+            self.processes.on_first(lambda: stack.enter_context(alone_in(Path(self.args.output_dir))) or None)
+            yield
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the trained weights in the dtype that the model was given in.
@@ -78,7 +100,20 @@ class CheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_same_weights(self.processes, self.optimizer, self.backend.parts)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._write_checkpoint(folder, model, trial)
+        except Exception as error:
+            error.add_note(
+                f"The checkpoint {folder} could not be saved. No update is lost: {self.history.path} has them. Put "
+                "right what is wrong, and start the run again with `resume_from_checkpoint=True`, which passes over "
+                f"what is incomplete. {shutil.disk_usage(self.args.output_dir).free / 2**20:.1f} MiB are free there."
+            )
+            raise
+        self.recorder.last_checkpoint = str(folder)
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
+            date_by_steps(folder.parent)  # those that the Trainer deletes are the oldest by date
             remove_state(folder)
             os.makedirs(folder, exist_ok=True)
             header, lines = self.history.read()
@@ -89,7 +124,17 @@ class CheckpointTrainer(Trainer):
             self._answers_after = self._answer_samples()
         self.create_model_card((self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1])
         super()._save_checkpoint(model, trial)
-        self.recorder.last_checkpoint = str(folder)
+        if not self.args.push_to_hub:
+            self._seal(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._seal(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _seal(self, folder: Path) -> None:
+        self.processes.barrier()  # until all have written their files
+        if self.args.should_save:
+            write_checksums(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         together = self.optimizer.weights.partitioned
@@ -122,9 +167,16 @@ class CheckpointTrainer(Trainer):
             self.history.begin(self._new_header(), self._repeat_updates)
         check_same_weights(self.processes, self.optimizer, self.backend.parts)
 
-    def _has_history_alone(self) -> bool:
-        """Whether the run was interrupted before its first checkpoint."""
-        return self.optimizer.updates == 0 and self.history.is_all_there_is(self._new_header)
+    def _where_to_go_on(self) -> str | bool | None:
+        """
+        The newest good checkpoint of the run; `None` if it was interrupted before the first one was complete, so that
+        its history is all there is of it; and `True` if there is nothing, which the Trainer has an error for.
+        """
+        folder = Path(self.args.output_dir)
+        checkpoint = last_good_checkpoint(folder) if folder.is_dir() else None
+        if checkpoint is not None:
+            return str(checkpoint)
+        return None if self.optimizer.updates == 0 and self.history.is_of_run(self._new_header) else True
 
     def _init_training_state(
         self,
@@ -183,6 +235,9 @@ class CheckpointTrainer(Trainer):
             `ValueError`: If going on from the checkpoint would not be going on with its run.
         """
         check_complete(checkpoint)
+        looked_through = self._repeat_updates and self.processes.rank == 0  # when the newest good one was looked for
+        if self.args.local_process_index == 0 and not looked_through:
+            check_content(checkpoint)
         header, _ = History(checkpoint / HISTORY_NAME).read()
         found = differences(header, describe(self.optimizer, self.args))
         if found:
@@ -205,7 +260,7 @@ class CheckpointTrainer(Trainer):
         header, steps = History(Path(checkpoint) / HISTORY_NAME).read()
         self.backend.resume(steps)
         load_state(Path(checkpoint), self.optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(load_scheduler(Path(checkpoint)))
         # A scheduler that was given goes on from the learning rates of the optimizer that it was made with
         for group, learning_rate in zip(
             self.lr_scheduler.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True

@@ -1,8 +1,10 @@
 """The file of a run's history: JSON lines, of which the last may be torn."""
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,28 @@ class History:
 
     def write(self, header: dict[str, Any], steps: list[dict[str, Any]]) -> None:
         """Write the file anew. What was there before is replaced at once, or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".new")
-        new.write_text("".join(json.dumps(line) + "\n" for line in [header, *steps]))
-        os.replace(new, self.path)
+        with self._telling():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = self.path.with_suffix(".new")
+            new.write_text("".join(json.dumps(line) + "\n" for line in [header, *steps]))
+            os.replace(new, self.path)
 
     def append(self, step: dict[str, Any]) -> None:
         """Add the line of an update."""
-        with self.path.open("a") as file:
+        with self._telling(), self.path.open("a") as file:
             file.write(json.dumps(step) + "\n")
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside, errors of the disk say what they mean for the run."""
+        try:
+            yield
+        except OSError as error:
+            error.add_note(
+                f"The history {self.path} could not be written. The updates that it had are still there: put right "
+                "what is wrong with the disk, and start the run again with `resume_from_checkpoint=True`."
+            )
+            raise
 
     def set_aside(self) -> Path | None:
         """Give the file another name, with the first number that is free. Returns that, or `None` without a file."""

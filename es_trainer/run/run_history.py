@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .history import agree, differences, with_defaults
@@ -133,9 +132,9 @@ class RunHistory(History):
         if kept is not None:
             logger.warning(f"{self.path} was of an earlier run, or went on in another way: it is {kept} now.")
 
-    def is_all_there_is(self, header: Callable[[], dict[str, Any]]) -> bool:
+    def is_of_run(self, header: Callable[[], dict[str, Any]]) -> bool:
         """
-        Whether the run was interrupted before its first checkpoint, so that the file is all there is of it.
+        Whether there is a file, from which a run without a checkpoint can go on.
 
         Args:
             header (`Callable`):
@@ -144,16 +143,15 @@ class RunHistory(History):
         Raises:
             `ValueError`: If it is the history of another run.
         """
-        folder = self.path.parent
-        if not self.path.is_file() or get_last_checkpoint(str(folder)) is not None:
+        if not self.path.is_file():
             return False
         there, _ = self.read()
         mine = header()
         if with_defaults(there) != mine:
             found = differences(there, mine) or ["it started with other weights"]
             raise ValueError(
-                f"`resume_from_checkpoint=True`: No valid checkpoint found in {folder}, and {self.path.name} there is "
-                f"of another run: {'; '.join(found)}. Train with the same model and settings to go on with it, or "
-                "without `resume_from_checkpoint` to start a new run."
+                f"`resume_from_checkpoint=True`: No valid checkpoint found in {self.path.parent}, and "
+                f"{self.path.name} there is of another run: {'; '.join(found)}. Train with the same model and "
+                "settings to go on with it, or without `resume_from_checkpoint` to start a new run."
             )
         return True

@@ -11,10 +11,14 @@ from ..choices import OF_SIGMA
 from ..paths import check_local
 from .mistakes import suggestion
 from .recipes import with_files
+from .trust import code_in
 
 
 if TYPE_CHECKING:
     from ..config import ESConfig
+
+
+TRUST = "trust_remote_code"
 
 
 class Parser(TrlParser):
@@ -44,6 +48,7 @@ class Parser(TrlParser):
         for action in self._actions:
             if action.dest == "learning_rate":
                 action.type = _number_or_multiple_of_sigma
+        self._in_yaml: dict[str, Any] = {}
         self.left_over: set[str] = set()
         if launched:
             from .launch import accelerate_configs, launch_options
@@ -64,10 +69,20 @@ class Parser(TrlParser):
             self.error(
                 "`--config` or `--recipe` is given twice: put all options into one file, or some on the command line."
             )
-        return super().parse_args_and_config(args, **kwargs)
+        parsed = super().parse_args_and_config(args, **kwargs)
+        given = {arg.removeprefix("--").split("=")[0] for arg in args if arg.startswith("--")}
+        trusted = any(getattr(options, TRUST, False) for options in parsed) and TRUST in given
+        found = code_in({name: value for name, value in self._in_yaml.items() if name not in given})
+        if found and not trusted:
+            self.error(
+                f"`{found[0]}` in the YAML file has {found[1]!r}, and a file does not run code by itself. If you know "
+                f"the code, give --{TRUST}, or --{found[0]} on the command line."
+            )
+        return parsed
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """See [`~trl.TrlParser.set_defaults_with_config`]."""
+        self._in_yaml = kwargs
         remaining = super().set_defaults_with_config(**kwargs)
         self._refuse_unknown([option.removeprefix("--") for option in remaining[::2]], "YAML key")
         return remaining
@@ -119,7 +134,8 @@ class RewardArguments:
               `answer`; `"evaluate:rouge:rougeL"` picks one of several scores, and
               `"evaluate:f1,average=macro,reference_column=label,postprocess=my_lib.to_label"` has arguments of
               [`~rewards.evaluate_reward`] and of the metric
-            - any dotted import path, such as `"my_lib.rewards.custom_reward"`
+            - any dotted import path, such as `"my_lib.rewards.custom_reward"`; in a YAML file only beside
+              `--trust_remote_code` on the command line
         reward_model_name_or_path (`str`, *optional*):
             Reward model: name, or folder, of a model for sequence classification.
         agent (`str`, *optional*):

@@ -7,6 +7,7 @@ its own, so that the parts may be others than those that were saved.
 
 import contextlib
 import math
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -55,7 +57,7 @@ def save(slices: Mapping[str, Slice], folder: Path, together: bool) -> None:
         together (`bool`):
             Whether all processes call this, each with its slices. Of boxes that several have, the first writes.
     """
-    with _without_a_warning():
+    with _without_a_warning(), _errors_as_they_are():
         dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_SavePlanner(slices), no_dist=not together)
 
 
@@ -75,8 +77,69 @@ def load(slices: Mapping[str, Slice], reader: dcp.StorageReader) -> None:
     planner = _LoadPlanner(slices)
     planner.set_up_planner({}, reader.read_metadata())
     planner.create_local_plan()  # what it raises comes as it is
-    with _without_a_warning():
+    with _without_a_warning(), _errors_as_they_are():
         dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
+
+
+# What the description of a checkpoint is made of. Torch pickles it, and a pickle that names more could run anything.
+_NAMES_OF_METADATA = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _NAMES_OF_METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of one")
+        return super().find_class(module, name)
+
+
+class Files(dcp.FileSystemReader):
+    """
+    Reads the files that `save` wrote, and runs no code that stands in them.
+
+    Args:
+        path (`Path`):
+            Their folder.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """
+        Raises:
+            `ValueError`: If the file is no description of a checkpoint.
+        """
+        file = Path(self.path) / ".metadata"
+        try:
+            metadata = _MetadataUnpickler(file.open("rb")).load()
+        except Exception as error:  # bytes that are no pickle can raise anything
+            raise ValueError(
+                f"{file} is not the description of a checkpoint ({type(error).__name__}: {error}). It was damaged, or "
+                "made by someone who wants to run code here: resume from another checkpoint."
+            ) from error
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        """
+        Raises:
+            `ValueError`: If the files do not have what their description says.
+        """
+        try:
+            return super().read_data(plan, planner)
+        except Exception as error:  # bytes that are no tensors can raise anything
+            raise ValueError(
+                f"The tensors in {self.path} cannot be read ({type(error).__name__}). They were damaged, or made by "
+                "someone who wants to run code here: resume from another checkpoint."
+            ) from error
 
 
 class StateDicts(dcp.StorageReader):
@@ -207,3 +270,13 @@ def _without_a_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
+
+
+@contextlib.contextmanager
+def _errors_as_they_are() -> Iterator[None]:
+    """Inside, an error is what it is, in place of one that wraps it and is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from error

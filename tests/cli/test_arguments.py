@@ -9,6 +9,7 @@ import pytest
 from es_trainer import __version__
 from es_trainer.cli import COMMANDS, _take_debug, main
 from es_trainer.scripts.arguments import GenerationArguments, Parser
+from es_trainer.scripts.es import make_parser
 
 
 @dataclass
@@ -172,3 +173,43 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch, place):
 
 def test_debug_with_a_value_is_the_trainers():
     assert _take_debug(["train", "--debug", "underflow_overflow"]) == ["train", "--debug", "underflow_overflow"]
+
+
+# ---- a YAML file runs no code by itself ----
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "named"),
+    [
+        ("reward_funcs: os.system\n", "reward_funcs", "os.system"),
+        ("reward_funcs: [accuracy_reward, my_rewards.brevity]\n", "reward_funcs", "my_rewards.brevity"),
+        ("reward_funcs: 'evaluate:f1,postprocess=os.system'\n", "reward_funcs", "evaluate:f1,postprocess=os.system"),
+        ("reward_funcs: 'evaluate:someone/metric'\n", "reward_funcs", "evaluate:someone/metric"),
+        ("agent: os.system\n", "agent", "os.system"),
+        ("trust_remote_code: true\nagent: os.system\n", "agent", "os.system"),
+        ("trust_remote_code: true\n", "trust_remote_code", "True"),
+        ("model_init_kwargs: {trust_remote_code: true}\n", "model_init_kwargs", "trust_remote_code"),
+        ("generation_kwargs: {custom_generate: someone/loop}\n", "generation_kwargs", "custom_generate"),
+    ],
+)
+def test_code_that_a_yaml_file_names_is_refused(yaml_file, capsys, tmp_path, text, option, named):
+    path = yaml_file(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n{text}")
+    with pytest.raises(SystemExit) as exit:
+        make_parser("train").parse_args_and_config(["--config", path])
+    assert exit.value.code == 2
+    assert f"`{option}` in the YAML file has {named!r}, and a file does not run code" in capsys.readouterr().err
+
+
+def test_code_that_the_command_line_names_or_trusts_is_allowed(yaml_file, tmp_path):
+    own = f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n"
+    path = yaml_file(f"{own}reward_funcs: my_rewards.brevity\n")
+    assert make_parser().parse_args_and_config(["--config", path, "--trust_remote_code"])[0].reward_funcs
+    overridden = ["--config", path, "--reward_funcs", "my_rewards.length"]
+    assert make_parser().parse_args_and_config(overridden)[0].reward_funcs == ["my_rewards.length"]
+    path = yaml_file(
+        f"{own}reward_funcs: [accuracy_reward, 'evaluate:exact_match']\ntask: reasoning_gym:mini_sudoku\n"
+    )
+    assert make_parser().parse_args_and_config(["--config", path])[0].task == "reasoning_gym:mini_sudoku"
+    path = yaml_file(f"{own}agent: my_agent.solve\n")
+    with pytest.raises(SystemExit):
+        make_parser().parse_args_and_config(["--config", path, "--trust_remote_code", "false"])

@@ -86,11 +86,12 @@ def write(path: Path, **options) -> str:
 
 
 def run_here(config: str, *argv: str) -> None:
-    es.main(*es.make_parser().parse_args_and_config(["--config", config, *argv], fail_with_unknown_args=False))
+    argv = ["--config", config, "--trust_remote_code", *argv]  # my_rewards
+    es.main(*es.make_parser().parse_args_and_config(argv, fail_with_unknown_args=False))
 
 
 def launch(folder: Path, config: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "es_trainer.cli", "train", "--config", config, *argv]
+    command = [sys.executable, "-m", "es_trainer.cli", "train", "--config", config, "--trust_remote_code", *argv]
     return subprocess.run(
         command, cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300
     )
@@ -160,7 +161,7 @@ def test_a_failure_ends_with_the_scripts_error_alone(folder, options, capfd, mon
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = write(folder / "failing.yaml", **{**options, "reward_funcs": "my_rewards.fail"}, output_dir="failing")
     with pytest.raises(SystemExit) as exit:
-        main(["train", "--config", config])
+        main(["train", "--config", config, "--trust_remote_code"])
     assert exit.value.code == 1
     error = capfd.readouterr().err.rstrip()
     assert error.endswith("RuntimeError: Reward function 'fail' raised OSError: out of ink")
@@ -171,7 +172,7 @@ def test_a_copy_of_the_example_is_a_script(folder, options, run, monkeypatch):
     assert (ROOT / "examples" / "scripts" / "es.py").resolve() == Path(es.__file__)
     script = shutil.copy(ROOT / "examples" / "scripts" / "es.py", folder / "my_es.py")
     config = write(folder / "copy.yaml", **options, num_processes=8)
-    monkeypatch.setattr(sys, "argv", ["my_es.py", "--config", config, "--output_dir", "copied"])
+    monkeypatch.setattr(sys, "argv", ["my_es.py", "--config", config, "--trust_remote_code", "--output_dir", "copied"])
     runpy.run_path(str(script), run_name="__main__")
     assert_same(folder / "copied", run)
 
@@ -227,7 +228,7 @@ def refused(folder, options, tmp_path, capsys, monkeypatch):
         config = {**options, "output_dir": str(tmp_path / "run"), **changes}
         config = {name: value for name, value in config.items() if value is not None}
         with pytest.raises(SystemExit) as exit:
-            main(["train", "--config", write(tmp_path / "config.yaml", **config), *argv])
+            main(["train", "--config", write(tmp_path / "config.yaml", **config), "--trust_remote_code", *argv])
         assert exit.value.code == 2
         assert not (tmp_path / "run").exists()
         error = capsys.readouterr().err

@@ -24,6 +24,7 @@ from watched import Watched
 
 from es_trainer import replay
 from es_trainer.engines.vllm_client import Cancelled, ServerError
+from es_trainer.engines.vllm_members import COMPLETIONS
 from es_trainer.engines.vllm_weights import LoadError
 from es_trainer.evolution import Population
 
@@ -384,6 +385,15 @@ def test_a_server_that_is_not_there(start):
         start(Nowhere, vllm_server_timeout=1.0)
 
 
+def routes(server: Process) -> list[tuple[str, str]]:
+    """Every method and path of a server, apart from the one that anyone may ask: as vLLM tells them itself."""
+    described = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {server.token}"}).json()
+    found = [(method.upper(), path) for path, methods in described["paths"].items() for method in methods]
+    assert {("POST", "/collective_rpc"), ("POST", "/v1/completions"), ("GET", "/health")} <= set(found)
+    not_described = [("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/docs"), ("POST", COMPLETIONS)]
+    return [route for route in (*found, *not_described) if route[1] != "/health"]
+
+
 def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
     server = Process(
         *("--tensor-parallel-size", "2", "--worker-extension-cls", f"{Watched.__module__}.{Watched.__name__}"),
@@ -395,6 +405,10 @@ def test_sharded_server_with_a_token(start, plain, tmp_path, monkeypatch):
         assert httpx.post(f"{server.url}/collective_rpc", json=request).status_code == 401
         wrong = {"Authorization": "Bearer secrets"}
         assert httpx.post(f"{server.url}/collective_rpc", json=request, headers=wrong).status_code == 401
+        for method, path in routes(server):
+            for headers in ({}, wrong, {"Authorization": "secret"}):
+                reply = httpx.request(method, f"{server.url}{path}", json={}, headers=headers)
+                assert reply.status_code == 401, (method, path)
         with pytest.raises(ServerError, match="asks for a token: set the environment variable VLLM_API_KEY"):
             start(server)
         monkeypatch.setenv("VLLM_API_KEY", "secret")
