@@ -29,8 +29,8 @@ What next?
 
 2. Your GRPO script. Change one name, `GRPOTrainer` to `ESTrainer`, and import it from es_trainer. docs/grpo.md says
    what differs, and examples/notebooks/from_grpo.ipynb goes through it.
-3. The documentation. docs/tuning.md says which settings matter, docs/monitoring.md whether a run learns, docs/rewards.md
-   more about rewards, docs/agents.md all about tools and agents. README.md lists the other pages.
+3. The documentation. docs/tuning.md says which settings matter, docs/monitoring.md whether a run learns,
+   docs/rewards.md more about rewards, docs/agents.md all about tools and agents. README.md lists the other pages.
 """
 
 
