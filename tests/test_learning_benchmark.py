@@ -55,7 +55,7 @@ def test_the_page_has_the_tables_of_the_runs():
     drawn = [study for study in STUDIES if figures.finished(study)]
     assert drawn
     for study in drawn:
-        assert figures.placed(page, study, figures.table(study, figures.finished(study))) == page
+        assert figures.placed(page, study, figures.tables(study, figures.finished(study))) == page
         assert (figures.DOCS / "results" / f"{study}.png").exists()
 
 

@@ -2,10 +2,11 @@
 
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,7 +19,19 @@ from .tasks import TASKS
 DOCS = Path(__file__).parents[2] / "docs"
 EQUAL = 1024  # completions at which all are compared
 
+# What a table has of the end of runs, beside the metric
+MEASURES = {
+    "pass@1": "pass@1",
+    "pass@8": "pass@8",
+    "kl": "KL to the start",
+    "share/cut": "cut",
+    "share/empty": "empty",
+    "share/repeated": "repeated",
+    "texts_nll": "nats a token on other texts",
+}
+
 Runs = list[dict[str, Any]]  # those of one arm
+Column = Callable[[Runs], str]
 
 
 def draw() -> None:
@@ -29,7 +42,7 @@ def draw() -> None:
         arms = finished(study)
         if arms:
             picture(study, arms).savefig(DOCS / "results" / f"{study}.png", dpi=110)
-            text = placed(text, study, table(study, arms))
+            text = placed(text, study, tables(study, arms))
     page.write_text(text)
 
 
@@ -54,31 +67,35 @@ def placed(text: str, name: str, block: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}{block}{end}", text, flags=re.DOTALL)
 
 
-def table(study: str, arms: dict[str, Runs]) -> str:
-    """A row for each arm: medians over the seeds, with the lowest and the highest where they differ."""
+def tables(study: str, arms: dict[str, Runs]) -> str:
+    """What was learned, and what became of the model: medians over the seeds, with the lowest and the highest."""
+    metric = TASKS[STUDIES[study].task].metric
     seconds = min(final_seconds(runs) for runs in arms.values())
-    reward = TASKS[STUDIES[study].task].metric
-    columns: dict[str, Callable[[dict[str, Any]], float]] = {
-        "before": lambda run: run["history"][0][reward],
-        f"after {EQUAL} completions": lambda run: at(run, "completions", EQUAL)[reward],
-        f"after {seconds:.0f} s": lambda run: at(run, "seconds", seconds)[reward],
-        "at the end": lambda run: run["history"][-1][reward],
-        "KL to the start": lambda run: run["history"][-1]["kl"],
-        "empty, cut or repeated": lambda run: sum(
-            value for name, value in run["history"][-1].items() if name.startswith("share/")
-        ),
-        "nats a token on other texts": lambda run: run["history"][-1]["texts_nll"],
+    learned: dict[str, Column] = {
+        "seeds": lambda runs: str(len(runs)),
+        "completions": lambda runs: f"{runs[0]['history'][-1]['completions']}",
+        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "peak MiB": lambda runs: f"{statistics.median(run['history'][-1]['peak_mib'] for run in runs):.0f}",
+        f"{metric} before": lambda runs: spread(run["history"][0][metric] for run in runs),
+        f"after {EQUAL} completions": lambda runs: spread(at(run, "completions", EQUAL, metric) for run in runs),
+        f"after {seconds:.0f} s": lambda runs: spread(at(run, "seconds", seconds, metric) for run in runs),
+        "at the end": lambda runs: spread(run["history"][-1][metric] for run in runs),
     }
-    lines = [
-        "| run | seeds | completions | seconds | peak MiB | " + " | ".join(columns) + " |",
-        "| --- " * (5 + len(columns)) + "|",
-    ]
+    first = [run["history"][0] for runs in arms.values() for run in runs]
+    became: dict[str, Column] = {
+        f"{label} (before: {statistics.median(entry[key] for entry in first):.2g})": lambda runs, key=key: spread(
+            run["history"][-1][key] for run in runs
+        )
+        for key, label in MEASURES.items()
+        if key in first[0]
+    }
+    return f"{rows(arms, learned)}\n{rows(arms, became)}"
+
+
+def rows(arms: dict[str, Runs], columns: dict[str, Column]) -> str:
+    lines = ["| run | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     for name, runs in arms.items():
-        last = runs[0]["history"][-1]
-        peak = statistics.median(run["history"][-1]["peak_mib"] for run in runs)
-        cells = [name, len(runs), last["completions"], f"{final_seconds(runs):.0f}", f"{peak:.0f}"]
-        cells += [spread([column(run) for run in runs]) for column in columns.values()]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append(f"| {name} | " + " | ".join(column(runs) for column in columns.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -86,12 +103,14 @@ def final_seconds(runs: Runs) -> float:
     return statistics.median(run["history"][-1]["seconds"] for run in runs)
 
 
-def at(run: dict[str, Any], key: str, limit: float) -> dict[str, float]:
-    """The last measurement that is not beyond a limit."""
-    return [entry for entry in run["history"] if entry[key] <= limit][-1]
+def at(run: dict[str, Any], key: str, limit: float, metric: str) -> float:
+    """The metric at a limit, on the line between the measurements before and after it."""
+    history = run["history"]
+    return float(np.interp(limit, [entry[key] for entry in history], [entry[metric] for entry in history]))
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Iterable[float]) -> str:
+    values = list(values)
     median, low, high = (f"{value:.3g}" for value in (statistics.median(values), min(values), max(values)))
     return median if low == high else f"{median} ({low} to {high})"
 
