@@ -136,6 +136,7 @@ STUDIES = {
         "kinds",
         {
             "rank 1, N 16, z-scores": variant(),
+            "sigma 0.02": variant(sigma=0.02),
             "rank 4": variant(perturbation_rank=4),
             "gaussian": variant(perturbation="gaussian"),
             "N 32": variant(population_size=32),
