@@ -1,4 +1,4 @@
-"""Pictures and tables of docs/results.md, from the files of the runs."""
+"""Pictures and tables of docs/results.md and README.md, from the files of the runs."""
 
 import re
 import statistics
@@ -18,6 +18,7 @@ from .tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
 EQUAL = 1024  # completions at which all are compared
+ON_THE_FRONT_PAGE = "kinds"
 
 # What a table has of the end of runs, beside the metric
 MEASURES = {
@@ -35,15 +36,26 @@ Column = Callable[[Runs], str]
 
 
 def draw() -> None:
-    """Write the pictures, and the tables into their places in docs/results.md."""
-    page = DOCS / "results.md"
-    text = page.read_text()
+    """Write the pictures, and the tables into their places on the pages."""
     for study in STUDIES:
         arms = finished(study)
         if arms:
             picture(study, arms).savefig(DOCS / "results" / f"{study}.png", dpi=110)
-            text = placed(text, study, tables(study, arms))
-    page.write_text(text)
+    for page, text in pages().items():
+        page.write_text(text)
+
+
+def pages() -> dict[Path, str]:
+    """The pages as they have to be."""
+    results, readme = DOCS / "results.md", DOCS.parent / "README.md"
+    texts = {page: page.read_text() for page in (results, readme)}
+    for study in STUDIES:
+        arms = finished(study)
+        if arms:
+            texts[results] = placed(texts[results], study, f"{learned(study, arms)}\n{became(arms)}")
+        if study == ON_THE_FRONT_PAGE:
+            texts[readme] = placed(texts[readme], study, learned(study, arms))
+    return texts
 
 
 def finished(study: str) -> dict[str, Runs]:
@@ -63,15 +75,15 @@ def placed(text: str, name: str, block: str) -> str:
     """The page with a table between its two marks."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if begin not in text:
-        raise ValueError(f"docs/results.md has no place for {name!r}: add the lines {begin.strip()} and {end}.")
+        raise ValueError(f"The page has no place for {name!r}: add the lines {begin.strip()} and {end}.")
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}{block}{end}", text, flags=re.DOTALL)
 
 
-def tables(study: str, arms: dict[str, Runs]) -> str:
-    """What was learned, and what became of the model: medians over the seeds, with the lowest and the highest."""
+def learned(study: str, arms: dict[str, Runs]) -> str:
+    """A table of the metric, at equal completions and at equal seconds, and of what it cost."""
     metric = TASKS[STUDIES[study].task].metric
     seconds = min(final_seconds(runs) for runs in arms.values())
-    learned: dict[str, Column] = {
+    columns: dict[str, Column] = {
         "seeds": lambda runs: str(len(runs)),
         "completions": lambda runs: f"{runs[0]['history'][-1]['completions']}",
         "seconds": lambda runs: f"{final_seconds(runs):.0f}",
@@ -81,18 +93,24 @@ def tables(study: str, arms: dict[str, Runs]) -> str:
         f"after {seconds:.0f} s": lambda runs: spread(at(run, "seconds", seconds, metric) for run in runs),
         "at the end": lambda runs: spread(run["history"][-1][metric] for run in runs),
     }
+    return rows(arms, columns)
+
+
+def became(arms: dict[str, Runs]) -> str:
+    """A table of what became of the model."""
     first = [run["history"][0] for runs in arms.values() for run in runs]
-    became: dict[str, Column] = {
+    columns: dict[str, Column] = {
         f"{label} (before: {statistics.median(entry[key] for entry in first):.2g})": lambda runs, key=key: spread(
             run["history"][-1][key] for run in runs
         )
         for key, label in MEASURES.items()
         if key in first[0]
     }
-    return f"{rows(arms, learned)}\n{rows(arms, became)}"
+    return rows(arms, columns)
 
 
 def rows(arms: dict[str, Runs], columns: dict[str, Column]) -> str:
+    """A row for each arm: medians over the seeds, with the lowest and the highest where they differ."""
     lines = ["| run | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     for name, runs in arms.items():
         lines.append(f"| {name} | " + " | ".join(column(runs) for column in columns.values()) + " |")
