@@ -46,6 +46,8 @@ def test_the_best_choice_of_the_first_seed_is_run_with_the_others(tiny):
         assert pending(["conciseness"], ["grpo"]) == ("conciseness", "grpo", 0, choice)
         path = results.path_of("conciseness", "grpo", 0, choice)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"done": False}))  # of a run that was killed, which begins again
+        assert pending(["conciseness"], ["grpo"])[3] == choice
         path.write_text(json.dumps({"done": True, "history": [{"conciseness_reward": [0.3, 0.9, 0.5][place]}]}))
     assert pending(["conciseness"], ["grpo"]) == ("conciseness", "grpo", 1, grpo.choices[1])
 
