@@ -38,9 +38,14 @@ async def play(example, endpoint) -> dict:
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": view}]
             reply = await client.post("/chat/completions", json={"model": endpoint.model, "messages": messages})
             text = reply.raise_for_status().json()["choices"][0]["message"]["content"]
-            named = re.search("|".join(DIRECTIONS), text.lower())
-            view = maze.go(named[0] if named else "nowhere")
+            view = maze.go(direction(text))
     return {"reward": {"won": maze.get_reward()}, "rooms": maze.passed}
+
+
+def direction(text: str) -> str:
+    """The first direction that an answer names."""
+    named = re.search("|".join(DIRECTIONS), text.lower())
+    return named[0] if named else "nowhere"
 
 
 def games(count: int, first: int = 0) -> Dataset:

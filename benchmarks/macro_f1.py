@@ -9,6 +9,7 @@ completions of a member. All else is the same. Both metrics are those of held-ou
 import argparse
 import random
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +54,21 @@ def messages(count: int, first: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def answered(completion) -> str | None:
+def first_named(completion, kinds: Iterable[str] = KINDS) -> str | None:
     """The first kind that the completion names."""
     text = completion_text(completion).lower()
-    found = [(text.index(kind), kind) for kind in KINDS if kind in text]
+    found = [(text.index(kind), kind) for kind in kinds if kind in text]
     return min(found)[1] if found else None
 
 
 def accuracy(completions, kind, **kwargs) -> list[float]:
-    return [float(answered(completion) == right) for completion, right in zip(completions, kind, strict=True)]
+    return [float(first_named(completion) == right) for completion, right in zip(completions, kind, strict=True)]
 
 
 @per_member
 def macro_f1(completions, kind, **kwargs) -> float:
     """Mean of the F1 of the kinds that occur."""
-    pairs = [(answered(completion), right) for completion, right in zip(completions, kind, strict=True)]
+    pairs = [(first_named(completion), right) for completion, right in zip(completions, kind, strict=True)]
     scores = []
     for each in set(kind):
         hits = sum(said == right == each for said, right in pairs)

@@ -69,6 +69,13 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, tie: bool = Tr
     return LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": tie, **config})).to(dtype)
 
 
+def save_tiny(folder: Path, **options) -> str:
+    """A folder with a tiny model and its tokenizer, for `from_pretrained`."""
+    make_model(**options).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def make_judge() -> LlamaForSequenceClassification:
     """A reward model."""
     torch.manual_seed(7)
@@ -88,8 +95,7 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_tiny(folder)
     make_judge().save_pretrained(folder / "judge")
     make_tokenizer().save_pretrained(folder / "judge")
     return str(folder)

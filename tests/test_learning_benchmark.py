@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import make_tokenizer, save_tiny
 
 from benchmarks.learning import figures, judge, one_run, results, starts
 from benchmarks.learning.__main__ import pending
 from benchmarks.learning.mazes import OVER, Game, Mazes
-from benchmarks.learning.questions import degenerate, pass_at
+from benchmarks.learning.questions import degenerate, passes
 from benchmarks.learning.studies import STUDIES
 from es_trainer.rollout import Completion
 
@@ -17,9 +17,7 @@ from es_trainer.rollout import Completion
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Studies of a tiny model, in two steps of each trainer."""
-    folder = str(tmp_path / "model")
-    make_model(max_position_embeddings=512).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    folder = save_tiny(tmp_path / "model", max_position_embeddings=512)
     for module in (judge, starts):
         monkeypatch.setattr(module, "smollm2", lambda: folder)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
@@ -60,9 +58,13 @@ def test_the_pages_have_the_tables_and_pictures_of_the_runs():
 
 
 def test_pass_at_k_is_the_probability_of_a_right_one_among_k():
-    assert pass_at(1, 2) == pytest.approx(2 / 8)
-    assert pass_at(2, 2) == pytest.approx(1 - 6 / 8 * 5 / 7)
-    assert (pass_at(8, 1), pass_at(8, 0)) == (1.0, 0.0)
+    def of_one_prompt(right: int) -> dict[str, float]:
+        return passes([[float(sample < right)] for sample in range(8)])
+
+    assert of_one_prompt(2)["pass@1"] == pytest.approx(2 / 8)
+    assert of_one_prompt(2)["pass@2"] == pytest.approx(1 - 6 / 8 * 5 / 7)
+    assert (of_one_prompt(1)["pass@8"], of_one_prompt(0)["pass@8"]) == (1.0, 0.0)
+    assert passes([[1.0, 0.0]] * 8) == {"pass@1": 0.5, "pass@2": 0.5, "pass@4": 0.5, "pass@8": 0.5}
 
 
 def test_shares_of_degenerate_completions():

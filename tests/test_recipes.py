@@ -11,7 +11,7 @@ import conftest
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer, needs_reasoning_gym
+from conftest import needs_reasoning_gym, save_tiny
 from tiny_vision import make_tiny
 from transformers import AutoModelForCausalLM
 
@@ -66,10 +66,7 @@ def read(name: str) -> dict:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A tiny model whose context takes the prompts of every task, a byte a token."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model(max_position_embeddings=4096).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")

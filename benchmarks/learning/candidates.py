@@ -20,7 +20,7 @@ from es_trainer.engines import TransformersEngine
 from es_trainer.smollm2 import smollm2
 from es_trainer.tasks import reasoning_gym
 
-from .questions import SAMPLES, pass_at
+from .questions import SAMPLES, passes
 from .tasks import WORDS
 
 
@@ -100,8 +100,8 @@ def shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, candidate
         engine = TransformersEngine(model, tokenizer, args)
         completions = engine.generate(engine.tokenize(candidate.prompts), seed=seed)
         drawn.append(candidate.right([completion.text for completion in completions]))
-    hits = [sum(values) for values in zip(*drawn[1:], strict=True)]
-    return [statistics.fmean(drawn[0]), *(statistics.fmean(pass_at(k, each) for each in hits) for k in (1, SAMPLES))]
+    of_samples = passes(drawn[1:])
+    return [statistics.fmean(drawn[0]), of_samples["pass@1"], of_samples[f"pass@{SAMPLES}"]]
 
 
 if __name__ == "__main__":

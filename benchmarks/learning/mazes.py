@@ -1,10 +1,7 @@
 """Mazes of several rooms, one after the other, with a reward at the end only: the environment of "Agents"."""
 
-import re
 import statistics
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,14 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from benchmarks.delayed_reward import SYSTEM, Maze, direction
+
 from .judge import Judge
 
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "agents"))
-from environment import DIRECTIONS, Maze  # noqa: E402
-
-
-SYSTEM = "You are in a maze. Answer with one word."
 OVER = "The game is over."
 HELD_OUT, HELD_OUT_SEED = 32, 1 << 20
 
@@ -153,8 +147,3 @@ class Game:
             seen = ([] if ids[-1] == end else [end]) + tokenizer(following)["input_ids"]
             self.completion += seen
             self.mask += [0] * len(seen)
-
-
-def direction(text: str) -> str:
-    named = re.search("|".join(DIRECTIONS), text.lower())
-    return named[0] if named else "nowhere"

@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from es_trainer.backends.drift import kl_divergence
+from es_trainer.evolution.generations import pass_at, tries
 from es_trainer.rollout import Completion
 
 from .judge import Judge
@@ -104,8 +106,7 @@ class Questions:
         drawn = [
             self._scores(self.rewards[0], self._answers(judge, model, tokenizer, seed)[1]) for seed in range(SAMPLES)
         ]
-        right = [int(sum(values)) for values in zip(*drawn, strict=True)]
-        return {f"pass@{k}": statistics.fmean(pass_at(k, hits) for hits in right) for k in (1, 2, 4, 8)}
+        return passes(drawn)
 
 
 def kl_of_answers(
@@ -134,9 +135,7 @@ def repeats(words: list[str]) -> bool:
     return any(a == b == c for a, b, c in zip(words, words[1:], words[2:], strict=False))
 
 
-def pass_at(k: int, right: int, drawn: int = SAMPLES) -> float:
-    """Probability that one of k of the drawn completions is right (Chen et al., 2021, equation 1)."""
-    missed = 1.0
-    for i in range(k):
-        missed *= max(drawn - right - i, 0) / (drawn - i)
-    return 1.0 - missed
+def passes(drawn: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Share of prompts with a right answer among k samples, of the rewards of all prompts for each sample."""
+    of_prompts = np.array(drawn, dtype=float).T
+    return {f"pass@{k}": statistics.fmean(pass_at(rewards, k) for rewards in of_prompts) for k in tries(len(drawn))}

@@ -5,8 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from benchmarks.macro_f1 import accuracy, macro_f1, messages
-from es_trainer.rewards import completion_text
+from benchmarks.macro_f1 import accuracy, first_named, macro_f1, messages
 from es_trainer.tasks import conciseness
 
 from .mazes import Mazes
@@ -51,13 +50,9 @@ def kinds(words: slice) -> Dataset:
 
 def right_kind(completions: list[Any], answer: list[str], **kwargs) -> list[float]:
     """1 if the first kind that a completion names is the right one, else 0."""
-    return [float(first_named(completion) == right) for completion, right in zip(completions, answer, strict=True)]
-
-
-def first_named(completion: Any) -> str | None:
-    text = completion_text(completion).lower()
-    found = [(text.index(kind), kind) for kind in WORDS if kind in text]
-    return min(found)[1] if found else None
+    return [
+        float(first_named(completion, WORDS) == right) for completion, right in zip(completions, answer, strict=True)
+    ]
 
 
 def shuffled(dataset: Dataset, seed: int) -> Dataset:

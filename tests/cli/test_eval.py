@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, save_tiny
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
@@ -72,10 +72,7 @@ def working_directory(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("other")
-    make_model(seed=1).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("other"), seed=1)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_model, make_tokenizer
+from conftest import save_tiny
 from pages import BLOCKS, PAGES, ROOT, Block, inline_of
 
 from es_trainer.cli import COMMANDS, main
@@ -32,10 +32,7 @@ class Parsed(BaseException):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_model(max_position_embeddings=2048).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
 
 
 @pytest.fixture

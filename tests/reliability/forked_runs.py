@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from conftest import TINY_RUN, letters
 from datasets import Dataset
+from test_distributed import free_port
 
 from es_trainer import ESConfig, ESTrainer
 from es_trainer.overrides import checkpoints
@@ -71,11 +71,17 @@ def kill_in(trainer: ESTrainer, phase: str, step: int) -> None:
     def now() -> bool:
         return trainer.state.global_step + 1 == step
 
-    def after(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        if now():
-            kill()
-        return result
+    def saving() -> bool:
+        return trainer.state.global_step == step
+
+    def after(it_is_time: Callable[[], bool]) -> Callable[..., Any]:
+        def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            if it_is_time():
+                kill()
+            return result
+
+        return around
 
     def in_exchange(method: Callable[..., Any], work: Callable[[], Any]) -> Any:
         return method(lambda: (work(), now() and scored and kill())[0])
@@ -87,39 +93,33 @@ def kill_in(trainer: ESTrainer, phase: str, step: int) -> None:
             kill()
         method(line)
 
-    def in_saving(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        if trainer.state.global_step == step:
-            kill()
-        return result
-
     def before_checksums(method: Callable[..., Any], folder: Path) -> None:
-        if trainer.state.global_step == step:
+        if saving():
             kill()
         method(folder)
 
     scored: list[int] = []
     wrapped(trainer.completions, "keep", lambda method, *args: (scored.append(1), method(*args))[1])
     if phase == "ask":
-        wrapped(trainer.optimizer, "ask", after)
+        wrapped(trainer.optimizer, "ask", after(now))
     elif phase == "generate":
-        wrapped(trainer.engine, "_generate_batch", after)
+        wrapped(trainer.engine, "_generate_batch", after(now))
     elif phase == "score":
-        wrapped(trainer.scorer, "begin", after)
+        wrapped(trainer.scorer, "begin", after(now))
     elif phase == "exchange":
         wrapped(trainer.processes, "exchange", in_exchange)
     elif phase == "update":
-        wrapped(trainer.recorder, "_measure_update", after)
+        wrapped(trainer.recorder, "_measure_update", after(now))
     elif phase == "record":
         wrapped(trainer.history, "append", in_line)
     elif phase == "save model":
-        wrapped(trainer, "_save", in_saving)
+        wrapped(trainer, "_save", after(saving))
     elif phase == "save state":
-        wrapped(checkpoints, "save_state", in_saving)
+        wrapped(checkpoints, "save_state", after(saving))
     elif phase == "save checksums":
         wrapped(checkpoints, "write_checksums", before_checksums)
     elif phase == "push":
-        wrapped(trainer, "_push_from_checkpoint", in_saving)  # the upload goes on in another thread
+        wrapped(trainer, "_push_from_checkpoint", after(saving))  # the upload goes on in another thread
     else:
         raise ValueError(phase)
 
@@ -160,12 +160,6 @@ def child(model: str, run: Run, rank: int, port: int) -> None:
     sys.stderr.flush()
     atexit._run_exitfuncs()
     os._exit(status)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start(model: str, run: Run) -> list[int]:
