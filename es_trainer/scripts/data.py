@@ -15,6 +15,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..paths import check_local
 from .arguments import RewardArguments
+from .metric_names import PREFIX, MetricName
 from .mistakes import suggestion
 
 
@@ -235,10 +236,9 @@ def _ready_made() -> dict[str, Callable]:
 def _load_reward_func(name: str) -> Callable:
     from ..rewards import evaluate_reward
 
-    if name.startswith("evaluate:"):
-        named, *arguments = name.removeprefix("evaluate:").split(",")
-        metric, _, score = named.partition(":")
-        return evaluate_reward(metric, score=score or None, **_metric_arguments(name, arguments))
+    if name.startswith(PREFIX):
+        named = MetricName.parse(name)
+        return evaluate_reward(named.metric, score=named.score, **_metric_arguments(named.arguments))
     ready_made = _ready_made()
     if name in ready_made:
         function = getattr(ready_made[name], name)
@@ -248,16 +248,10 @@ def _load_reward_func(name: str) -> Callable:
     return import_function("reward_funcs", name)
 
 
-def _metric_arguments(name: str, arguments: list[str]) -> dict[str, Any]:
-    """Arguments of `evaluate_reward` as they stand behind a metric: `key=value`, of which values may be JSON."""
-    found = {}
-    for argument in arguments:
-        key, is_given, text = argument.partition("=")
-        if not is_given:
-            raise ValueError(
-                f"`reward_funcs` has {name!r}: {argument!r} is not `key=value`. Write arguments of "
-                "`es_trainer.rewards.evaluate_reward` like 'evaluate:f1,average=macro,reference_column=label'."
-            )
+def _metric_arguments(arguments: dict[str, str]) -> dict[str, Any]:
+    """Arguments of `evaluate_reward`, of which values may be JSON."""
+    found: dict[str, Any] = {}
+    for key, text in arguments.items():
         try:
             found[key] = json.loads(text)
         except ValueError:

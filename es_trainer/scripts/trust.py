@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .metric_names import PREFIX, MetricName
+
 
 def code_in(options: dict[str, Any]) -> tuple[str, str] | None:
     """
@@ -27,8 +29,4 @@ def code_in(options: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _is_code(name: str) -> bool:
-    if name.startswith("evaluate:"):
-        metric, *arguments = name.removeprefix("evaluate:").split(",")
-        # A path, or a metric of some user of the Hub
-        return "/" in metric or any(argument.startswith("postprocess=") for argument in arguments)
-    return "." in name
+    return MetricName.parse(name).runs_other_code() if name.startswith(PREFIX) else "." in name

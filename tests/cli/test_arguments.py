@@ -185,6 +185,8 @@ def test_debug_with_a_value_is_the_trainers():
         ("reward_funcs: [accuracy_reward, my_rewards.brevity]\n", "reward_funcs", "my_rewards.brevity"),
         ("reward_funcs: 'evaluate:f1,postprocess=os.system'\n", "reward_funcs", "evaluate:f1,postprocess=os.system"),
         ("reward_funcs: 'evaluate:someone/metric'\n", "reward_funcs", "evaluate:someone/metric"),
+        ("reward_funcs: 'evaluate:mine.py'\n", "reward_funcs", "evaluate:mine.py"),
+        ("reward_funcs: 'evaluate:own_metric:score'\n", "reward_funcs", "evaluate:own_metric:score"),
         ("agent: os.system\n", "agent", "os.system"),
         ("trust_remote_code: true\nagent: os.system\n", "agent", "os.system"),
         ("trust_remote_code: true\n", "trust_remote_code", "True"),
@@ -192,7 +194,9 @@ def test_debug_with_a_value_is_the_trainers():
         ("generation_kwargs: {custom_generate: someone/loop}\n", "generation_kwargs", "custom_generate"),
     ],
 )
-def test_code_that_a_yaml_file_names_is_refused(yaml_file, capsys, tmp_path, text, option, named):
+def test_code_that_a_yaml_file_names_is_refused(yaml_file, capsys, tmp_path, monkeypatch, text, option, named):
+    (tmp_path / "own_metric").mkdir()  # which `evaluate` would take for the metric
+    monkeypatch.chdir(tmp_path)
     path = yaml_file(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n{text}")
     with pytest.raises(SystemExit) as exit:
         make_parser("train").parse_args_and_config(["--config", path])
