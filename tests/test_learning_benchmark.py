@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_tokenizer, save_tiny
+from safetensors.torch import load_file
 
-from benchmarks.learning import figures, judge, one_run, results, starts
+from benchmarks.learning import figures, judge, one_run, results, sections, starts, studies
 from benchmarks.learning.__main__ import pending
 from benchmarks.learning.mazes import OVER, Game, Mazes
 from benchmarks.learning.questions import degenerate, passes
@@ -38,6 +41,37 @@ def test_runs_are_measured_along_the_way_and_done_once(tiny):
         assert pending(["conciseness"], [trainer]) != following
 
 
+@pytest.mark.parametrize("trainer", ["es", "grpo"])
+def test_games_are_played_by_both_trainers(tiny, monkeypatch, trainer):
+    study = replace(STUDIES["maze-2"], budgets={"es": 128, "grpo": 64})
+    monkeypatch.setitem(STUDIES, "maze-2", study)
+    one_run.run("maze-2", trainer, 0, 1e-3)
+    before, after = results.read(results.path_of("maze-2", trainer, 0, 1e-3))["history"]
+    assert after["completions"] == study.budgets[trainer] and after["seconds"] > before["seconds"]
+    assert 0.0 <= after["rooms"] <= 2.0
+
+
+@pytest.mark.parametrize("start", list(starts.STARTS))
+def test_runs_begin_with_any_start(tiny, tmp_path, monkeypatch, start):
+    monkeypatch.setattr(starts, "TUNED", tmp_path / "sft-model")
+    study = replace(STUDIES["spread"], task="conciseness", budgets={"es": 128})
+    monkeypatch.setitem(STUDIES, "spread", study)
+    monkeypatch.setitem(STUDIES["spread"].arms, "es", replace(STUDIES["spread"].arms["es"], start=start))
+    one_run.run("spread", "es", 0, None)
+    before, after = results.read(results.path_of("spread", "es", 0, None))["history"]
+    assert after["texts_nll"] != before["texts_nll"]
+
+
+def test_supervised_fine_tuning_is_done_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, "TUNED", tmp_path / "sft-model")
+    folder = starts.after_sft()["model"]
+    tuned = load_file(Path(folder) / "model.safetensors")
+    before = load_file(Path(starts.smollm2()) / "model.safetensors")
+    assert any(not torch.equal(tuned[name], before[name].to(tuned[name].dtype)) for name in tuned)
+    monkeypatch.setattr(starts, "SFTTrainer", None)
+    assert starts.after_sft()["model"] == folder
+
+
 def test_the_best_choice_of_the_first_seed_is_run_with_the_others(tiny):
     grpo = STUDIES["conciseness"].arms["grpo"]
     for place, choice in enumerate(grpo.choices):
@@ -53,8 +87,108 @@ def test_the_best_choice_of_the_first_seed_is_run_with_the_others(tiny):
 def test_the_pages_have_the_tables_and_pictures_of_the_runs():
     for page, text in figures.pages().items():
         assert page.read_text() == text, "run `python -m benchmarks.learning --draw`"
-    drawn = [study for study in STUDIES if figures.finished(study)]
-    assert drawn and all((figures.DOCS / "results" / f"{study}.png").exists() for study in drawn)
+    drawn = [name for name, section in sections.SECTIONS.items() if section.runs()]
+    assert drawn and all((figures.DOCS / "results" / f"{name}.png").exists() for name in drawn)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes runs of a study, with a history each."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+
+    def write(study: str, arm: str, *histories: list[dict], choice=None) -> None:
+        about = {"done": True, "task": STUDIES[study].task, "settings": STUDIES[study].arms[arm].settings}
+        for seed, history in enumerate(histories):
+            path = results.path_of(study, arm, seed, choice)
+            path.parent.mkdir(exist_ok=True)
+            settings = about["settings"] | {"learning_rate": choice or 0.01}
+            path.write_text(json.dumps(about | {"settings": settings, "history": history}))
+
+    return write
+
+
+def measured(completions: int, **found: float) -> dict[str, float]:
+    return {"completions": completions, "seconds": completions / 10, "peak_mib": 100.0, "texts_nll": 3.0, **found}
+
+
+@pytest.fixture
+def table_of(tmp_path):
+    """The tables of a section, of which the picture is drawn, too."""
+
+    def table_of(name: str) -> str:
+        picture = tmp_path / "section.png"
+        sections.SECTIONS[name].picture(picture)
+        assert picture.stat().st_size > 10_000
+        return sections.SECTIONS[name].table()
+
+    return table_of
+
+
+def cells(table: str, run: str) -> dict[str, str]:
+    """The row of a run."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return next(dict(zip(lines[0], line, strict=True)) for line in lines if line[0] == run)
+
+
+def test_the_table_of_a_study_compares_at_equal_completions_and_at_equal_seconds(written, table_of):
+    def run(*rewards: float, every: int) -> list[dict]:
+        return [
+            measured(step * every, conciseness_reward=reward, kl=0.0, **{"share/cut": 0.5})
+            for step, reward in enumerate(rewards)
+        ]
+
+    written("conciseness", "es", *(run(-60.0, end, every=1024) for end in (-40.0, -20.0, -30.0)))
+    for choice, end in zip(STUDIES["conciseness"].arms["grpo"].choices, (-50.0, -20.0, -40.0), strict=True):
+        written("conciseness", "grpo", run(-60.0, end, every=512), choice=choice)
+    es, grpo = (cells(table_of("conciseness"), name) for name in ("es", "grpo"))
+    assert (es["seeds"], grpo["seeds"]) == ("3", "1")
+    assert es["at the end"] == "-30 (-40 to -20)" and grpo["at the end"] == "-20", "the best learning rate"
+    assert es["after 512 completions"] == "-45 (-50 to -40)" and grpo["after 512 completions"] == "-20"
+    assert es["after 51 s"] == "-45 (-50 to -40)", "both run 10 completions a second"
+
+
+def test_the_table_of_seeds_has_their_standard_deviation(written, table_of):
+    ends = (0.5, 0.6, 0.7, 0.8, 0.9)
+    written("spread", "es", *([measured(0, right_kind=0.25), measured(2048, right_kind=end)] for end in ends))
+    row = cells(table_of("spread"), "es")
+    assert row["mean"] == "0.700"
+    assert row["standard deviation"] == "0.158", "the root of the sum of squares, 0.1, over 4"
+
+
+def test_the_table_of_mazes_has_a_row_for_each_horizon_and_trainer(written, table_of):
+    for rooms, end in ((1, 1.0), (8, 0.5)):
+        written(f"maze-{rooms}", "es", [measured(n, won=won, rooms=4 * won) for n, won in ((0, 0.25), (1024, end))])
+    table = table_of("mazes")
+    assert cells(table, "es, 1 rooms")["won"] == "1"
+    row = cells(table, "es, 8 rooms")
+    assert (row["won before"], row["won"], row["rooms passed"], row["games"]) == ("0.25", "0.5", "2", "1024")
+
+
+def test_the_table_of_variants_has_gains_at_the_learning_rate_that_was_chosen(written, table_of):
+    for choice, end in zip(studies.STEPS, (0.5, 0.75, 0.25), strict=True):
+        for arm in ("gaussian", "N 64"):
+            written(
+                "variants",
+                arm,
+                [measured(n, right_kind=right, kl=1.0) for n, right in ((0, 0.25), (2048, end))],
+                choice=choice,
+            )
+    table = table_of("variants")
+    row = cells(table, "gaussian")
+    assert (row["learning rate"], row["gain"], row["steps"]) == (f"{studies.STEPS[1]:g}", "0.5", "16")
+    assert cells(table, "N 64")["steps"] == "4"
+
+
+def test_the_table_of_forgetting_has_what_was_not_learned(written, table_of):
+    history = [
+        measured(n, right_kind=right, texts_nll=nll, **{"other/conciseness_reward": other})
+        for n, right, nll, other in ((0, 0.25, 3.0, -60.0), (1024, 0.5, 3.5, -64.0), (4096, 0.75, 4.0, -70.0))
+    ]
+    written("kinds", "es", history)
+    row = cells(table_of("forgetting"), "kinds, es")
+    assert (row["learned before"], row["learned"]) == ("0.25", "0.75")
+    assert (row["other task before"], row["after 512 completions"], row["at the end"]) == ("-60", "-62", "-70")
+    assert (row["nats after 512 completions"], row["nats at the end"]) == ("3.25", "4")
 
 
 def test_pass_at_k_is_the_probability_of_a_right_one_among_k():

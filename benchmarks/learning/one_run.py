@@ -101,6 +101,8 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     task = TASKS[study.task]
     judge = Judge(task, other_than(study.task))
+    # Before the config, which resets Accelerate's state: the model of the start may be trained here
+    inputs = STARTS[arm.start]() | task.inputs(arm.trainer, seed, arm.reward)
     with tempfile.TemporaryDirectory() as folder:
         args = CONFIGS[arm.trainer](
             output_dir=folder,
@@ -123,7 +125,6 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
             budget=study.budgets[arm.trainer],
             measured=study.measured(arm.trainer),
         )
-        inputs = STARTS[arm.start]() | task.inputs(arm.trainer, seed, arm.reward)
         trainer = TRAINERS[arm.trainer](args=args, callbacks=[record], **inputs)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -36,7 +36,7 @@ def after_sft() -> dict[str, Any]:
                 save_strategy="no",
                 report_to="none",
             )
-            trainer = SFTTrainer(smollm2(), args, dataset)
+            trainer = SFTTrainer(smollm2(), args, train_dataset=dataset)
             trainer.train()
         trainer.save_model(str(TUNED))
     return {"model": str(TUNED)}

@@ -92,6 +92,7 @@ def variant(**settings: Any) -> Arm:
 
 # 0.03 of the distance from the start is taken back at each step
 ANCHORED = {"anchor_decay": 3.0}
+AS_LONG = {"es": 4096, "grpo": 512}  # completions in about as many seconds
 STUDIES = {
     "conciseness": Study(
         "conciseness",
@@ -102,6 +103,7 @@ STUDIES = {
             "grpo": grpo(),
             "grpo-beta": grpo_as("conciseness", beta=0.04),
         },
+        budgets=AS_LONG,
     ),
     "kinds": Study(
         "kinds",
@@ -110,12 +112,13 @@ STUDIES = {
     "messages": Study(
         "messages",
         {"es": es(), "es-macro-f1": replace(es(), reward="macro_f1"), "grpo": grpo()},
+        budgets=AS_LONG,
     ),
     **{
         f"maze-{rooms}": Study(
             f"maze-{rooms}",
             {"es": es(), "grpo": grpo() if rooms == 1 else grpo_as("maze-1")},
-            budgets={"es": 2048, "grpo": 512},
+            budgets={"es": 1024, "grpo": 256},
         )
         for rooms in (1, 2, 4, 8)
     },

@@ -1,0 +1,295 @@
+"""The sections of docs/results.md: what the tables and the picture of each are made of."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .studies import STUDIES
+from .tables import Column, Runs, after, final, final_seconds, finished, first, rows, spread
+from .tasks import TASKS, other_than
+
+
+# What a table has of the end of runs, beside the metric
+MEASURES = {
+    "macro_f1": "macro-F1",
+    "pass@1": "pass@1",
+    "pass@8": "pass@8",
+    "kl": "KL to the start",
+    "share/cut": "cut",
+    "share/empty": "empty",
+    "share/repeated": "repeated",
+    "texts_nll": "nats a token on other texts",
+}
+HORIZONS = {study: TASKS[study].rooms for study in STUDIES if study.startswith("maze-")}
+FORGETTING = ("conciseness", "kinds")
+# The same in all pictures
+COLORS = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for s in STUDIES.values() for name in s.arms))}
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    Args:
+        runs (`Callable`):
+            Returns the runs that are done. There is nothing to draw without any.
+        table (`Callable`):
+            Returns the tables.
+        draw (`Callable`):
+            Draws the runs into a figure.
+        size (`tuple[float, float]`, *optional*):
+            Width and height of the picture, in inches.
+    """
+
+    runs: Callable[[], dict[str, Any]]
+    table: Callable[[], str]
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = (13, 3.8)
+
+    def picture(self, path: Path) -> None:
+        figure = Figure(figsize=self.size, layout="constrained")
+        FigureCanvasAgg(figure)
+        self.draw(figure)
+        figure.savefig(path, dpi=110)
+
+
+def of_study(study: str) -> Section:
+    """The metric by completions, by seconds and by the distance from the start, and what became of the model."""
+    return Section(
+        runs=lambda: finished(study),
+        table=lambda: f"{learned(study, finished(study))}\n{became(finished(study))}",
+        draw=lambda figure: draw_study(figure, study),
+    )
+
+
+def learned(study: str, arms: dict[str, Runs]) -> str:
+    """A table of the metric, at equal completions and at equal seconds, and of what it cost."""
+    metric, equal = metric_of(study), min(STUDIES[study].budgets.values())
+    seconds = min(final_seconds(runs) for runs in arms.values())
+    columns: dict[str, Column] = {
+        "seeds": lambda runs: str(len(runs)),
+        "completions": lambda runs: f"{runs[0]['history'][-1]['completions']}",
+        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "peak MiB": peak,
+        f"{metric} before": first(metric),
+        f"after {equal} completions": after("completions", equal, metric),
+        f"after {seconds:.0f} s": after("seconds", seconds, metric),
+        "at the end": final(metric),
+    }
+    return rows(arms, columns)
+
+
+def peak(runs: Runs) -> str:
+    return f"{statistics.median(ends(runs, 'peak_mib')):.0f}"
+
+
+def became(arms: dict[str, Runs]) -> str:
+    """A table of what became of the model."""
+    starts = [run["history"][0] for runs in arms.values() for run in runs]
+    columns = {
+        f"{label} (before: {statistics.median(start[key] for start in starts):.2g})": final(key)
+        for key, label in MEASURES.items()
+        if key in starts[0]
+    }
+    return rows(arms, columns)
+
+
+def draw_study(figure: Figure, study: str) -> None:
+    panels = {
+        "completions": "completions",
+        "seconds": "seconds of training",
+        "kl": "KL to the start, nats a token",
+    }
+    draw_panels(figure, [(finished(study), key, metric_of(study), label) for key, label in panels.items()])
+    figure.axes[0].set_ylabel(f"held-out {metric_of(study)}")
+
+
+def horizons() -> dict[str, dict[str, Runs]]:
+    """Runs by trainer and study, of the horizons that have any."""
+    found = {study: finished(study) for study in HORIZONS}
+    return {
+        trainer: {study: arms[trainer] for study, arms in found.items() if trainer in arms}
+        for trainer in ("es", "grpo")
+        if any(trainer in arms for arms in found.values())
+    }
+
+
+def table_of_horizons() -> str:
+    """Success before and after, by horizon, and what a run cost."""
+    arms = {
+        f"{trainer}, {HORIZONS[study]} rooms": runs
+        for trainer, by_study in horizons().items()
+        for study, runs in by_study.items()
+    }
+    columns: dict[str, Column] = {
+        "seeds": lambda runs: str(len(runs)),
+        "games": lambda runs: f"{runs[0]['history'][-1]['completions']}",
+        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "peak MiB": peak,
+        "won before": first("won"),
+        "won": final("won"),
+        "rooms passed before": first("rooms"),
+        "rooms passed": final("rooms"),
+        "nats a token on other texts": final("texts_nll"),
+    }
+    return rows(arms, columns)
+
+
+def draw_horizons(figure: Figure) -> None:
+    axes = figure.subplots()
+    for trainer, by_study in horizons().items():
+        rooms = [HORIZONS[study] for study in by_study]
+        ends = [[run["history"][-1]["won"] for run in runs] for runs in by_study.values()]
+        draw_band(axes, rooms, ends, trainer)
+    starts = {HORIZONS[study]: runs for by_study in horizons().values() for study, runs in by_study.items()}
+    before = [statistics.median(run["history"][0]["won"] for run in runs) for _, runs in sorted(starts.items())]
+    axes.plot(sorted(starts), before, "k--", label="before")
+    axes.set(xlabel="rooms of a maze", ylabel="held-out games that are won", xticks=sorted(starts))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def table_of_seeds() -> str:
+    """How far runs of the same settings come apart."""
+    metric = metric_of("spread")
+    columns: dict[str, Column] = {
+        "seeds": lambda runs: str(len(runs)),
+        "before": first(metric),
+        "at the end": final(metric),
+        "mean": lambda runs: f"{statistics.fmean(ends(runs, metric)):.3f}",
+        "standard deviation": lambda runs: f"{statistics.stdev(ends(runs, metric)):.3f}" if len(runs) > 1 else "",
+    }
+    return rows(finished("spread"), columns)
+
+
+def draw_seeds(figure: Figure) -> None:
+    """A point for each seed."""
+    axes, metric = figure.subplots(), metric_of("spread")
+    for place, runs in enumerate(finished("spread").values()):
+        axes.plot([place] * len(runs), ends(runs, metric), "o", alpha=0.6)
+    axes.set_xticks(range(len(finished("spread"))), list(finished("spread")))
+    axes.set_ylabel(f"final held-out {metric}")
+    axes.grid(alpha=0.3)
+
+
+def table_of_variants() -> str:
+    metric = metric_of("variants")
+    columns: dict[str, Column] = {
+        "seeds": lambda runs: str(len(runs)),
+        "learning rate": lambda runs: f"{runs[0]['settings']['learning_rate']:g}",
+        "steps": lambda runs: f"{runs[0]['history'][-1]['completions'] // completions_of_a_step(runs[0]['settings'])}",
+        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "gain": lambda runs: spread(gains(runs, metric)),
+        "KL to the start": final("kl"),
+        "nats a token on other texts": final("texts_nll"),
+    }
+    return rows(finished("variants"), columns)
+
+
+def gains(runs: Runs, metric: str) -> list[float]:
+    return [run["history"][-1][metric] - run["history"][0][metric] for run in runs]
+
+
+def completions_of_a_step(settings: dict[str, Any]) -> int:
+    return settings["population_size"] * settings["num_prompts_per_step"]
+
+
+def draw_variants(figure: Figure) -> None:
+    """The gain of each variant against what it forgets."""
+    axes, metric = figure.subplots(), metric_of("variants")
+    for name, runs in finished("variants").items():
+        x, y = statistics.median(ends(runs, "texts_nll")), statistics.median(gains(runs, metric))
+        axes.plot([x], [y], "o", label=name, markersize=8)
+    axes.set(xlabel="nats a token on other texts, at the end", ylabel=f"gain of held-out {metric}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def table_of_forgetting() -> str:
+    """The task, another one, and other texts, before and after."""
+    arms = {f"{study}, {name}": runs for study, arms in forgetting().items() for name, runs in arms.items()}
+    equal = min(STUDIES[study].budgets["grpo"] for study in FORGETTING)
+    columns: dict[str, Column] = {
+        "learned before": lambda runs: first(learned_by(runs))(runs),
+        "learned": lambda runs: final(learned_by(runs))(runs),
+        "other task before": lambda runs: first(other_than_learned(runs))(runs),
+        f"after {equal} completions": lambda runs: after("completions", equal, other_than_learned(runs))(runs),
+        "at the end": lambda runs: final(other_than_learned(runs))(runs),
+        "nats a token on other texts before": first("texts_nll"),
+        f"nats after {equal} completions": after("completions", equal, "texts_nll"),
+        "nats at the end": final("texts_nll"),
+    }
+    return rows(arms, columns)
+
+
+def learned_by(runs: Runs) -> str:
+    return TASKS[runs[0]["task"]].metric
+
+
+def other_than_learned(runs: Runs) -> str:
+    return f"other/{other_than(runs[0]['task']).metric}"
+
+
+def forgetting() -> dict[str, dict[str, Runs]]:
+    return {study: finished(study) for study in FORGETTING if finished(study)}
+
+
+def draw_forgetting(figure: Figure) -> None:
+    draw_panels(
+        figure,
+        [
+            (arms, "completions", "texts_nll", f"completions of learning {study}")
+            for study, arms in forgetting().items()
+        ],
+    )
+    figure.axes[0].set_ylabel("nats a token on other texts")
+
+
+def metric_of(study: str) -> str:
+    return TASKS[STUDIES[study].task].metric
+
+
+def ends(runs: Runs, key: str) -> list[float]:
+    return [run["history"][-1][key] for run in runs]
+
+
+def draw_panels(figure: Figure, panels: list[tuple[dict[str, Runs], str, str, str]]) -> None:
+    """Panels side by side, each of some arms: one figure of the measurements by another one, with its label."""
+    for axes, (arms, key, metric, label) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
+        for name, runs in arms.items():
+            draw_runs(axes, key, metric, name, runs)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    max(figure.axes, key=lambda axes: len(axes.lines)).legend()
+
+
+def draw_runs(axes: Axes, key: str, metric: str, name: str, runs: Runs) -> None:
+    entries = list(zip(*(run["history"] for run in runs), strict=True))
+    x = [statistics.median(entry[key] for entry in same) for same in entries]
+    y = [[entry[metric] for entry in same] for same in entries]
+    draw_band(axes, x, y, name, band=key != "kl")  # a run can go back and forth in its distance
+
+
+def draw_band(axes: Axes, x: list[float], y: list[list[float]], name: str, band: bool = True) -> None:
+    """The median over the seeds, in a band from the lowest to the highest."""
+    axes.plot(x, list(map(statistics.median, y)), marker=".", label=name, color=COLORS[name])
+    if band:
+        axes.fill_between(x, list(map(min, y)), list(map(max, y)), color=COLORS[name], alpha=0.15)
+
+
+SECTIONS = {
+    "conciseness": of_study("conciseness"),
+    "kinds": of_study("kinds"),
+    "mazes": Section(horizons, table_of_horizons, draw_horizons, (6.5, 3.8)),
+    "messages": of_study("messages"),
+    "spread": Section(lambda: finished("spread"), table_of_seeds, draw_seeds, (6.5, 3.8)),
+    "forgetting": Section(forgetting, table_of_forgetting, draw_forgetting),
+    "variants": Section(lambda: finished("variants"), table_of_variants, draw_variants, (8, 4)),
+}

@@ -1,0 +1,66 @@
+"""Tables of the runs, in Markdown."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from .results import best_choice, path_of, read
+from .studies import STUDIES
+
+
+Runs = list[dict[str, Any]]  # those of one arm
+Column = Callable[[Runs], str]
+
+
+def finished(study: str) -> dict[str, Runs]:
+    """Runs that are done, by arm: those of the choice where there is one."""
+    found = {}
+    for name, arm in STUDIES[study].arms.items():
+        choice = best_choice(study, name)
+        if choice is None and arm.tuned:
+            continue
+        runs = [read(path_of(study, name, seed, choice)) for seed in STUDIES[study].seeds]
+        if any(run and run["done"] for run in runs):
+            found[name] = [run for run in runs if run and run["done"]]
+    return found
+
+
+def rows(arms: dict[str, Runs], columns: dict[str, Column]) -> str:
+    """A row for each arm."""
+    lines = ["| run | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+    for name, runs in arms.items():
+        lines.append(f"| {name} | " + " | ".join(column(runs) for column in columns.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def first(key: str) -> Column:
+    """A figure of the model that runs begin with."""
+    return lambda runs: spread(run["history"][0][key] for run in runs)
+
+
+def final(key: str) -> Column:
+    """A figure of the model that runs end with."""
+    return lambda runs: spread(run["history"][-1][key] for run in runs)
+
+
+def after(key: str, limit: float, metric: str) -> Column:
+    """A figure where `key` has come to a limit, on the line between the measurements before and after it."""
+
+    def of(run: dict[str, Any]) -> float:
+        history = run["history"]
+        return float(np.interp(limit, [entry[key] for entry in history], [entry[metric] for entry in history]))
+
+    return lambda runs: spread(map(of, runs))
+
+
+def final_seconds(runs: Runs) -> float:
+    return statistics.median(run["history"][-1]["seconds"] for run in runs)
+
+
+def spread(values: Iterable[float]) -> str:
+    """The median over the seeds, with the lowest and the highest where they differ."""
+    values = list(values)
+    median, low, high = (f"{value:.3g}" for value in (statistics.median(values), min(values), max(values)))
+    return median if low == high else f"{median} ({low} to {high})"
