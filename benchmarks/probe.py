@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from subjects import Subject, subject
 
-from es_trainer.probe import Probe, settings
+from es_trainer.probe import Probe
 from es_trainer.run.probed import Found
 
 
@@ -61,7 +61,6 @@ def probe(subject: Subject, sigma: float, seed: int, options: argparse.Namespace
     for _ in range(MOST_PROBES):
         with tempfile.TemporaryDirectory() as folder:
             args = subject.config(seed, output_dir=folder, sigma=sigma, **size(options))
-            args = subject.config(seed, **{**size(options), **settings(args)}, output_dir=folder, sigma=sigma)
             found = subject.trainer(args, Probe).run()
         completions += len(found.sigmas) * (options.population + 1) * options.prompts
         if found.sigma is None:

@@ -1,5 +1,7 @@
 """Tries settings before a run: sigmas by what their members say, step lengths by held-out rewards."""
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 from transformers import IntervalStrategy
@@ -14,9 +16,9 @@ SIGMAS = [2.0**k for k in range(-3, 4)]  # times the config's
 STEP_LENGTHS = [2.0**k for k in range(-3, 4)]  # learning rates, times sigma
 
 
-def settings(args: ESConfig) -> dict[str, Any]:
+def config_of_probe(args: ESConfig) -> ESConfig:
     """
-    With which settings to probe for a run with these.
+    The config to probe with for a run with another one.
 
     Raises:
         `ValueError`: If its updates are not the plain ones.
@@ -27,14 +29,15 @@ def settings(args: ESConfig) -> dict[str, Any]:
             "the plain update takes it. Set it to 'sgd'; what is found about sigma holds for the others, too."
         )
     steps = len(SIGMAS) + len(STEP_LENGTHS)
-    return {
+    return replace(
+        args,
         **{"max_steps": steps, "logging_strategy": "steps", "logging_steps": 1, "report_to": "none"},
         **{"eval_strategy": "steps", "eval_steps": steps + 1, "evaluate_center": True},
         **{"lr_scheduler_type": "constant", "sigma_schedule": "constant", "skip_settled_prompts": 0.0},
         **{"population_size_schedule": {}, "num_prompts_per_step_schedule": {}, "auto_step": 0},
         **{"weight_decay": 0.0, "anchor_decay": 0.0},
-        **{"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False},
-    }
+        **{"save_strategy": "no", "save_steps": None, "load_best_model_at_end": False, "push_to_hub": False},
+    )
 
 
 class Probe(ESTrainer):
@@ -42,10 +45,34 @@ class Probe(ESTrainer):
     A run whose first steps evaluate the same members on the same prompts, with a sigma each, and move nothing. The
     steps after them take the update of the best of these at growing lengths, each from where the one before it ended.
 
-    Its arguments are those of [`ESTrainer`]; `args` needs the [`settings`].
+    Its arguments are those of [`ESTrainer`], with the `args` of the run that is planned and an `eval_dataset`.
+
+    Example:
+
+    ```python
+    from es_trainer import ESConfig
+    from es_trainer.probe import Probe
+    from es_trainer.report.probe import advice
+
+    probe = Probe("my-model", brief, ESConfig("probe"), train_dataset=dataset, eval_dataset=held_out)
+    print(advice(probe.run()))
+    probe.end()
+    ```
     """
 
     found: Found
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        config = given.arguments.get("args")
+        if not isinstance(config, ESConfig):
+            raise ValueError(f"`args={config!r}` is not valid here: set it to the `ESConfig` of the run.")
+        if given.arguments.get("eval_dataset") is None:
+            raise ValueError(
+                "`eval_dataset=None` is not valid here: lengths of steps need held-out prompts."
+            )
+        given.arguments["args"] = config_of_probe(config)
+        super().__init__(*given.args, **given.kwargs)
 
     def run(self) -> Found:
         """Try all sigmas and step lengths. Afterwards, the weights are those of the longest step."""

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -23,18 +24,17 @@ def main(argv: list[str]) -> None:
         raise SystemExit(0)
     from rich.console import Console
 
-    from ..probe import Probe, settings
+    from ..probe import Probe, config_of_probe
     from ..report import probe as report
     from ..report.console import duration, memory
     from ..schedules import total_of
     from ..scripts.es import make_parser, make_trainer
 
     parser = make_parser(prog="es-trainer probe")
-    _, run, *_ = parser.parse_args_and_config(argv)
+    script_args, run, *others = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as folder:
-        options = {**settings(run), "output_dir": folder}
-        argv = [*argv, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
-        trainer = make_trainer(*parser.parse_args_and_config(argv), trainer_class=Probe)
+        args = config_of_probe(replace(run, output_dir=folder))
+        trainer = make_trainer(script_args, args, *others, trainer_class=Probe)
         found = trainer.run()
         steps = run.max_steps if run.max_steps > 0 else run.num_train_epochs * len(trainer.get_train_dataloader())
         members = run.population_size, run.population_size_schedule

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY_RUN, letters, make_tokenizer
 
 from es_trainer.cli import main
-from es_trainer.probe import SIGMAS, STEP_LENGTHS, Probe, settings
+from es_trainer.probe import SIGMAS, STEP_LENGTHS, Probe
 from es_trainer.run.probed import Found, TriedSigma, best_of
 from es_trainer.trainer import ESTrainer
 
@@ -37,12 +37,10 @@ def test_a_run_takes_half_the_best_single_step():
 
 @pytest.fixture
 def probe(model_folder, dataset, config):
-    args = config(num_train_epochs=30, sigma=0.02)
-    probed = config(**TINY_RUN | settings(args) | {"sigma": 0.02})
     return Probe(
         model_folder,
         letters,
-        probed,
+        config(num_train_epochs=30, sigma=0.02, anchor_decay=0.1),  # of which it keeps what it tries
         train_dataset=dataset,
         eval_dataset=dataset,
         processing_class=make_tokenizer(),
@@ -75,6 +73,16 @@ def test_sigmas_are_tried_on_one_population_and_lengths_along_one_update(probe, 
     for (name, mine), theirs in zip(probe.model.named_parameters(), run.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
     assert found.best_held_out is None or found.held_out[found.best_held_out] == max(found.held_out.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"args": None}, "`args=None` is not valid here"), ({"eval_dataset": None}, "`eval_dataset=None` is not valid")],
+)
+def test_a_probe_says_what_it_needs(model_folder, dataset, config, given, message):
+    arguments = {"args": config(), "train_dataset": dataset, "eval_dataset": dataset}
+    with pytest.raises(ValueError, match=message):
+        Probe(model_folder, letters, **arguments | given)
 
 
 def probe_by_command(model_folder, tmp_path, *options: str) -> None:
