@@ -68,9 +68,7 @@ class Probe(ESTrainer):
         if not isinstance(config, ESConfig):
             raise ValueError(f"`args={config!r}` is not valid here: set it to the `ESConfig` of the run.")
         if given.arguments.get("eval_dataset") is None:
-            raise ValueError(
-                "`eval_dataset=None` is not valid here: lengths of steps need held-out prompts."
-            )
+            raise ValueError("`eval_dataset=None` is not valid here: lengths of steps need held-out prompts.")
         given.arguments["args"] = config_of_probe(config)
         super().__init__(*given.args, **given.kwargs)
 
