@@ -60,16 +60,19 @@ class Study:
             Seeds of each arm.
         budgets (`dict[str, int]`, *optional*):
             Completions of a run, by the trainer. ES takes less time for its.
+        measurements (`int`, *optional*, defaults to `4`):
+            How often a run is measured, beside the start.
     """
 
     task: str
     arms: dict[str, Arm]
     seeds: range = range(3)
     budgets: dict[str, int] = field(default_factory=lambda: {"es": 4096, "grpo": 1024})
+    measurements: int = 4
 
     def measured(self, trainer: str) -> int:
         """Completions between two measurements."""
-        return self.budgets[trainer] // 4
+        return self.budgets[trainer] // self.measurements
 
 
 def es(**settings: Any) -> Arm:
@@ -85,9 +88,12 @@ def grpo_as(study: str, **settings: Any) -> Arm:
     return Arm("grpo", GRPO | settings, "learning_rate", tuned_as=(study, "grpo"))
 
 
-def variant(**settings: Any) -> Arm:
-    """With a learning rate of its own: what makes updates longer would look better or worse by that alone."""
-    return Arm("es", ES | settings, "learning_rate", STEPS)
+def variant(scale: float = 1.0, **settings: Any) -> Arm:
+    """
+    With a learning rate of its own: what makes updates longer would look better or worse by that alone. `scale` makes
+    a run go about as far as with 16 members and z-scores.
+    """
+    return Arm("es", ES | settings, "learning_rate", [rate * scale for rate in STEPS])
 
 
 # 0.03 of the distance from the start is taken back at each step
@@ -134,6 +140,7 @@ STUDIES = {
         },
         seeds=range(5),
         budgets={"es": 2048, "grpo": 512},
+        measurements=1,
     ),
     "variants": Study(
         "kinds",
@@ -142,15 +149,18 @@ STUDIES = {
             "sigma 0.02": variant(sigma=0.02),
             "rank 4": variant(perturbation_rank=4),
             "gaussian": variant(perturbation="gaussian"),
-            "N 32": variant(population_size=32),
-            "N 64": variant(population_size=64),
-            "N 128": variant(population_size=128),
+            # With as many completions, half as many steps, which are shorter by sqrt(2)
+            "N 32": variant(2.0, population_size=32),
+            "N 64": variant(4.0, population_size=64),
+            "N 128": variant(8.0, population_size=128),
             "antithetic": variant(antithetic=True),
-            "ranks": variant(fitness_shaping="centered_rank"),
-            "prompt-centred": variant(fitness_shaping="prompt_centered"),
+            # Ranks in [-0.5, 0.5] deviate by 1 / sqrt(12); prompts that disagree make fitness smaller
+            "ranks": variant(12**0.5, fitness_shaping="centered_rank"),
+            "prompt-centred": variant(2.0, fitness_shaping="prompt_centered"),
             # The first step of Adam changes each weight by the learning rate, that of 16 z-scores by a quarter of it
-            "adam": replace(variant(es_optimizer="adam"), choices=[rate / 4 for rate in STEPS]),
+            "adam": variant(0.25, es_optimizer="adam"),
         },
         budgets={"es": 2048},
+        measurements=1,
     ),
 }
