@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,14 @@ def draw_study(figure: Figure, study: str) -> None:
     }
     draw_panels(figure, [(finished(study), key, metric_of(study), label) for key, label in panels.items()])
     figure.axes[0].set_ylabel(f"held-out {metric_of(study)}")
+
+
+def draw_messages(figure: Figure) -> None:
+    """Both metrics by completions, and the one that is no mean by seconds."""
+    panels = [("completions", "accuracy"), ("completions", "macro_f1"), ("seconds", "macro_f1")]
+    draw_panels(figure, [(finished("messages"), key, metric, key) for key, metric in panels])
+    for axes, (_, metric) in zip(figure.axes, panels, strict=True):
+        axes.set_ylabel(f"held-out {metric}")
 
 
 def horizons() -> dict[str, dict[str, Runs]]:
@@ -288,7 +296,7 @@ SECTIONS = {
     "conciseness": of_study("conciseness"),
     "kinds": of_study("kinds"),
     "mazes": Section(horizons, table_of_horizons, draw_horizons, (6.5, 3.8)),
-    "messages": of_study("messages"),
+    "messages": replace(of_study("messages"), draw=draw_messages),
     "spread": Section(lambda: finished("spread"), table_of_seeds, draw_seeds, (6.5, 3.8)),
     "forgetting": Section(forgetting, table_of_forgetting, draw_forgetting),
     "variants": Section(lambda: finished("variants"), table_of_variants, draw_variants, (8, 4)),
