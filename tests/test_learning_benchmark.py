@@ -159,8 +159,8 @@ def test_the_table_of_mazes_has_a_row_for_each_horizon_and_trainer(written, tabl
     for rooms, end in ((1, 1.0), (8, 0.5)):
         written(f"maze-{rooms}", "es", [measured(n, won=won, rooms=4 * won) for n, won in ((0, 0.25), (1024, end))])
     table = table_of("mazes")
-    assert cells(table, "es, 1 rooms")["won"] == "1"
-    row = cells(table, "es, 8 rooms")
+    assert cells(table, "es, rooms: 1")["won"] == "1"
+    row = cells(table, "es, rooms: 8")
     assert (row["won before"], row["won"], row["rooms passed"], row["games"]) == ("0.25", "0.5", "2", "1024")
 
 

@@ -130,7 +130,7 @@ def horizons() -> dict[str, dict[str, Runs]]:
 def table_of_horizons() -> str:
     """Success before and after, by horizon, and what a run cost."""
     arms = {
-        f"{trainer}, {HORIZONS[study]} rooms": runs
+        f"{trainer}, rooms: {HORIZONS[study]}": runs
         for trainer, by_study in horizons().items()
         for study, runs in by_study.items()
     }
