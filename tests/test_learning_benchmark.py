@@ -116,10 +116,11 @@ def table_of(tmp_path):
     """The tables of a section, of which the picture is drawn, too."""
 
     def table_of(name: str) -> str:
-        picture = tmp_path / "section.png"
-        sections.SECTIONS[name].picture(picture)
+        section, picture = sections.SECTIONS[name], tmp_path / "section.png"
+        runs = section.runs()
+        section.picture(runs, picture)
         assert picture.stat().st_size > 10_000
-        return sections.SECTIONS[name].table()
+        return section.table(runs)
 
     return table_of
 

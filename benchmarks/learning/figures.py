@@ -14,8 +14,8 @@ ON_THE_FRONT_PAGE = "kinds"
 def draw() -> None:
     """Write the pictures, and the tables into their places on the pages."""
     for name, section in SECTIONS.items():
-        if section.runs():
-            section.picture(DOCS / "results" / f"{name}.png")
+        if runs := section.runs():
+            section.picture(runs, DOCS / "results" / f"{name}.png")
     for page, text in pages().items():
         page.write_text(text)
 
@@ -25,8 +25,8 @@ def pages() -> dict[Path, str]:
     results, readme = DOCS / "results.md", DOCS.parent / "README.md"
     text = results.read_text()
     for name, section in SECTIONS.items():
-        if section.runs():
-            text = placed(text, name, section.table())
+        if runs := section.runs():
+            text = placed(text, name, section.table(runs))
     front = learned(ON_THE_FRONT_PAGE, finished(ON_THE_FRONT_PAGE))
     return {results: text, readme: placed(readme.read_text(), ON_THE_FRONT_PAGE, front)}
 

@@ -19,7 +19,7 @@ from es_trainer import ESConfig, ESTrainer
 from .judge import Judge
 from .results import path_of
 from .starts import STARTS
-from .studies import STUDIES
+from .studies import STUDIES, completions_of_a_step
 from .tasks import TASKS, other_than
 
 
@@ -121,7 +121,7 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
             path,
             about | machine(),
             judge,
-            step=completions_of_a_step(args),
+            step=completions_of_a_step(settings),
             budget=study.budgets[arm.trainer],
             measured=study.measured(arm.trainer),
         )
@@ -141,12 +141,6 @@ def grpo_config(**settings: Any) -> GRPOConfig:
 
 CONFIGS = {"es": es_config, "grpo": grpo_config}
 TRAINERS = {"es": ESTrainer, "grpo": GRPOTrainer}
-
-
-def completions_of_a_step(args: ESConfig | GRPOConfig) -> int:
-    if isinstance(args, ESConfig):
-        return args.population_size * args.num_prompts_per_step * args.num_generations
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 def machine() -> dict[str, Any]:

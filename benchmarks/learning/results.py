@@ -20,6 +20,11 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def metric_of(study: str) -> str:
+    """What the runs of a study are compared by."""
+    return TASKS[STUDIES[study].task].metric
+
+
 def best_choice(study: str, name: str) -> Any:
     """The choice with the best final held-out reward of the first seed; `None` if there is none, or not yet."""
     arm = STUDIES[study].arms[name]
@@ -28,5 +33,5 @@ def best_choice(study: str, name: str) -> Any:
     found = {choice: read(path_of(study, name, STUDIES[study].seeds[0], choice)) for choice in arm.choices}
     if not found or not all(run and run["done"] for run in found.values()):
         return None
-    metric = TASKS[STUDIES[study].task].metric
+    metric = metric_of(study)
     return max(found, key=lambda choice: found[choice]["history"][-1][metric])

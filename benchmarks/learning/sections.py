@@ -10,8 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .studies import STUDIES
-from .tables import Column, Runs, after, final, final_seconds, finished, first, rows, spread
+from .results import metric_of
+from .studies import STUDIES, completions_of_a_step
+from .tables import (
+    Column,
+    Runs,
+    after,
+    completions,
+    ends,
+    final,
+    final_seconds,
+    finished,
+    first,
+    peak,
+    rows,
+    seconds,
+    seeds,
+    spread,
+)
 from .tasks import TASKS, other_than
 
 
@@ -39,7 +55,7 @@ class Section:
         runs (`Callable`):
             Returns the runs that are done. There is nothing to draw without any.
         table (`Callable`):
-            Returns the tables.
+            Returns the tables of the runs.
         draw (`Callable`):
             Draws the runs into a figure.
         size (`tuple[float, float]`, *optional*):
@@ -47,14 +63,14 @@ class Section:
     """
 
     runs: Callable[[], dict[str, Any]]
-    table: Callable[[], str]
-    draw: Callable[[Figure], None]
+    table: Callable[[dict[str, Any]], str]
+    draw: Callable[[Figure, dict[str, Any]], None]
     size: tuple[float, float] = (13, 3.8)
 
-    def picture(self, path: Path) -> None:
+    def picture(self, runs: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=self.size, layout="constrained")
         FigureCanvasAgg(figure)
-        self.draw(figure)
+        self.draw(figure, runs)
         figure.savefig(path, dpi=110)
 
 
@@ -62,30 +78,26 @@ def of_study(study: str) -> Section:
     """The metric by completions, by seconds and by the distance from the start, and what became of the model."""
     return Section(
         runs=lambda: finished(study),
-        table=lambda: f"{learned(study, finished(study))}\n{became(finished(study))}",
-        draw=lambda figure: draw_study(figure, study),
+        table=lambda arms: f"{learned(study, arms)}\n{became(arms)}",
+        draw=lambda figure, arms: draw_study(figure, study, arms),
     )
 
 
 def learned(study: str, arms: dict[str, Runs]) -> str:
     """A table of the metric, at equal completions and at equal seconds, and of what it cost."""
     metric, equal = metric_of(study), min(STUDIES[study].budgets.values())
-    seconds = min(final_seconds(runs) for runs in arms.values())
+    shortest = min(final_seconds(runs) for runs in arms.values())
     columns: dict[str, Column] = {
-        "seeds": lambda runs: str(len(runs)),
-        "completions": lambda runs: f"{runs[0]['history'][-1]['completions']}",
-        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "seeds": seeds,
+        "completions": completions,
+        "seconds": seconds,
         "peak MiB": peak,
         f"{metric} before": first(metric),
         f"after {equal} completions": after("completions", equal, metric),
-        f"after {seconds:.0f} s": after("seconds", seconds, metric),
+        f"after {shortest:.0f} s": after("seconds", shortest, metric),
         "at the end": final(metric),
     }
     return rows(arms, columns)
-
-
-def peak(runs: Runs) -> str:
-    return f"{statistics.median(ends(runs, 'peak_mib')):.0f}"
 
 
 def became(arms: dict[str, Runs]) -> str:
@@ -99,20 +111,20 @@ def became(arms: dict[str, Runs]) -> str:
     return rows(arms, columns)
 
 
-def draw_study(figure: Figure, study: str) -> None:
+def draw_study(figure: Figure, study: str, arms: dict[str, Runs]) -> None:
     panels = {
         "completions": "completions",
         "seconds": "seconds of training",
         "kl": "KL to the start, nats a token",
     }
-    draw_panels(figure, [(finished(study), key, metric_of(study), label) for key, label in panels.items()])
+    draw_panels(figure, [(arms, key, metric_of(study), label) for key, label in panels.items()])
     figure.axes[0].set_ylabel(f"held-out {metric_of(study)}")
 
 
-def draw_messages(figure: Figure) -> None:
+def draw_messages(figure: Figure, arms: dict[str, Runs]) -> None:
     """Both metrics by completions, and the one that is no mean by seconds."""
     panels = [("completions", "accuracy"), ("completions", "macro_f1"), ("seconds", "macro_f1")]
-    draw_panels(figure, [(finished("messages"), key, metric, key) for key, metric in panels])
+    draw_panels(figure, [(arms, key, metric, key) for key, metric in panels])
     for axes, (_, metric) in zip(figure.axes, panels, strict=True):
         axes.set_ylabel(f"held-out {metric}")
 
@@ -127,17 +139,17 @@ def horizons() -> dict[str, dict[str, Runs]]:
     }
 
 
-def table_of_horizons() -> str:
+def table_of_horizons(by_trainer: dict[str, dict[str, Runs]]) -> str:
     """Success before and after, by horizon, and what a run cost."""
     arms = {
         f"{trainer}, rooms: {HORIZONS[study]}": runs
-        for trainer, by_study in horizons().items()
+        for trainer, by_study in by_trainer.items()
         for study, runs in by_study.items()
     }
     columns: dict[str, Column] = {
-        "seeds": lambda runs: str(len(runs)),
-        "games": lambda runs: f"{runs[0]['history'][-1]['completions']}",
-        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "seeds": seeds,
+        "games": completions,
+        "seconds": seconds,
         "peak MiB": peak,
         "won before": first("won"),
         "won": final("won"),
@@ -148,13 +160,12 @@ def table_of_horizons() -> str:
     return rows(arms, columns)
 
 
-def draw_horizons(figure: Figure) -> None:
+def draw_horizons(figure: Figure, by_trainer: dict[str, dict[str, Runs]]) -> None:
     axes = figure.subplots()
-    for trainer, by_study in horizons().items():
+    for trainer, by_study in by_trainer.items():
         rooms = [HORIZONS[study] for study in by_study]
-        ends = [[run["history"][-1]["won"] for run in runs] for runs in by_study.values()]
-        draw_band(axes, rooms, ends, trainer)
-    starts = {HORIZONS[study]: runs for by_study in horizons().values() for study, runs in by_study.items()}
+        draw_band(axes, rooms, [ends(runs, "won") for runs in by_study.values()], trainer)
+    starts = {HORIZONS[study]: runs for by_study in by_trainer.values() for study, runs in by_study.items()}
     before = [statistics.median(run["history"][0]["won"] for run in runs) for _, runs in sorted(starts.items())]
     axes.plot(sorted(starts), before, "k--", label="before")
     axes.set(xlabel="rooms of a maze", ylabel="held-out games that are won", xticks=sorted(starts))
@@ -162,55 +173,51 @@ def draw_horizons(figure: Figure) -> None:
     axes.legend()
 
 
-def table_of_seeds() -> str:
+def table_of_seeds(arms: dict[str, Runs]) -> str:
     """How far runs of the same settings come apart."""
     metric = metric_of("spread")
     columns: dict[str, Column] = {
-        "seeds": lambda runs: str(len(runs)),
+        "seeds": seeds,
         "before": first(metric),
         "at the end": final(metric),
         "mean": lambda runs: f"{statistics.fmean(ends(runs, metric)):.3f}",
         "standard deviation": lambda runs: f"{statistics.stdev(ends(runs, metric)):.3f}" if len(runs) > 1 else "",
     }
-    return rows(finished("spread"), columns)
+    return rows(arms, columns)
 
 
-def draw_seeds(figure: Figure) -> None:
+def draw_seeds(figure: Figure, arms: dict[str, Runs]) -> None:
     """A point for each seed."""
     axes, metric = figure.subplots(), metric_of("spread")
-    for place, runs in enumerate(finished("spread").values()):
+    for place, runs in enumerate(arms.values()):
         axes.plot([place] * len(runs), ends(runs, metric), "o", alpha=0.6)
-    axes.set_xticks(range(len(finished("spread"))), list(finished("spread")))
+    axes.set_xticks(range(len(arms)), list(arms))
     axes.set_ylabel(f"final held-out {metric}")
     axes.grid(alpha=0.3)
 
 
-def table_of_variants() -> str:
+def table_of_variants(arms: dict[str, Runs]) -> str:
     metric = metric_of("variants")
     columns: dict[str, Column] = {
-        "seeds": lambda runs: str(len(runs)),
+        "seeds": seeds,
         "learning rate": lambda runs: f"{runs[0]['settings']['learning_rate']:g}",
         "steps": lambda runs: f"{runs[0]['history'][-1]['completions'] // completions_of_a_step(runs[0]['settings'])}",
-        "seconds": lambda runs: f"{final_seconds(runs):.0f}",
+        "seconds": seconds,
         "gain": lambda runs: spread(gains(runs, metric)),
         "KL to the start": final("kl"),
         "nats a token on other texts": final("texts_nll"),
     }
-    return rows(finished("variants"), columns)
+    return rows(arms, columns)
 
 
 def gains(runs: Runs, metric: str) -> list[float]:
     return [run["history"][-1][metric] - run["history"][0][metric] for run in runs]
 
 
-def completions_of_a_step(settings: dict[str, Any]) -> int:
-    return settings["population_size"] * settings["num_prompts_per_step"]
-
-
-def draw_variants(figure: Figure) -> None:
+def draw_variants(figure: Figure, arms: dict[str, Runs]) -> None:
     """The gain of each variant against what it forgets."""
     axes, metric = figure.subplots(), metric_of("variants")
-    for name, runs in finished("variants").items():
+    for name, runs in arms.items():
         x, y = statistics.median(ends(runs, "texts_nll")), statistics.median(gains(runs, metric))
         axes.plot([x], [y], "o", label=name, markersize=8)
     axes.set(xlabel="nats a token on other texts, at the end", ylabel=f"gain of held-out {metric}")
@@ -218,9 +225,9 @@ def draw_variants(figure: Figure) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def table_of_forgetting() -> str:
+def table_of_forgetting(by_study: dict[str, dict[str, Runs]]) -> str:
     """The task, another one, and other texts, before and after."""
-    arms = {f"{study}, {name}": runs for study, arms in forgetting().items() for name, runs in arms.items()}
+    arms = {f"{study}, {name}": runs for study, arms in by_study.items() for name, runs in arms.items()}
     equal = min(STUDIES[study].budgets["grpo"] for study in FORGETTING)
     columns: dict[str, Column] = {
         "learned before": lambda runs: first(learned_by(runs))(runs),
@@ -244,26 +251,16 @@ def other_than_learned(runs: Runs) -> str:
 
 
 def forgetting() -> dict[str, dict[str, Runs]]:
-    return {study: finished(study) for study in FORGETTING if finished(study)}
+    found = {study: finished(study) for study in FORGETTING}
+    return {study: arms for study, arms in found.items() if arms}
 
 
-def draw_forgetting(figure: Figure) -> None:
+def draw_forgetting(figure: Figure, by_study: dict[str, dict[str, Runs]]) -> None:
     draw_panels(
         figure,
-        [
-            (arms, "completions", "texts_nll", f"completions of learning {study}")
-            for study, arms in forgetting().items()
-        ],
+        [(arms, "completions", "texts_nll", f"completions of learning {study}") for study, arms in by_study.items()],
     )
     figure.axes[0].set_ylabel("nats a token on other texts")
-
-
-def metric_of(study: str) -> str:
-    return TASKS[STUDIES[study].task].metric
-
-
-def ends(runs: Runs, key: str) -> list[float]:
-    return [run["history"][-1][key] for run in runs]
 
 
 def draw_panels(figure: Figure, panels: list[tuple[dict[str, Runs], str, str, str]]) -> None:

@@ -75,6 +75,13 @@ class Study:
         return self.budgets[trainer] // self.measurements
 
 
+def completions_of_a_step(settings: dict[str, Any]) -> int:
+    """Of the settings of an arm."""
+    if "population_size" in settings:
+        return settings["population_size"] * settings["num_prompts_per_step"]
+    return settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+
+
 def es(**settings: Any) -> Arm:
     return Arm("es", ES | settings)
 

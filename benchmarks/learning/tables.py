@@ -35,6 +35,22 @@ def rows(arms: dict[str, Runs], columns: dict[str, Column]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeds(runs: Runs) -> str:
+    return str(len(runs))
+
+
+def completions(runs: Runs) -> str:
+    return str(runs[0]["history"][-1]["completions"])
+
+
+def seconds(runs: Runs) -> str:
+    return f"{final_seconds(runs):.0f}"
+
+
+def peak(runs: Runs) -> str:
+    return f"{statistics.median(ends(runs, 'peak_mib')):.0f}"
+
+
 def first(key: str) -> Column:
     """A figure of the model that runs begin with."""
     return lambda runs: spread(run["history"][0][key] for run in runs)
@@ -42,7 +58,7 @@ def first(key: str) -> Column:
 
 def final(key: str) -> Column:
     """A figure of the model that runs end with."""
-    return lambda runs: spread(run["history"][-1][key] for run in runs)
+    return lambda runs: spread(ends(runs, key))
 
 
 def after(key: str, limit: float, metric: str) -> Column:
@@ -55,8 +71,12 @@ def after(key: str, limit: float, metric: str) -> Column:
     return lambda runs: spread(map(of, runs))
 
 
+def ends(runs: Runs, key: str) -> list[float]:
+    return [run["history"][-1][key] for run in runs]
+
+
 def final_seconds(runs: Runs) -> float:
-    return statistics.median(run["history"][-1]["seconds"] for run in runs)
+    return statistics.median(ends(runs, "seconds"))
 
 
 def spread(values: Iterable[float]) -> str:

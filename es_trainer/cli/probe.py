@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser = make_parser(prog="es-trainer probe")
     script_args, run, *others = parser.parse_args_and_config(argv)
     with tempfile.TemporaryDirectory() as folder:
-        args = config_of_probe(replace(run, output_dir=folder))
+        args = config_of_probe(replace(run, output_dir=folder))  # has evaluations, so that their data is loaded
         trainer = make_trainer(script_args, args, *others, trainer_class=Probe)
         found = trainer.run()
         steps = run.max_steps if run.max_steps > 0 else run.num_train_epochs * len(trainer.get_train_dataloader())
