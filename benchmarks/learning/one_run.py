@@ -40,11 +40,15 @@ class Record(TrainerCallback):
             Completions of the run.
         measured (`int`):
             Completions between two measurements.
+        samples (`bool`):
+            Whether the first and the last measurement are of samples, too.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any], judge: Judge, step: int, budget: int, measured: int):
+    def __init__(
+        self, path: Path, about: dict[str, Any], judge: Judge, step: int, budget: int, measured: int, samples: bool
+    ):
         self.path, self.about, self.judge = path, about, judge
-        self.step, self.budget, self.measured = step, budget, measured
+        self.step, self.budget, self.measured, self.samples = step, budget, measured, samples
         self.seconds, self.peak = 0.0, 0.0
         self.history: list[dict[str, float]] = []
 
@@ -67,7 +71,8 @@ class Record(TrainerCallback):
 
     def _measure(self, completions: int, model, tokenizer) -> None:
         done = completions >= self.budget
-        found = self.judge.measure(model, tokenizer, samples=done or completions == 0)
+        ends = done or completions == 0
+        found = self.judge.measure(model, tokenizer, samples=self.samples and ends)
         self.history.append({"completions": completions, "seconds": self.seconds, "peak_mib": self.peak, **found})
         self.path.write_text(json.dumps(self.about | {"done": done, "history": self.history}, indent=1) + "\n")
 
@@ -124,6 +129,7 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
             step=completions_of_a_step(settings),
             budget=study.budgets[arm.trainer],
             measured=study.measured(arm.trainer),
+            samples=study.samples,
         )
         trainer = TRAINERS[arm.trainer](args=args, callbacks=[record], **inputs)
         trainer.remove_callback(PrinterCallback)

@@ -62,6 +62,8 @@ class Study:
             Completions of a run, by the trainer. ES takes less time for its.
         measurements (`int`, *optional*, defaults to `4`):
             How often a run is measured, beside the start.
+        samples (`bool`, *optional*, defaults to `True`):
+            Whether the start and the end are measured by samples, too, for pass@k.
     """
 
     task: str
@@ -69,6 +71,7 @@ class Study:
     seeds: range = range(3)
     budgets: dict[str, int] = field(default_factory=lambda: {"es": 4096, "grpo": 1024})
     measurements: int = 4
+    samples: bool = True
 
     def measured(self, trainer: str) -> int:
         """Completions between two measurements."""
@@ -148,6 +151,7 @@ STUDIES = {
         seeds=range(5),
         budgets={"es": 2048, "grpo": 512},
         measurements=1,
+        samples=False,
     ),
     "variants": Study(
         "kinds",
@@ -169,5 +173,6 @@ STUDIES = {
         },
         budgets={"es": 2048},
         measurements=1,
+        samples=False,
     ),
 }
