@@ -14,7 +14,7 @@ ES = {
 }
 GRPO = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "beta": 0.0}
 STEPS = [0.01, 0.02, 0.005]
-RATES = [1e-5, 3e-5, 3e-6]
+RATES = [1e-5, 3e-5, 1e-4]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def es(**settings: Any) -> Arm:
     return Arm("es", ES | settings)
 
 
-def grpo() -> Arm:
-    return Arm("grpo", GRPO, "learning_rate", RATES)
+def grpo(*other_rates: float) -> Arm:
+    return Arm("grpo", GRPO, "learning_rate", [*RATES, *other_rates])
 
 
 def grpo_as(study: str, **settings: Any) -> Arm:
@@ -116,24 +116,24 @@ STUDIES = {
             "es": es(),
             "es-anchor": es(**ANCHORED),
             "es-64": es(population_size=64),
-            "grpo": grpo(),
+            "grpo": grpo(3e-6, 3e-4),
             "grpo-beta": grpo_as("conciseness", beta=0.04),
         },
         budgets=AS_LONG,
     ),
     "kinds": Study(
         "kinds",
-        {"es": es(), "es-anchor": es(**ANCHORED), "es-64": es(population_size=64), "grpo": grpo()},
+        {"es": es(), "es-anchor": es(**ANCHORED), "es-64": es(population_size=64), "grpo": grpo(3e-6)},
     ),
     "messages": Study(
         "messages",
-        {"es": es(), "es-macro-f1": replace(es(), reward="macro_f1"), "grpo": grpo()},
+        {"es": es(), "es-macro-f1": replace(es(), reward="macro_f1"), "grpo": grpo(3e-6)},
         budgets=AS_LONG,
     ),
     **{
         f"maze-{rooms}": Study(
             f"maze-{rooms}",
-            {"es": es(), "grpo": grpo() if rooms == 1 else grpo_as("maze-1")},
+            {"es": es(), "grpo": grpo() if rooms == 2 else grpo_as("maze-2")},
             budgets={"es": 1024, "grpo": 256},
         )
         for rooms in (1, 2, 4, 8)
