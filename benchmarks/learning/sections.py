@@ -215,11 +215,12 @@ def gains(runs: Runs, metric: str) -> list[float]:
 
 
 def draw_variants(figure: Figure, arms: dict[str, Runs]) -> None:
-    """The gain of each variant against what it forgets."""
+    """The gain of each variant against what it forgets, from the lowest to the highest of the seeds."""
     axes, metric = figure.subplots(), metric_of("variants")
     for name, runs in arms.items():
-        x, y = statistics.median(ends(runs, "texts_nll")), statistics.median(gains(runs, metric))
-        axes.plot([x], [y], "o", label=name, markersize=8)
+        x, y = statistics.median(ends(runs, "texts_nll")), gains(runs, metric)
+        middle = statistics.median(y)
+        axes.errorbar(x, middle, [[middle - min(y)], [max(y) - middle]], fmt="o", capsize=4, label=name)
     axes.set(xlabel="nats a token on other texts, at the end", ylabel=f"gain of held-out {metric}")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
