@@ -87,6 +87,13 @@ def test_the_best_choice_of_the_first_seed_is_run_with_the_others(tiny):
     assert pending(["conciseness"], ["grpo"]) == ("conciseness", "grpo", 1, best)
 
 
+def test_among_choices_that_end_alike_the_one_that_learns_soonest_is_the_best(written):
+    slow, fast, *others = STUDIES["conciseness"].arms["grpo"].choices
+    for choice, rewards in {slow: (-60, -50, -5), fast: (-60, -6, -5), **dict.fromkeys(others, (-60, -1, -6))}.items():
+        written("conciseness", "grpo", [{"conciseness_reward": reward} for reward in rewards], choice=choice)
+    assert results.best_choice("conciseness", "grpo") == fast
+
+
 def test_the_pages_have_the_tables_and_pictures_of_the_runs():
     for page, text in figures.pages().items():
         assert page.read_text() == text, "run `python -m benchmarks.learning --draw`"
