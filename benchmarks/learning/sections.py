@@ -161,14 +161,14 @@ def table_of_horizons(by_trainer: dict[str, dict[str, Runs]]) -> str:
 
 
 def draw_horizons(figure: Figure, by_trainer: dict[str, dict[str, Runs]]) -> None:
+    """The end of the runs, and the start, which differs between trainers by the dtype it is measured in."""
     axes = figure.subplots()
     for trainer, by_study in by_trainer.items():
         rooms = [HORIZONS[study] for study in by_study]
         draw_band(axes, rooms, [ends(runs, "won") for runs in by_study.values()], trainer)
-    starts = {HORIZONS[study]: runs for by_study in by_trainer.values() for study, runs in by_study.items()}
-    before = [statistics.median(run["history"][0]["won"] for run in runs) for _, runs in sorted(starts.items())]
-    axes.plot(sorted(starts), before, "k--", label="before")
-    axes.set(xlabel="rooms of a maze", ylabel="held-out games that are won", xticks=sorted(starts))
+        before = [statistics.median(run["history"][0]["won"] for run in runs) for runs in by_study.values()]
+        axes.plot(rooms, before, "--", color=COLORS[trainer], label=f"{trainer}, before")
+    axes.set(xlabel="rooms of a maze", ylabel="held-out games that are won", xticks=list(HORIZONS.values()))
     axes.grid(alpha=0.3)
     axes.legend()
 
