@@ -38,9 +38,10 @@ def best_choice(study: str, name: str) -> Any:
     found = {choice: read(path_of(study, name, STUDIES[study].seeds[0], choice)) for choice in arm.choices}
     if not found or not all(run and run["done"] for run in found.values()):
         return None
+    metric = metric_of(study)
 
     def reward(choice: Any) -> tuple[float, float]:
-        along_the_way = [entry[metric_of(study)] for entry in found[choice]["history"]]
+        along_the_way = [entry[metric] for entry in found[choice]["history"]]
         return along_the_way[-1], fmean(along_the_way)
 
     return max(found, key=reward)

@@ -16,6 +16,7 @@ from .tables import (
     Column,
     Runs,
     after,
+    begins,
     completions,
     ends,
     final,
@@ -166,7 +167,7 @@ def draw_horizons(figure: Figure, by_trainer: dict[str, dict[str, Runs]]) -> Non
     for trainer, by_study in by_trainer.items():
         rooms = [HORIZONS[study] for study in by_study]
         draw_band(axes, rooms, [ends(runs, "won") for runs in by_study.values()], trainer)
-        before = [statistics.median(run["history"][0]["won"] for run in runs) for runs in by_study.values()]
+        before = [statistics.median(begins(runs, "won")) for runs in by_study.values()]
         axes.plot(rooms, before, "--", color=COLORS[trainer], label=f"{trainer}, before")
     axes.set(xlabel="rooms of a maze", ylabel="held-out games that are won", xticks=list(HORIZONS.values()))
     axes.grid(alpha=0.3)
@@ -211,7 +212,7 @@ def table_of_variants(arms: dict[str, Runs]) -> str:
 
 
 def gains(runs: Runs, metric: str) -> list[float]:
-    return [run["history"][-1][metric] - run["history"][0][metric] for run in runs]
+    return [end - begin for begin, end in zip(begins(runs, metric), ends(runs, metric), strict=True)]
 
 
 def draw_variants(figure: Figure, arms: dict[str, Runs]) -> None:

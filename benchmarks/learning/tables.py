@@ -53,7 +53,7 @@ def peak(runs: Runs) -> str:
 
 def first(key: str) -> Column:
     """A figure of the model that runs begin with."""
-    return lambda runs: spread(run["history"][0][key] for run in runs)
+    return lambda runs: spread(begins(runs, key))
 
 
 def final(key: str) -> Column:
@@ -69,6 +69,10 @@ def after(key: str, limit: float, metric: str) -> Column:
         return float(np.interp(limit, [entry[key] for entry in history], [entry[metric] for entry in history]))
 
     return lambda runs: spread(map(of, runs))
+
+
+def begins(runs: Runs, key: str) -> list[float]:
+    return [run["history"][0][key] for run in runs]
 
 
 def ends(runs: Runs, key: str) -> list[float]:
