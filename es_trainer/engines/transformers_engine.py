@@ -25,6 +25,7 @@ from .continuous_batch import ContinuousBatch
 from .decoding import Decoding, Row, follows
 from .forward_pass import image_inputs, logits
 from .generation_config import generation_config
+from .head_inputs import make_contiguous
 from .image_prompts import ImagePrompt
 from .not_numbers import NOT_NUMBERS, NaNLogits
 from .population_batch import Rows
@@ -59,6 +60,7 @@ class TransformersEngine(Engine):
         lockstep: tuple[int, int] | None = None,
     ):
         super().__init__(model, processing_class, args)
+        make_contiguous(model)
         self.lockstep = lockstep
         self.reads_images = lockstep is None  # or a process without images would leave the others waiting
         self.generation_config, self.sampling = generation_config(

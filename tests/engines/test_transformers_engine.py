@@ -313,3 +313,17 @@ def test_models_without_a_cache_are_left_to_transformers(engine, tokenizer, arch
     )[0, inputs["input_ids"].shape[1] :]
     (completion,) = generate(engine, ["Say one"])
     assert completion.ids == expected.tolist()[: len(completion.ids)]
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_a_frozen_head_reads_contiguous_hidden_states(engine, own_loop, monkeypatch):
+    # Of a view and a weight without gradient, torch makes a product for each row, with a copy of the weight for each
+    model = make_model().requires_grad_(False)
+    engine, again = engine(model), engine(model)
+    monkeypatch.setattr(engine, "drops_finished_rows", own_loop)
+    generate(again)
+    read = []
+    model.get_output_embeddings().register_forward_hook(lambda head, args, output: read.append(args[0]))
+    generate(engine)
+    assert len(read) > 1 and all(hidden.is_contiguous() for hidden in read)
+    assert len(model.get_output_embeddings()._forward_pre_hooks) == 1
