@@ -42,6 +42,37 @@ def test_runs_are_measured_along_the_way_and_done_once(tiny):
 
 
 @pytest.mark.parametrize("trainer", ["es", "grpo"])
+@pytest.mark.parametrize("measured", [0, 1])
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tiny, monkeypatch, trainer, measured):
+    def measurements(run: dict) -> list[dict]:
+        return [{key: entry[key] for key in entry if key not in ("seconds", "peak_mib")} for entry in run["history"]]
+
+    following = pending(["conciseness"], [trainer])
+    path = results.path_of(*following)
+    one_run.run(*following)
+    uninterrupted = results.read(path)
+    path.unlink()
+    measure = judge.Judge.measure
+
+    def interrupt(*args, **kwargs):
+        if path.exists() and len(results.read(path)["history"]) > measured:
+            raise KeyboardInterrupt
+        return measure(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(judge.Judge, "measure", interrupt)
+        one_run.run(*following)
+    before = results.read(path)
+    assert len(before["history"]) == 1 + measured and not before["done"]
+    assert pending(["conciseness"], [trainer]) == following
+    one_run.run(*following)
+    after = results.read(path)
+    assert measurements(after) == measurements(uninterrupted) and after["done"]
+    assert after["history"][measured]["seconds"] == before["history"][measured]["seconds"]
+    assert list(path.parent.iterdir()) == [path], "checkpoints are gone"
+
+
+@pytest.mark.parametrize("trainer", ["es", "grpo"])
 def test_games_are_played_by_both_trainers(tiny, monkeypatch, trainer):
     study = replace(STUDIES["maze-2"], budgets={"es": 128, "grpo": 64})
     monkeypatch.setitem(STUDIES, "maze-2", study)

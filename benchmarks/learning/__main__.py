@@ -2,8 +2,9 @@
 Does it learn, and against GRPO? `python -m benchmarks.learning STUDY ...` from the root of the repository.
 
 Trains SmolLM2-135M-Instruct by ESTrainer and by TRL's GRPOTrainer with the same rewards, prompts and held-out prompts,
-and writes a file for each run into `benchmarks/learning/results`. Runs that are done are not run again, so that what
-was interrupted goes on with the run it was at. `--draw` makes the pictures and tables of docs/results.md.
+and writes a file for each run into `benchmarks/learning/results`. Runs that are done are not run again. What was
+interrupted goes on with the run it was at, from the last measurement. `--draw` makes the pictures and tables of
+docs/results.md.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""One run, in a process of its own. It writes its file after every measurement."""
+"""One run, in a process of its own. Its file and a checkpoint are written after every measurement."""
 
 import json
 import platform
-import tempfile
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any
 import psutil
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.memory import MIB, Peak
 from es_trainer import ESConfig, ESTrainer
 
 from .judge import Judge
-from .results import path_of
+from .results import path_of, read
 from .starts import STARTS
 from .studies import STUDIES, completions_of_a_step
 from .tasks import TASKS, other_than
@@ -53,7 +54,10 @@ class Record(TrainerCallback):
         self.history: list[dict[str, float]] = []
 
     def on_train_begin(self, args, state, control, model, processing_class, **kwargs):
-        self._measure(0, model, processing_class)
+        if state.global_step == 0:
+            self._measure(0, model, processing_class)
+        else:
+            self._go_on(state.global_step * self.step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin = time.perf_counter()
@@ -67,7 +71,13 @@ class Record(TrainerCallback):
         completions = state.global_step * self.step
         if completions // self.measured > (completions - self.step) // self.measured or completions >= self.budget:
             self._measure(completions, model, processing_class)
+            control.should_save = completions < self.budget
         control.should_training_stop = completions >= self.budget
+
+    def _go_on(self, completions: int) -> None:
+        """With what was measured up to the checkpoint."""
+        self.history = [entry for entry in read(self.path)["history"] if entry["completions"] <= completions]
+        self.seconds, self.peak = (self.history[-1][key] for key in ("seconds", "peak_mib"))
 
     def _measure(self, completions: int, model, tokenizer) -> None:
         done = completions >= self.budget
@@ -79,7 +89,7 @@ class Record(TrainerCallback):
 
 def run(study_name: str, name: str, seed: int, choice: Any) -> None:
     """
-    Train and measure.
+    Train and measure. What was interrupted goes on from its last checkpoint.
 
     Args:
         study_name (`str`):
@@ -108,32 +118,45 @@ def run(study_name: str, name: str, seed: int, choice: Any) -> None:
     judge = Judge(task, other_than(study.task))
     # Before the config, which resets Accelerate's state: the model of the start may be trained here
     inputs = STARTS[arm.start]() | task.inputs(arm.trainer, seed, arm.reward)
-    with tempfile.TemporaryDirectory() as folder:
-        args = CONFIGS[arm.trainer](
-            output_dir=folder,
-            seed=seed,
-            use_cpu=True,
-            bf16=True,
-            max_completion_length=task.tokens,
-            max_steps=10_000,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=10_000,
-            **settings,
-        )
-        record = Record(
-            path,
-            about | machine(),
-            judge,
-            step=completions_of_a_step(settings),
-            budget=study.budgets[arm.trainer],
-            measured=study.measured(arm.trainer),
-            samples=study.samples,
-        )
-        trainer = TRAINERS[arm.trainer](args=args, callbacks=[record], **inputs)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    checkpoints = path.with_suffix("")  # not committed
+    checkpoint = last_of(checkpoints)
+    args = CONFIGS[arm.trainer](
+        output_dir=str(checkpoints),
+        seed=seed,
+        use_cpu=True,
+        bf16=True,
+        max_completion_length=task.tokens,
+        max_steps=10_000,
+        save_strategy="no",
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10_000,
+        **settings,
+    )
+    record = Record(
+        path,
+        about | machine(),
+        judge,
+        step=completions_of_a_step(settings),
+        budget=study.budgets[arm.trainer],
+        measured=study.measured(arm.trainer),
+        samples=study.samples,
+    )
+    trainer = TRAINERS[arm.trainer](args=args, callbacks=[record], **inputs)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(checkpoints)
+
+
+def last_of(checkpoints: Path) -> str | None:
+    """The checkpoint that a run goes on from. A run that was interrupted before its first one begins anew."""
+    if not checkpoints.exists():
+        return None
+    last = get_last_checkpoint(checkpoints)
+    if last is None:
+        shutil.rmtree(checkpoints)
+    return last
 
 
 def es_config(**settings: Any) -> ESConfig:
