@@ -175,10 +175,13 @@ def draw_horizons(figure: Figure, by_trainer: dict[str, dict[str, Runs]]) -> Non
 
 
 def table_of_seeds(arms: dict[str, Runs]) -> str:
-    """How far runs of the same settings come apart."""
+    """How far runs of the same settings come apart, and what they cost."""
     metric = metric_of("spread")
     columns: dict[str, Column] = {
         "seeds": seeds,
+        "completions": completions,
+        "seconds": seconds,
+        "peak MiB": peak,
         "before": first(metric),
         "at the end": final(metric),
         "mean": lambda runs: f"{statistics.fmean(ends(runs, metric)):.3f}",

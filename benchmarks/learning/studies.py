@@ -169,8 +169,8 @@ STUDIES = {
             "ranks": variant(12**0.5, fitness_shaping="centered_rank"),
             "prompt-centred": variant(2.0, fitness_shaping="prompt_centered"),
             # The first step of Adam changes each weight by the learning rate, that of 16 z-scores by a quarter of it.
-            # An eighth gained more than a quarter, so that it is in the middle here
-            "adam": variant(0.125, es_optimizer="adam"),
+            # Higher ones than these gained less, so that a sixteenth is in the middle here
+            "adam": variant(0.0625, es_optimizer="adam"),
         },
         budgets={"es": 2048},
         measurements=1,
