@@ -146,7 +146,7 @@ STUDIES = {
             "es-lora": replace(es(), start="lora", tuned="sigma", choices=[0.01, 0.03, 0.1]),
             "grpo": grpo_as("kinds"),
             "grpo-sft": replace(grpo_as("kinds"), start="sft"),
-            "grpo-lora": replace(grpo(), start="lora", choices=[10 * rate for rate in RATES]),
+            "grpo-lora": replace(grpo(), start="lora", choices=[1e-4, 3e-4, 1e-3, 3e-3]),
         },
         seeds=range(5),
         budgets={"es": 2048, "grpo": 512},
