@@ -192,7 +192,7 @@ def test_the_table_of_a_study_compares_at_equal_completions_and_at_equal_seconds
 
 def test_the_table_of_seeds_has_their_standard_deviation(written, table_of):
     ends = (0.5, 0.6, 0.7, 0.8, 0.9)
-    written("spread", "es", *([measured(0, right_kind=0.25), measured(2048, right_kind=end)] for end in ends))
+    written("spread", "es", *([measured(0, right_kind=0.25), measured(2048, right_kind=end, kl=1.0)] for end in ends))
     row = cells(table_of("spread"), "es")
     assert (row["completions"], row["seconds"], row["peak MiB"]) == ("2048", "205", "100")
     assert row["mean"] == "0.700"

@@ -186,6 +186,8 @@ def table_of_seeds(arms: dict[str, Runs]) -> str:
         "at the end": final(metric),
         "mean": lambda runs: f"{statistics.fmean(ends(runs, metric)):.3f}",
         "standard deviation": lambda runs: f"{statistics.stdev(ends(runs, metric)):.3f}" if len(runs) > 1 else "",
+        "KL to the start": final("kl"),
+        "nats a token on other texts": final("texts_nll"),
     }
     return rows(arms, columns)
 
