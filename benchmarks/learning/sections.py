@@ -223,10 +223,11 @@ def gains(runs: Runs, metric: str) -> list[float]:
 def draw_variants(figure: Figure, arms: dict[str, Runs]) -> None:
     """The gain of each variant against what it forgets, from the lowest to the highest of the seeds."""
     axes, metric = figure.subplots(), metric_of("variants")
-    for name, runs in arms.items():
+    for place, (name, runs) in enumerate(arms.items()):
         x, y = statistics.median(ends(runs, "texts_nll")), gains(runs, metric)
         middle = statistics.median(y)
-        axes.errorbar(x, middle, [[middle - min(y)], [max(y) - middle]], fmt="o", capsize=4, label=name)
+        marker = "os"[place // 10]  # there are ten colors
+        axes.errorbar(x, middle, [[middle - min(y)], [max(y) - middle]], fmt=marker, capsize=4, label=name)
     axes.set(xlabel="nats a token on other texts, at the end", ylabel=f"gain of held-out {metric}")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
