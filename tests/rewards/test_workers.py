@@ -332,7 +332,7 @@ from es_trainer.rewards.scorer import Scorer
 number = {number}
 
 def reward(completions, **kwargs):
-    print("scoring", flush=True)
+    print("scoring\\n", end="", flush=True)  # with its end, as another process writes at the same time
     while number is None:
         pass
     return [number]
