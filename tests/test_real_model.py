@@ -90,7 +90,7 @@ def test_quickstart_improves_the_held_out_reward(tmp_path):
     output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     before, after = map(float, re.search(r"Held-out reward: (\S+) before, (\S+) after", output).groups())
     assert after > before + 20
-    assert "Loaded again from" in output and output.rstrip().endswith("tells whether a run learns.")
+    assert "Loaded again from" in output and output.rstrip().endswith("README.md lists the other pages.")
     assert (tmp_path / "quickstart" / "reward.png").is_file()
 
 
